@@ -1,0 +1,113 @@
+"""What every saved record shares: frozen, keyword-only, validated, and written as JSON whole or not at all.
+
+A record is a pydantic dataclass, so `dataclasses.replace` validates again and a wrong file reports every
+problem with its path. NaN and infinity are refused: a value that is undefined is None.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+
+
+class AutosegError(Exception):
+    """A mistake in the data or the request, said in words for the person at the keyboard; no traceback is shown."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def record(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only, validated dataclass that refuses unknown keys, NaN and infinity."""
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=config)(cls)
+    return made
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path` and rename it to `path` once its bytes are on disk.
+
+    A reader therefore sees the old file or the new one, never a part. On an error the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Put the bytes of a file, or the entries of a folder, on disk now, so that a power cut does not lose them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def to_json(value: object) -> str:
+    """The record as readable JSON text, ending in a newline."""
+    return TypeAdapter(type(value)).dump_json(value, indent=2).decode() + "\n"
+
+
+def save_json(value: object, path: Path) -> None:
+    """Write the record `value` to `path`, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(to_json(value))
+
+
+def load_json(kind: type[T], path: Path) -> T:
+    """Read a record of class `kind` from `path`.
+
+    Raises AutosegError that lists every problem with its place in the file, or says that the file is missing.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise AutosegError(f"{path} does not exist; run the step that writes it first") from None
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise AutosegError(f"{path} is not a valid {getattr(kind, '__name__', 'file')}:\n{problems(error)}") from None
+
+
+def hash_text(*parts: str) -> str:
+    """A short hash (32 hexadecimal digits) of several texts in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def problems(error: ValidationError) -> str:
+    """Every problem of a validation error, one a line: where, what, and the value found."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+        found = "" if problem["type"] == "missing" else f" (found {json.dumps(problem['input'], default=str)[:80]})"
+        lines.append(f"  {place}: {problem['msg']}{found}")
+    return "\n".join(lines)

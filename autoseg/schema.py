@@ -1,0 +1,198 @@
+"""The frozen records that are saved as JSON: fingerprint, plan, recipe, run.
+
+Spatial tuples run in array order: (Z, Y, X) for 3D, (Y, X) for 2D configurations. In a Plan they run in *plan
+order*, which is canonical order permuted by `Plan.axis_order`. Lengths are millimetres.
+"""
+
+from typing import Literal
+
+from autoseg.labels import Labels
+from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
+
+Dimension = Literal[2, 3]
+
+
+@record
+class ChannelStats:
+    """Intensities of one channel over the foreground of all training cases."""
+
+    mean: float
+    median: float
+    std: float
+    minimum: float
+    maximum: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+@record
+class CaseFingerprint:
+    """What one training case adds to the fingerprint; shape and spacing after the crop to non-zero, canonical order."""
+
+    case: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    crop_ratio: float
+    """Voxels after the crop divided by voxels before."""
+    content_hash: str = ""
+    """Of the files and of what dataset.json says about them; tells whether anything has changed since."""
+
+
+@record
+class Fingerprint:
+    """The measured facts of a dataset that planning needs. `dimension` 2: every image is a single slice (Z = 1)."""
+
+    schema_version: int = SCHEMA_VERSION
+    dataset: str
+    dimension: Dimension
+    channel_names: tuple[str, ...]
+    cases: tuple[CaseFingerprint, ...]
+    intensities: tuple[ChannelStats | None, ...]
+    """One entry a channel; None where no case has foreground."""
+
+    def data_hash(self) -> str:
+        """One hash over the content of all cases."""
+        return hash_text(*(case.content_hash for case in self.cases))
+
+
+@record
+class NetworkSpec:
+    """Everything that builds a network, apart from its input channels and output heads. One entry a stage."""
+
+    name: str
+    dimension: Dimension
+    features: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernels: tuple[tuple[int, ...], ...]
+    encoder_blocks: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+    """One entry fewer than the stages: the bottleneck has no decoder."""
+
+
+@record
+class Resampling:
+    """Interpolation orders and the anisotropy (largest / smallest spacing) above which the coarse axis is apart."""
+
+    image_order: int = 3
+    label_order: int = 1
+    logit_order: int = 1
+    through_plane_order: int = 0
+    anisotropy_threshold: float = 3.0
+
+
+@record
+class ChannelNorm:
+    """How one channel is normalised. `masked`: statistics and change only inside the non-zero region."""
+
+    channel: str
+    scheme: Literal["zscore", "ct", "none", "rescale", "rgb"]
+    masked: bool
+    stats: ChannelStats | None
+
+
+@record
+class Configuration:
+    """One trainable configuration, written out in full. Tuples are in plan order, two entries long in 2D."""
+
+    name: str
+    dimension: Dimension
+    spacing_mm: tuple[float, ...]
+    median_shape: tuple[float, ...]
+    patch: tuple[int, ...]
+    batch_size: int
+    batch_dice: bool
+    network: NetworkSpec
+    resampling: Resampling = Resampling()
+    previous_stage: str | None = None
+    """The configuration whose predictions are extra inputs (cascade), or None."""
+    prepared: str
+    """The configuration whose prepared cases are read; its own name unless data are shared."""
+
+
+@record
+class Reason:
+    """Why a planning decision came out as it did."""
+
+    decision: str
+    rule: str
+    inputs: str
+    outcome: str
+
+
+@record
+class Plan:
+    """All that preprocessing, training and prediction need to know about the data and the network."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str = "default"
+    dataset: str
+    preset: str
+    gpu_memory_gb: float
+    dimension: Dimension
+    axis_order: tuple[int, int, int]
+    """Plan axis i is canonical axis axis_order[i]; the coarsest axis comes first."""
+    channels: tuple[ChannelNorm, ...]
+    labels: Labels
+    configurations: tuple[Configuration, ...]
+    reasons: tuple[Reason, ...] = ()
+
+    def configuration(self, name: str) -> Configuration:
+        """The configuration called `name`; raises AutosegError that lists the ones there are."""
+        for configuration in self.configurations:
+            if configuration.name == name:
+                return configuration
+        known = ", ".join(configuration.name for configuration in self.configurations)
+        raise AutosegError(f"the plan {self.name!r} of {self.dataset} has no configuration {name!r}; it has {known}")
+
+
+@record
+class Recipe:
+    """How a network is trained. Defaults follow nnU-Net v2 (Isensee et al., Nature Methods 2021)."""
+
+    epochs: int = 1000
+    steps_per_epoch: int = 250
+    validation_steps: int = 50
+    seed: int = 0
+    loss: str = "dice_ce"
+    deep_supervision: bool = True
+    learning_rate: float = 0.01
+    momentum: float = 0.99
+    weight_decay: float = 3e-5
+    poly_exponent: float = 0.9
+    clip_norm: float = 12.0
+    foreground_fraction: float = 0.33
+    augmentation: str = "default"
+    """`default`, `none`, `batchgenerators`, or `package.module:name` of a transform of your own."""
+    loader_threads: int = 2
+    checkpoint_minutes: float = 5.0
+    max_bad_steps: int = 5
+    """Consecutive non-finite losses after which the run stops."""
+
+
+@record
+class Fold:
+    """One cross-validation fold: case identifiers of both sides."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+
+
+@record
+class Run:
+    """The facts of one training run, saved as run.json beside its weights."""
+
+    schema_version: int = SCHEMA_VERSION
+    autoseg_version: str
+    versions: dict[str, str]
+    dataset: str
+    configuration: str
+    fold: int | Literal["all"]
+    cases: Fold
+    plan: Plan
+    recipe: Recipe
+    data_hash: str
+    pretrained: str | None = None
+    """Where the weights came from that training started with; None: drawn from the seed."""
+    device: str
+    started: str
+    finished: str | None = None

@@ -1,0 +1,69 @@
+"""--set and TOML: typed, validated, and never a second way to say what has an option."""
+
+import pytest
+
+from autoseg import settings
+from autoseg.records import AutosegError, record
+from autoseg.schema import Recipe
+
+
+@record
+class Part:
+    name: str
+    patch: tuple[int, ...] = (5, 7, 11)
+
+
+@record
+class Whole:
+    title: str = "t"
+    parts: tuple[Part, ...] = (Part(name="2d", patch=(7, 11)), Part(name="3d"))
+
+
+def test_values_are_read_as_toml_or_plain_text():
+    assert settings.parse(["a.b=1", "c=[2, 3]", "d=text", "e=true", "f=1e-3", "g=pkg.module:Name"]) == {
+        "a.b": 1, "c": [2, 3], "d": "text", "e": True, "f": 0.001, "g": "pkg.module:Name",
+    }  # fmt: skip
+    with pytest.raises(AutosegError, match="field=value"):
+        settings.parse(["learning_rate"])
+
+
+def test_a_field_of_a_named_part_is_changed_and_the_rest_stays():
+    changed = settings.change(Whole(), {"parts.3d.patch": [9, 9, 13], "title": "new"})
+    assert changed == Whole(title="new", parts=(Part(name="2d", patch=(7, 11)), Part(name="3d", patch=(9, 9, 13))))
+    assert settings.change(Whole(), {"parts.0.name": "flat"}).parts[0].name == "flat"
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"learning_rat": 1}, "learning_rate"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+        ({"learning_rate.x": 1}, "nothing below it"),
+    ],
+)
+def test_what_is_not_possible_is_refused_with_what_is(changes, word):
+    with pytest.raises(AutosegError, match=word):
+        settings.change(Recipe(), changes)
+
+
+def test_a_field_with_an_option_of_its_own_is_refused():
+    with pytest.raises(AutosegError, match="--epochs"):
+        settings.change(Recipe(), {"epochs": 3}, taken={"epochs": "--epochs"})
+
+
+def test_fields_lists_every_path_that_change_takes():
+    rows = settings.fields(Whole())
+    assert [path for path, _ in rows] == ["title", "parts.2d.name", "parts.2d.patch", "parts.3d.name", "parts.3d.patch"]
+    for path, _ in rows:
+        assert settings.change(Whole(), {path: [1]} if path.endswith("patch") else {path: "x"}) != Whole()
+
+
+def test_toml(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('loss = "ce"\nlearning_rate = 0.5\n[deep]\nx = 1\n')
+    assert settings.read_toml(path) == {"loss": "ce", "learning_rate": 0.5, "deep.x": 1}
+    path.write_text("loss = ")
+    with pytest.raises(AutosegError, match="no valid TOML"):
+        settings.read_toml(path)
+    with pytest.raises(AutosegError, match="does not exist"):
+        settings.read_toml(tmp_path / "none.toml")
