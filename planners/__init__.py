@@ -1,0 +1,11 @@
+"""How a dataset is trained, decided from its fingerprint alone: spacing, network, patch, batch, cascade.
+
+Planning is arithmetic on a few numbers: no torch, no files, the same answer everywhere. A preset is a `Rules` value;
+a preset of your own is `dataclasses.replace(PLANNERS["resenc_l"], name="mine", ...)`.
+"""
+
+from autoseg.planners.default import plan
+from autoseg.planners.explain import explain
+from autoseg.planners.rules import PLANNERS, Budget, Rules
+
+__all__ = ["PLANNERS", "Budget", "Rules", "explain", "plan"]

@@ -1,0 +1,29 @@
+"""A plan in words: what was decided, by which rule, from what."""
+
+import textwrap
+
+from autoseg.planners.grid import by
+from autoseg.schema import Plan
+
+WIDTH = 110
+
+
+def explain(plan: Plan) -> str:
+    """The plan as text for a person: a table of its configurations, then every decision with its reason."""
+    lines = [
+        f"Plan {plan.name!r} for {plan.dataset}: preset {plan.preset}, {plan.gpu_memory_gb:g} GB of GPU memory",
+        "",
+        f"{'configuration':20}{'patch':18}{'batch':>6}  spacing (mm)",
+    ]
+    for configuration in plan.configurations:
+        patch, spacing = by(configuration.patch), by(configuration.spacing_mm)
+        lines.append(f"{configuration.name:20}{patch:18}{configuration.batch_size:6}  {spacing}")
+    for reason in plan.reasons:
+        lines += ["", f"{reason.decision}: {reason.outcome}", *_indented("rule", reason.rule)]
+        if reason.inputs:
+            lines += _indented("from", reason.inputs)
+    return "\n".join(lines) + "\n"
+
+
+def _indented(title: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=f"  {title}: ", subsequent_indent=" " * (len(title) + 4))
