@@ -1,0 +1,332 @@
+"""nnU-Net's folder layout: dataset.json, imagesTr, labelsTr -> the cases of a raw dataset. Decodes no image.
+
+A dataset that is not laid out as it should be is refused with a list of all its faults, each with what to do.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autoseg.labels import Labels
+from autoseg.readers import ENDINGS, reader_for
+from autoseg.records import AutosegError, record
+
+SHOWN = 5
+"""How many names an error lists before it only counts."""
+
+
+@record
+class Case:
+    """One case: its image files, one a channel or one for all, and its label file (None where there is none)."""
+
+    id: str
+    images: tuple[str, ...]
+    label: str | None = None
+
+
+@record
+class Dataset:
+    """An opened raw dataset. `notes` are oddities of dataset.json that do no harm."""
+
+    name: str
+    folder: str
+    channel_names: tuple[str, ...]
+    labels: Labels
+    file_ending: str
+    cases: tuple[Case, ...]
+    notes: tuple[str, ...] = ()
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Open a raw dataset folder: dataset.json, imagesTr, labelsTr. No image is decoded.
+
+    Raises AutosegError that lists every fault of dataset.json and of the layout, each with its cure.
+    """
+    if not folder.is_dir():
+        raise AutosegError(f"{folder} is no folder; give the folder that holds dataset.json")
+    content = read_description(folder)
+    faults: list[str] = []
+    channel_names = read_channels(content, faults)
+    labels = read_label_names(content, faults)
+    ending = read_ending(content, folder, faults)
+    if faults:
+        raise AutosegError(listed(f"{folder / 'dataset.json'} has faults", faults))
+    assert labels is not None
+
+    if "dataset" in content:
+        cases = listed_cases(content["dataset"], folder, len(channel_names), faults)
+    else:
+        cases = paired_cases(folder, len(channel_names), ending, faults)
+    if faults:
+        raise AutosegError(listed(f"{folder} is not laid out as it should be", faults))
+    notes = []
+    if content.get("numTraining", len(cases)) != len(cases):
+        notes.append(f"dataset.json says numTraining {content['numTraining']}, found are {len(cases)} cases")
+    return Dataset(
+        name=folder.resolve().name,
+        folder=str(folder),
+        channel_names=channel_names,
+        labels=labels,
+        file_ending=ending,
+        cases=cases,
+        notes=tuple(notes),
+    )
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of dataset.json; AutosegError if it is missing or no JSON object."""
+    path = folder / "dataset.json"
+    if not path.is_file():
+        near = [p for p in (*folder.glob("*.json"), *folder.glob("*/dataset.json")) if p.name.lower() == "dataset.json"]
+        hint = f" (there is {near[0]})" if near else ""
+        raise AutosegError(
+            f"{folder} has no dataset.json{hint}; it must name channel_names, labels and file_ending, for example "
+            '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}'
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise AutosegError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise AutosegError(f"{path} must hold an object {{...}}, found {type(content).__name__}")
+    return content
+
+
+def read_channels(content: Mapping[str, Any], faults: list[str]) -> tuple[str, ...]:
+    """Channel names in order, from `channel_names` (or the older `modality`): {"0": name, ...} or a list."""
+    named = content.get("channel_names", content.get("modality"))
+    if named is None:
+        faults.append(missing("channel_names", content, '{"0": "CT"}'))
+        return ()
+    if isinstance(named, dict):
+        if sorted(named) != sorted(str(n) for n in range(len(named))):
+            faults.append(
+                f'channel_names: the keys must be "0", "1", ... without gaps, found {", ".join(map(repr, named))}'
+            )
+            return ()
+        named = [named[str(n)] for n in range(len(named))]
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        faults.append(f'channel_names: must be like {{"0": "CT"}}, found {json.dumps(named)[:80]}')
+        return ()
+    return tuple(named)
+
+
+def read_label_names(content: Mapping[str, Any], faults: list[str]) -> Labels | None:
+    """Labels of dataset.json, or None and a fault."""
+    named = content.get("labels")
+    if named is None:
+        faults.append(missing("labels", content, '{"background": 0, "liver": 1}'))
+    elif not isinstance(named, dict) or not named:
+        faults.append(f'labels: must be like {{"background": 0, "liver": 1}}, found {json.dumps(named)[:80]}')
+    elif all(key.isdigit() and isinstance(name, str) for key, name in named.items()):
+        turned = json.dumps({name: int(key) for key, name in named.items()})
+        faults.append(f"labels: must go from name to value, not from value to name; write {turned}")
+    else:
+        try:
+            return Labels.from_dataset(named)
+        except AutosegError as error:
+            faults.append(str(error).removeprefix("dataset.json: "))
+    return None
+
+
+def read_ending(content: Mapping[str, Any], folder: Path, faults: list[str]) -> str:
+    """The file ending of dataset.json, or a fault that names the endings found."""
+    ending = content.get("file_ending")
+    if ending is None:
+        present = endings_in(folder / "imagesTr")
+        faults.append(missing("file_ending", content, json.dumps(present[0] if present else ".nii.gz")))
+    elif not isinstance(ending, str):
+        faults.append(f"file_ending: must be a text, found {json.dumps(ending)}")
+    elif not ending.startswith("."):
+        faults.append(f'file_ending: must begin with a dot; write ".{ending}"')
+    else:
+        try:
+            reader_for(Path(f"x{ending}"))
+        except AutosegError as error:
+            faults.append(f"file_ending {ending!r}{str(error).removeprefix(f'x{ending}')}")
+        return ending
+    return ""
+
+
+def missing(key: str, content: Mapping[str, Any], example: str) -> str:
+    """The fault of a key that is absent, with the key that may have been meant."""
+    near = difflib.get_close_matches(key.lower(), [str(k).lower() for k in content], n=1, cutoff=0.75)
+    hint = next((f" ({k!r} is not read; rename it)" for k in content if near and str(k).lower() == near[0]), "")
+    return f'{key}: missing{hint}; add "{key}": {example}'
+
+
+def find_cases(source: Path, channels: int, file_ending: str | None = None) -> tuple[Case, ...]:
+    """The cases of an image folder (or the one of a single file), sorted by id, without labels.
+
+    Images are CASE_0000 + ending, one file a channel, or one file with all channels. `file_ending` None takes the one
+    that the folder holds. A single file needs no channel number; its other channels are found beside it.
+    Raises AutosegError that lists every fault.
+    """
+    faults: list[str] = []
+    if source.is_file():
+        cases = single_case(source, channels, faults)
+    elif source.is_dir():
+        present = endings_in(source)
+        if file_ending is None and len(present) > 1:
+            raise AutosegError(f"{source} holds images of several kinds ({', '.join(present)}); keep one kind a folder")
+        ending = file_ending or (present[0] if present else ".nii.gz")
+        reader_for(source / f"*{ending}")
+        cases = cases_in(source, channels, ending, faults)
+    else:
+        raise AutosegError(f"{source} does not exist; give a folder of images or one image file")
+    if faults:
+        raise AutosegError(listed(f"{source} cannot be read as a set of cases", faults))
+    return cases
+
+
+def single_case(path: Path, channels: int, faults: list[str]) -> tuple[Case, ...]:
+    """The case that `path` is the first or only file of."""
+    ending = ending_of(path)
+    stem = path.name[: -len(ending)]
+    if not stem.endswith("_0000"):
+        return (Case(id=stem, images=(str(path),)),)
+    case = stem.removesuffix("_0000")
+    files = [path.with_name(f"{case}_{n:04}{ending}") for n in range(channels)]
+    found = [file for file in files if file.is_file()]
+    if len(found) not in (1, channels):
+        faults.append(f"{case}: {names(file.name for file in files if file not in found)} missing beside {path.name}")
+    return (Case(id=case, images=tuple(map(str, found))),)
+
+
+def cases_in(folder: Path, channels: int, ending: str, faults: list[str]) -> tuple[Case, ...]:
+    """The cases of a folder of images CASE_0000 + ending; faults are appended to `faults`."""
+    files = files_with(folder, ending)
+    if not files:
+        present = endings_in(folder)
+        found = f"it holds {', '.join(present)}; correct file_ending" if present else "it holds no images"
+        faults.append(f"{folder.name}: no file ends in {ending}; {found}")
+        return ()
+    pattern = re.compile(r"(.+)_(\d{4})")
+    by_case: dict[str, dict[int, Path]] = {}
+    unnumbered = []
+    for file in files:
+        if match := pattern.fullmatch(file.name[: -len(ending)]):
+            by_case.setdefault(match[1], {})[int(match[2])] = file
+        else:
+            unnumbered.append(file.name)
+    if unnumbered:
+        better = unnumbered[0][: -len(ending)] + "_0000" + ending
+        faults.append(f"{folder.name}: {names(unnumbered)} without channel number; rename, for example to {better}")
+    # One file a case may hold all channels. Where any case has more, each must have all.
+    together = all(set(numbers) == {0} for numbers in by_case.values())
+    for case, numbers in by_case.items():
+        lacking = [] if together else [n for n in range(channels) if n not in numbers]
+        if lacking:
+            faults.append(f"{case}: missing {names(f'{case}_{n:04}{ending}' for n in lacking)} in {folder.name}")
+        extra = [number for number in numbers if number >= channels]
+        if extra:
+            more = names(numbers[n].name for n in extra)
+            faults.append(
+                f"{case}: {more} in {folder.name}, but channel_names has {channels} entries; add a name or remove it"
+            )
+    return tuple(Case(id=c, images=tuple(str(by_case[c][n]) for n in sorted(by_case[c]))) for c in sorted(by_case))
+
+
+def paired_cases(folder: Path, channels: int, ending: str, faults: list[str]) -> tuple[Case, ...]:
+    """The cases of imagesTr with their labels of labelsTr."""
+    images, labels = folder / "imagesTr", folder / "labelsTr"
+    for part in (images, labels):
+        if not part.is_dir():
+            near = [p.name for p in folder.iterdir() if p.is_dir() and p.name.lower().startswith(part.name[:5].lower())]
+            faults.append(
+                f"{part.name}: no such folder"
+                + (f"; rename {near[0]}?" if near else f"; put the {part.name[:-2]} there")
+            )
+    if faults:
+        return ()
+    cases = cases_in(images, channels, ending, faults)
+    by_case = {file.name[: -len(ending)]: file for file in files_with(labels, ending)}
+    if cases and not by_case:
+        found = ", ".join(endings_in(labels)) or "nothing"
+        faults.append(
+            f"labelsTr: no file ends in {ending}, found is {found}; labels must be CASE{ending}, like the images"
+        )
+    elif cases:
+        known = {case.id for case in cases}
+        orphans = [name for name in sorted(by_case) if name not in known]
+        numbered = [name for name in orphans if re.sub(r"_\d{4}$", "", name) in known]
+        if numbered:
+            files = names(name + ending for name in numbered)
+            faults.append(f"labelsTr: {files} with a channel number; labels are CASE{ending}, without _0000")
+        elif orphans:
+            files, needed = names(name + ending for name in orphans), f"{orphans[0]}_0000{ending}"
+            faults.append(f"labelsTr: {files} without image in imagesTr; add {needed} or remove the label")
+    return tuple(
+        Case(id=case.id, images=case.images, label=str(by_case[case.id]) if case.id in by_case else None)
+        for case in cases
+    )
+
+
+def listed_cases(entries: Any, folder: Path, channels: int, faults: list[str]) -> tuple[Case, ...]:
+    """The cases of the entry `dataset` of dataset.json: {case: {"images": [...], "label": ...}}.
+
+    Paths are absolute or relative to the dataset folder; $NAMES of the environment are filled in.
+    """
+    if not isinstance(entries, dict) or not entries:
+        faults.append('dataset: must be like {"case_1": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}')
+        return ()
+    cases = []
+    for case, entry in sorted(entries.items()):
+        images = entry.get("images") if isinstance(entry, dict) else None
+        label = entry.get("label") if isinstance(entry, dict) else None
+        if not isinstance(images, list) or not all(isinstance(p, str) for p in (*images, label or "")):
+            faults.append(f'dataset: {case} must be like {{"images": ["a.nii.gz"], "label": "b.nii.gz"}}')
+            continue
+        if Path(case).name != case:
+            faults.append(f"dataset: {case} cannot be a file name; leave out slashes")
+        if len(images) not in (1, channels):
+            faults.append(f"dataset: {case} lists {len(images)} images for {channels} channel_names")
+        paths = [folder / os.path.expandvars(p) for p in (*images, *([label] if label else []))]
+        absent = [str(path) for path in paths if not path.is_file()]
+        if absent:
+            faults.append(f"dataset: {case} lists {names(absent)}, which do not exist")
+        files = [str(path) for path in paths]
+        cases.append(Case(id=case, images=tuple(files[: len(images)]), label=files[-1] if label else None))
+    return tuple(cases)
+
+
+def files_with(folder: Path, ending: str) -> list[Path]:
+    """Files of a folder with an ending in whatever case, sorted; hidden files are left out."""
+    return sorted(file for file in visible(folder) if file.name.lower().endswith(ending.lower()))
+
+
+def endings_in(folder: Path) -> list[str]:
+    """Known endings (and JPEG's) of the files in a folder, most frequent first."""
+    if not folder.is_dir():
+        return []
+    known = (*ENDINGS, ".jpg", ".jpeg", ".dcm")
+    found = [next((e for e in known if file.name.lower().endswith(e)), "") for file in visible(folder)]
+    return sorted({ending for ending in found if ending}, key=lambda ending: (-found.count(ending), ending))
+
+
+def visible(folder: Path) -> list[Path]:
+    """The files of a folder that are not hidden."""
+    return [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+
+
+def ending_of(path: Path) -> str:
+    """The ending of a file as it is written, with the dots of endings like .nii.gz."""
+    reader_for(path)
+    known = next(ending for ending in ENDINGS if path.name.lower().endswith(ending))
+    return path.name[-len(known) :]
+
+
+def names(items: Iterable[str]) -> str:
+    """The first few items, and how many more there are."""
+    items = list(items)
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def listed(what: str, faults: Sequence[str]) -> str:
+    """A heading and a line a fault."""
+    return f"{what}:\n" + "\n".join(f"  {fault}" for fault in faults)

@@ -1,0 +1,218 @@
+"""Raw datasets: open one, decode a case, and say what is wrong with it.
+
+Faults of the layout are raised when a dataset is opened. Faults of a case are Findings: they come with the decoded
+case, so that one decoding serves the check, the fingerprint and the preprocessing.
+
+Decided: labels that differ from their image's grid by less than a tenth of a voxel at every corner are rounding
+and lie on the image's grid; more is an error, since only a person can say which header is right. Two cases with the
+same image and the same labels are an error (one would leak into the other's validation); the same image with other
+labels is a warning.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from autoseg.labels import Labels
+from autoseg.layout import Case, Dataset, find_cases, names, open_dataset
+from autoseg.readers import expected_in_file, files_of, join, read_stored, whole_labels
+from autoseg.records import AutosegError, hash_text, record
+from autoseg.volume import Grid, Volume, mismatch
+
+__all__ = [
+    "Case",
+    "Dataset",
+    "Finding",
+    "LoadedCase",
+    "check_case",
+    "check_dataset",
+    "find_cases",
+    "findings_table",
+    "hash_case",
+    "load_case",
+    "open_dataset",
+]
+
+READ_VERSION = 1
+"""Goes up when the same files are decoded differently than before; part of every content hash."""
+
+
+@record
+class Finding:
+    """One thing that is wrong with a case ("" for the dataset as a whole), and what to do about it."""
+
+    case: str
+    severity: Literal["error", "warning"]
+    problem: str
+    cure: str
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedCase:
+    """A decoded case. `image` and `labels` are None where findings of severity error stood in the way.
+
+    `image` is canonical float32 (C, Z, Y, X), `labels` int16 class indices (Z, Y, X) on the same grid, `stored` the
+    grid of the (first) image file.
+    """
+
+    case: str
+    image: Volume | None
+    labels: np.ndarray | None
+    stored: Grid | None
+    content_hash: str
+    findings: tuple[Finding, ...]
+
+
+def hash_case(dataset: Dataset, case: Case) -> str:
+    """Hash of a case's files and of what dataset.json says about them; two parts, image-labels. Decodes nothing.
+
+    Raises AutosegError if a file is missing.
+    """
+    image = hash_files(case.images, (str(READ_VERSION), str(len(dataset.channel_names))))
+    label = hash_files([case.label] if case.label else [], (str(READ_VERSION), str(dataset.labels.values)))
+    return f"{image}-{label}"
+
+
+def hash_files(paths: Iterable[str], said: tuple[str, ...]) -> str:
+    """Hash of the bytes of all files that reading `paths` reads, and of the texts `said`."""
+    parts = list(said)
+    for path in paths:
+        for file in files_of(Path(path)):
+            try:
+                with file.open("rb") as opened:
+                    parts.append(hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
+            except FileNotFoundError:
+                raise AutosegError(f"{file} does not exist") from None
+    return hash_text(*parts)
+
+
+def load_case(dataset: Dataset, case: Case) -> LoadedCase:
+    """Decode and check one case. Faults of the data come as findings; nothing is raised for them."""
+    findings: list[Finding] = []
+    image = stored = labels = None
+    content_hash = ""
+
+    def fault(problem: str, cure: str) -> None:
+        findings.append(Finding(case=case.id, severity="error", problem=problem, cure=cure))
+
+    try:
+        content_hash = hash_case(dataset, case)
+        channels = len(dataset.channel_names)
+        paths = [Path(path) for path in case.images]
+        parts = [read_stored(path, channels=expected_in_file(len(paths), channels)) for path in paths]
+        image, stored = join(parts, paths, channels)
+        if stored.dimension == 3 and not all(part.sized for part in parts):
+            problem = f"{paths[0].name} does not say its voxel size, 1 mm is taken"
+            cure = f'put {{"spacing": [z, y, x]}} into {case.id}.json beside it'
+            findings.append(Finding(case=case.id, severity="warning", problem=problem, cure=cure))
+    except AutosegError as error:
+        fault(*problem_and_cure(error))
+    label = None
+    if case.label is None:
+        fault("no label file", f"add labelsTr/{case.id}{dataset.file_ending} or remove the image")
+    else:
+        try:
+            decoded = read_stored(Path(case.label), indices=True)
+            label, _ = whole_labels(decoded, Path(case.label))
+            if image is not None and not decoded.sized and label.grid.shape == image.grid.shape:
+                label = Volume(array=label.array, grid=image.grid)
+        except AutosegError as error:
+            fault(*problem_and_cure(error))
+    if image is not None:
+        found, labels = check_case(case.id, image, label, dataset.labels, dataset.channel_names)
+        findings += found
+    return LoadedCase(
+        case=case.id,
+        image=image,
+        labels=labels,
+        stored=stored,
+        content_hash=content_hash,
+        findings=tuple(findings),
+    )
+
+
+def problem_and_cure(error: AutosegError) -> tuple[str, str]:
+    """The two halves of an error message around its first semicolon."""
+    problem, _, cure = str(error).partition("; ")
+    return problem, cure or "repair the file or remove the case"
+
+
+def check_case(
+    case: str, image: Volume, label: Volume | None, labels: Labels, channel_names: Sequence[str]
+) -> tuple[tuple[Finding, ...], np.ndarray | None]:
+    """Findings of a decoded case, and its labels as int16 class indices (Z, Y, X) on the image's grid.
+
+    `label` (1, Z, Y, X) holds values of the file. The indices are None without label or where an error forbids them.
+    """
+    findings: list[Finding] = []
+
+    def found(severity: Literal["error", "warning"], problem: str, cure: str) -> None:
+        findings.append(Finding(case=case, severity=severity, problem=problem, cure=cure))
+
+    for name, channel in zip(channel_names, image.array):
+        low, high = float(channel.min()), float(channel.max())
+        # min and max of an array with NaN are NaN, so no pass over the voxels is needed to find one.
+        if not np.isfinite((low, high)).all():
+            count = int(channel.size - np.isfinite(channel).sum())
+            found(
+                "error", f"channel {name} has {count} voxels that are NaN or infinite", "replace them, for example by 0"
+            )
+        elif low == high:
+            found("warning", f"channel {name} has the value {low:g} everywhere", "check that it was exported rightly")
+    if label is None:
+        return tuple(findings), None
+    if difference := mismatch(image.grid, label.grid):
+        cure = (
+            "resample the label onto the image"
+            if difference.startswith(("shape", "dimension"))
+            else "copy the image's header to the label if it was drawn on this image, else resample it"
+        )
+        found("error", f"image and label differ in {difference}", cure)
+        return tuple(findings), None
+    try:
+        indices = labels.to_indices(label.array[0])
+    except ValueError:
+        unexpected = labels.unexpected(label.array)
+        cure = "name them in `labels` of dataset.json, or replace them in the file"
+        known = ", ".join(map(str, sorted(labels.values)))
+        found("error", f"label values {names(map(str, unexpected))}, named are {known}", cure)
+        return tuple(findings), None
+    if not indices.any():
+        found("warning", "no foreground: every label is background", "fine if the structure is absent")
+    return tuple(findings), indices
+
+
+def check_dataset(dataset: Dataset, hashes: Mapping[str, str]) -> tuple[Finding, ...]:
+    """Findings about the dataset as a whole: its notes, and cases with the same files. `hashes`: case -> content."""
+    findings = [
+        Finding(case="", severity="warning", problem=note, cure="correct dataset.json or look for missing files")
+        for note in dataset.notes
+    ]
+    seen: dict[str, tuple[str, str]] = {}
+    for case, content_hash in hashes.items():
+        image, _, label = content_hash.partition("-")
+        first, first_label = seen.setdefault(image, (case, label))
+        if first == case:
+            continue
+        if label == first_label:
+            problem, cure = f"same image and labels as {first}", "remove one of the two"
+            findings.append(Finding(case=case, severity="error", problem=problem, cure=cure))
+        else:
+            problem, cure = f"same image as {first}, other labels", "keep one, or keep both in one fold"
+            findings.append(Finding(case=case, severity="warning", problem=problem, cure=cure))
+    return tuple(findings)
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """All findings as one table of text, errors first, then by case."""
+    if not findings:
+        return "no findings"
+    ordered = sorted(findings, key=lambda finding: (finding.severity, finding.case))
+    rows = [("severity", "case", "problem", "cure")]
+    rows += [(f.severity, f.case or "(dataset)", " ".join(f.problem.split()), f.cure) for f in ordered]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join("  ".join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[3])) for row in rows)
