@@ -1,0 +1,241 @@
+"""prepare(): a raw case becomes what a network reads; restore(): its exact way back.
+
+Order: crop to content -> plan order -> normalise -> resample. Normalising comes before resampling because
+interpolation would smear the empty border into the content. The image never depends on the labels, so training
+and prediction go through the same function and see the same numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+
+from autoseg.labels import UNSEEN, Labels
+from autoseg.records import record
+from autoseg.resample import resample_argmax, resample_image, resample_labels, resample_logits
+from autoseg.schema import ChannelNorm, Configuration, Plan
+from autoseg.volume import Box, Grid, Volume, bounding_box, canonical_grid, cut, paste
+
+LOCATION_SEED = 1234
+MOST_LOCATIONS = 10_000
+LEAST_FRACTION = 0.01
+
+PREPROCESS_VERSION = 1
+"""Part of every prepared case's key: raise it when the same input would now be prepared differently."""
+
+
+@record
+class Trace:
+    """All that leads from a prepared case back to its file. `axis_order`, `spacing_mm` and `shape` as in the plan."""
+
+    case: str
+    stored: Grid
+    crop: Box
+    axis_order: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    shape: tuple[int, int, int]
+
+    @property
+    def cropped_shape(self) -> tuple[int, int, int]:
+        """Shape after the crop and before resampling, in plan order."""
+        return tuple(self.crop.shape[axis] for axis in self.axis_order)  # type: ignore[return-value]
+
+    @property
+    def original_spacing_mm(self) -> tuple[float, float, float]:
+        """Spacing before resampling, in plan order."""
+        spacing = canonical_grid(self.stored).spacing_mm
+        return tuple(spacing[axis] for axis in self.axis_order)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Cropped:
+    """A case cut to its content, canonical order.
+
+    image: float32 (C, Z, Y, X); labels: int16 (Z, Y, X), `UNSEEN` where background lies outside the content;
+    content: bool (Z, Y, X), None where every voxel is content.
+    """
+
+    case: str
+    stored: Grid
+    image: np.ndarray
+    labels: np.ndarray
+    content: np.ndarray | None
+    crop: Box
+    ratio: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PreparedCase:
+    """What training and prediction read, in plan order.
+
+    image: float32 (C, Z, Y, X); labels: integer (Z, Y, X), `UNSEEN` outside the content;
+    locations: class index -> int32 (n, 3), voxels of that class to centre patches on.
+    """
+
+    case: str
+    image: np.ndarray
+    labels: np.ndarray
+    locations: dict[int, np.ndarray]
+    trace: Trace
+
+
+def content_mask(image: np.ndarray) -> np.ndarray:
+    """Voxels (Z, Y, X) that are non-zero in any channel of image (C, Z, Y, X), holes filled.
+
+    A hole is a zero region that does not reach the border through faces; in a single slice, through edges of it.
+    """
+    mask = (image != 0).any(axis=0)
+    if mask.all() or not mask.any():
+        return mask
+    # A rim of outside makes "touches the border" one component; a flat axis gets none, or it would connect all holes.
+    rim = [(1, 1) if n > 1 else (0, 0) for n in mask.shape]
+    # As uint8: cc3d 4.1 fails on some small boolean arrays.
+    outside = cc3d.connected_components(np.pad(~mask, rim, constant_values=True).astype(np.uint8), connectivity=6)
+    inner = tuple(slice(a, a + n) for (a, _), n in zip(rim, mask.shape))
+    return outside[inner] != outside.flat[0]
+
+
+def crop_to_content(case: str, image: Volume, labels: np.ndarray | None, stored: Grid) -> Cropped:
+    """Cut a canonical case to the bounding box of its content (nnU-Net's crop to non-zero).
+
+    labels: class indices (Z, Y, X) or None when predicting. An all-zero image is kept whole.
+    """
+    mask = content_mask(image.array)
+    box = bounding_box(mask)
+    inside = cut(mask, box, False)
+    marked = np.zeros(box.shape, np.int16) if labels is None else cut(labels.astype(np.int16, copy=False), box, 0)
+    full = bool(inside.all()) or not mask.any()
+    if not full:
+        marked[(marked == 0) & ~inside] = UNSEEN
+    return Cropped(
+        case=case,
+        stored=stored,
+        image=cut(image.array, box, 0),
+        labels=marked,
+        content=None if full else inside,
+        crop=box,
+        ratio=float(np.prod(box.shape) / mask.size),
+    )
+
+
+def normalise_channel(channel: np.ndarray, norm: ChannelNorm, content: np.ndarray | None) -> np.ndarray:
+    """One channel (Z, Y, X) on its normalised scale, float32. Statistics are summed in float64."""
+    if norm.scheme == "zscore":
+        region = channel[content] if norm.masked and content is not None else channel
+        mean, std = region.mean(dtype=np.float64), max(region.std(dtype=np.float64), 1e-8)
+        scaled = (channel - np.float32(mean)) / np.float32(std)
+        return np.where(content, scaled, channel) if norm.masked and content is not None else scaled
+    if norm.scheme == "ct":
+        if norm.stats is None:
+            raise ValueError(f"channel {norm.channel!r}: CT normalisation needs the statistics of the fingerprint")
+        clipped = channel.clip(norm.stats.percentile_00_5, norm.stats.percentile_99_5)
+        return (clipped - np.float32(norm.stats.mean)) / np.float32(max(norm.stats.std, 1e-8))
+    if norm.scheme == "rescale":
+        shifted = channel - channel.min()
+        return shifted / max(shifted.max(), np.float32(1e-8))
+    if norm.scheme == "rgb":
+        if channel.min() < 0 or channel.max() > 255:
+            raise ValueError(
+                f"channel {norm.channel!r} has values {channel.min():g} to {channel.max():g}, "
+                "but its name asks for 8-bit colours, 0 to 255; rename it in dataset.json or convert the images"
+            )
+        return channel / np.float32(255)
+    return channel
+
+
+def target_spacing_mm(configuration: Configuration, current_mm: Sequence[float]) -> tuple[float, float, float]:
+    """Spacing of a prepared case; a 2D configuration keeps the case's own distance between slices."""
+    if configuration.dimension == 2:
+        return (current_mm[0], *configuration.spacing_mm)  # type: ignore[return-value]
+    return configuration.spacing_mm  # type: ignore[return-value]
+
+
+def new_shape(shape: Sequence[int], current_mm: Sequence[float], target_mm: Sequence[float]) -> tuple[int, ...]:
+    """Shape of the same extent at another spacing, at least one voxel an axis."""
+    return tuple(max(1, round(c / t * n)) for n, c, t in zip(shape, current_mm, target_mm))
+
+
+def find_locations(labels: np.ndarray, classes: Sequence[int]) -> dict[int, np.ndarray]:
+    """For each class that occurs, voxels (n, 3) drawn without replacement with a fixed seed.
+
+    n is 10 000, all of them where there are fewer, and never less than 1 % of the class.
+    """
+    rng = np.random.default_rng(LOCATION_SEED)
+    found = {}
+    for index in classes:
+        where = np.flatnonzero(labels == index)
+        if not where.size:
+            continue
+        count = max(min(MOST_LOCATIONS, where.size), int(np.ceil(LEAST_FRACTION * where.size)))
+        chosen = where if count == where.size else np.sort(rng.choice(where, count, replace=False))
+        found[index] = np.stack(np.unravel_index(chosen, labels.shape), axis=1).astype(np.int32)
+    return found
+
+
+def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configuration]) -> Iterator[PreparedCase]:
+    """Prepare one cropped case for several configurations; it is normalised once.
+
+    Raises ValueError if the image has another number of channels than the plan.
+    """
+    if len(plan.channels) != cropped.image.shape[0]:
+        raise ValueError(f"the image has {cropped.image.shape[0]} channels, the plan expects {len(plan.channels)}")
+    order = plan.axis_order
+    image = np.stack([normalise_channel(x, norm, cropped.content) for x, norm in zip(cropped.image, plan.channels)])
+    image = np.ascontiguousarray(image.transpose(0, *(1 + axis for axis in order)), dtype=np.float32)
+    labels = np.ascontiguousarray(cropped.labels.transpose(order))
+    spacing = canonical_grid(cropped.stored).spacing_mm
+    current = tuple(spacing[axis] for axis in order)
+    for configuration in configurations:
+        target = target_spacing_mm(configuration, current)
+        shape = new_shape(labels.shape, current, target)
+        resampled = resample_labels(labels, current, target, shape, configuration.resampling)
+        yield PreparedCase(
+            case=cropped.case,
+            image=resample_image(image, current, target, shape, configuration.resampling),
+            labels=resampled,
+            locations=find_locations(resampled, plan.labels.foreground),
+            trace=Trace(
+                case=cropped.case,
+                stored=cropped.stored,
+                crop=cropped.crop,
+                axis_order=order,
+                spacing_mm=target,
+                shape=shape,  # type: ignore[arg-type]
+            ),
+        )
+
+
+def prepare(
+    case: str, image: Volume, labels: np.ndarray | None, stored: Grid, plan: Plan, configuration: Configuration
+) -> PreparedCase:
+    """Canonical image (and class indices (Z, Y, X), None when predicting) -> the case as the network reads it."""
+    return next(prepare_each(crop_to_content(case, image, labels, stored), plan, [configuration]))
+
+
+def restore(logits: np.ndarray, trace: Trace, configuration: Configuration) -> np.ndarray:
+    """Inverse of `prepare` for logits (K, Z, Y, X): class indices on the file's canonical grid, background outside.
+
+    The logits are resampled, not the labels, and one class at a time, so that memory does not grow with the classes.
+    """
+    current, original = trace.spacing_mm, trace.original_spacing_mm
+    indices = resample_argmax(logits, current, original, trace.cropped_shape, configuration.resampling)
+    return _uncrop(indices, trace, 0)
+
+
+def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, configuration: Configuration) -> np.ndarray:
+    """As `restore`, but float32 probabilities (K, Z, Y, X); outside the crop the background is certain."""
+    current, original = trace.spacing_mm, trace.original_spacing_mm
+    resampled = resample_logits(logits, current, original, trace.cropped_shape, configuration.resampling)
+    probabilities = _uncrop(labels.probabilities(resampled).astype(np.float32), trace, 0)
+    outside = np.ones(probabilities.shape[1:], bool)
+    outside[trace.crop.slices()] = False
+    probabilities[0][outside] = 1
+    return probabilities
+
+
+def _uncrop(array: np.ndarray, trace: Trace, fill: float) -> np.ndarray:
+    """Trailing axes from cropped plan order back to the whole canonical grid."""
+    lead = array.ndim - 3
+    back = array.transpose(*range(lead), *(lead + trace.axis_order.index(axis) for axis in range(3)))
+    return paste(back, trace.crop, canonical_grid(trace.stored).shape, fill)

@@ -1,0 +1,60 @@
+"""Fingerprint: numbers by hand, cases weigh the same, none without foreground."""
+
+import numpy as np
+import pytest
+from toys import grid
+
+from autoseg import fingerprint
+from autoseg.fingerprint import channel_stats, measure_case, summarise
+from autoseg.preprocess import crop_to_content
+from autoseg.records import AutosegError, load_json, save_json
+from autoseg.schema import Fingerprint
+from autoseg.volume import Volume
+
+
+def measured(name, image, labels, dimension=3):
+    here = grid(image.shape[1:], dimension=dimension)
+    cropped = crop_to_content(name, Volume(array=image.astype(np.float32), grid=here), labels, here)
+    return measure_case(cropped, f"hash of {name}", 2)
+
+
+def test_no_foreground_at_all_gives_no_statistics():
+    nothing = measured("a", np.ones((1, 5, 7, 11)), np.zeros((5, 7, 11), np.int16))
+    assert summarise("D", ("MR",), [nothing]).intensities == (None,)
+
+
+def test_statistics_by_hand():
+    stats = channel_stats(np.array([1, 2, 3, 4], np.float32))
+    assert (stats.mean, stats.median, stats.minimum, stats.maximum) == (2.5, 2.5, 1, 4)
+    assert stats.std == pytest.approx(np.sqrt(1.25))
+    assert stats.percentile_00_5 == pytest.approx(1.015)
+    assert stats.percentile_99_5 == pytest.approx(3.985)
+
+
+def test_only_foreground_counts_and_every_case_weighs_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(fingerprint, "SAMPLES", 20_000)
+    image, labels = np.full((2, 5, 7, 11), 50.0), np.zeros((5, 7, 11), np.int16)
+    labels[2] = 1
+    image[0, 2], image[1, 2] = 10, 1000
+    other, few = np.full((2, 5, 7, 11), 50.0), np.zeros((5, 7, 11), np.int16)
+    few[4, 6, 10] = 2
+    other[0, 4, 6, 10], other[1, 4, 6, 10] = 20, 3000
+    other[:, 0] = 0  # cropped away
+    made = summarise("D", ("a", "b"), [measured("x", image, labels), measured("y", other, few)])
+    assert made.intensities[0].mean == 15
+    assert made.intensities[1].mean == 2000
+    assert made.cases[1].shape == (4, 7, 11)
+    assert made.cases[1].crop_ratio == 0.8
+    assert made.cases[0].spacing_mm == (3.0, 1.0, 0.5)
+    save_json(made, tmp_path / "f.json")
+    assert load_json(Fingerprint, tmp_path / "f.json") == made
+    swapped = summarise("D", ("a", "b"), [measured("z", image, labels), measured("y", other, few)])
+    assert swapped.data_hash() != made.data_hash()
+
+
+def test_2d_and_3d_do_not_mix():
+    flat = measured("flat", np.ones((1, 1, 7, 11)), np.ones((1, 7, 11), np.int16), dimension=2)
+    deep = measured("deep", np.ones((1, 5, 7, 11)), np.ones((5, 7, 11), np.int16))
+    assert summarise("D", ("a",), [flat]).dimension == 2
+    with pytest.raises(AutosegError, match="flat"):
+        summarise("D", ("a",), [deep, flat])
