@@ -1,0 +1,87 @@
+"""Augmentation: everything random is drawn for a batch first, then applied on the device where the batch is.
+
+An augmentation is made once for a run. Each batch, `draw` decides, `Draws.source_shape` tells the sampler how large a
+box to cut for each sample, and `apply` turns the boxes into a batch:
+
+    augmentation = make_augmentation("default", patch=(128, 128, 128), dimension=3, masked=(False,))
+    draws = augmentation.draw(rng, batch=2, channels=1)
+    image, labels = augmentation.apply(draws, [cut(sample, draws.source_shape(sample)) for sample in range(2)])
+
+`default` is nnU-Net v2's, `none` leaves patches as they are, `batchgenerators` is nnU-Net v1's by the original classes;
+`package.module:name` is a callable of your own, see `Transform`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from autoseg.augment import classic, foreign
+from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation, Policy, Source
+from autoseg.augment.foreign import Transform
+from autoseg.records import AutosegError
+from autoseg.schema import Dimension
+
+__all__ = ["AUGMENTATIONS", "Augmentation", "Drawn", "Policy", "Source", "Transform", "make_augmentation"]
+
+
+class Drawn(Protocol):
+    """What `draw` returns: opaque to the caller but for the boxes to cut."""
+
+    def source_shape(self, sample: int) -> tuple[int, ...]:
+        """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
+        ...
+
+
+class Augmentation(Protocol):
+    """What `make_augmentation` returns."""
+
+    def draw(self, rng: np.random.Generator, batch: int, channels: int) -> Any:
+        """Decide everything for a batch; returns a `Drawn`."""
+        ...
+
+    def apply(self, draws: Any, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
+        """One (image (C, *box), labels (*box)) a sample -> image (B, C, *patch) float32, labels (B, *patch) int64."""
+        ...
+
+
+Maker = Callable[[tuple[int, ...], Dimension, tuple[bool, ...]], Augmentation]
+
+
+def _follow(policy: Policy) -> Maker:
+    return lambda patch, dimension, masked: DefaultAugmentation(
+        policy=policy, patch=patch, dimension=dimension, masked=masked
+    )
+
+
+def _classic(patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, ...]) -> Augmentation:
+    return foreign.ForeignAugmentation(
+        name="batchgenerators",
+        transform=classic.classic(patch),
+        box=classic.enlarged(patch),
+        patch=patch,
+        masked=masked,
+    )
+
+
+AUGMENTATIONS: dict[str, Maker] = {"default": _follow(DEFAULT), "none": _follow(NONE), "batchgenerators": _classic}
+
+
+def make_augmentation(name: str, *, patch: Sequence[int], dimension: Dimension, masked: Sequence[bool]) -> Augmentation:
+    """The augmentation called `name` for patches of shape `patch`: (Z, Y, X), or (Y, X) where `dimension` is 2.
+
+    `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
+    Raises AutosegError for a name that is neither in AUGMENTATIONS nor a callable's `package.module:name`.
+    """
+    patch, masked = tuple(patch), tuple(masked)
+    if len(patch) != dimension or min(patch) < 1:
+        raise ValueError(f"a patch of shape {patch} does not fit a {dimension}D configuration")
+    if ":" in name:
+        return foreign.ForeignAugmentation(
+            name=name, transform=foreign.load(name), box=patch, patch=patch, masked=masked
+        )
+    if name not in AUGMENTATIONS:
+        known = ", ".join(AUGMENTATIONS)
+        raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
+    return AUGMENTATIONS[name](patch, dimension, masked)

@@ -1,0 +1,225 @@
+"""The augmentation of nnU-Net v2 (Isensee et al., Nature Methods 2021): its transforms, order and distributions.
+
+Everything random is drawn for the whole batch before a voxel is read, from one generator that the caller seeds: two
+callers with spawned generators share nothing. (The original's worker processes share one torch stream, so that their
+on/off decisions repeat one another.) Three more choices. Noise strength is a standard deviation, as the original's
+code has it, not a variance, as it is called there. The source box is exactly what the drawn map reads; the original
+shows black corners beyond a fixed box. Mirroring happens while reading: in distribution every later step commutes
+with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoseg.augment import geometry, intensity
+from autoseg.records import record
+from autoseg.schema import Dimension
+
+Source = tuple[Tensor, Tensor]
+Range = tuple[float, float]
+
+
+@record
+class Policy:
+    """Probabilities a sample, and ranges that are drawn from uniformly. A pair about 1 is halved: see `_about_one`."""
+
+    rotation: float = 0.2
+    scaling: float = 0.2
+    scale: Range = (0.7, 1.4)
+    """One factor for all axes; above 1 objects shrink."""
+    noise: float = 0.1
+    noise_sigma: Range = (0.0, 0.1)
+    blur: float = 0.2
+    blur_channel: float = 0.5
+    """Probability of each channel, once the sample was chosen."""
+    blur_sigma: Range = (0.5, 1.0)
+    brightness: float = 0.15
+    brightness_factor: Range = (0.75, 1.25)
+    contrast: float = 0.15
+    contrast_factor: Range = (0.75, 1.25)
+    low_resolution: float = 0.25
+    low_resolution_channel: float = 0.5
+    zoom: Range = (0.5, 1.0)
+    gamma_inverted: float = 0.1
+    gamma: float = 0.3
+    gamma_exponent: Range = (0.7, 1.5)
+    mirror: float = 0.5
+    """Probability of each axis."""
+
+
+DEFAULT = Policy()
+NONE = Policy(
+    rotation=0, scaling=0, noise=0, blur=0, brightness=0, contrast=0,
+    low_resolution=0, gamma_inverted=0, gamma=0, mirror=0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Draws:
+    """What was drawn for a batch of B samples with C channels; D spatial axes. A neutral value means "left out"."""
+
+    patch: tuple[int, ...]
+    affine: np.ndarray
+    """(B, D, D): patch offsets to source offsets, in voxels; neutral: the identity."""
+    mirrored: np.ndarray
+    """(B, D) bool."""
+    noise_sigma: np.ndarray
+    """(B,); neutral: 0."""
+    noise_seed: np.ndarray
+    """(B,) int64."""
+    blur_sigma: np.ndarray
+    """(B, C, D) in voxels; neutral: 0."""
+    brightness: np.ndarray
+    """(B, C); neutral: 1, as of all that follow."""
+    contrast: np.ndarray
+    zoom: np.ndarray
+    """(B, C, D)."""
+    gamma_inverted: np.ndarray
+    gamma: np.ndarray
+
+    def source_shape(self, sample: int) -> tuple[int, ...]:
+        """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
+        return geometry.source_shape(self.affine[sample], self.patch)
+
+
+@record
+class DefaultAugmentation:
+    """Draws and applies a `Policy` to patches of one shape.
+
+    `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
+    """
+
+    policy: Policy
+    patch: tuple[int, ...]
+    dimension: Dimension
+    masked: tuple[bool, ...]
+
+    @property
+    def planar(self) -> bool:
+        """Whether axis 0 of a 3D patch is so short that it takes no part in rotation, scaling and low resolution."""
+        return is_planar(self.patch)
+
+    def draw(self, rng: np.random.Generator, batch: int, channels: int) -> Draws:
+        """Decide everything for `batch` samples of `channels` channels.
+
+        The count of numbers taken from `rng` depends on the shapes alone, never on what is drawn.
+        """
+        policy, axes = self.policy, len(self.patch)
+        each = (batch, channels)
+        chosen = rng.random(batch) < policy.rotation
+        limit = rotation_limit_rad(self.patch)
+        angles = rng.uniform(-limit, limit, (batch, 1 if axes == 2 or self.planar else 3)) * chosen[:, None]
+        scales = np.where(rng.random(batch) < policy.scaling, rng.uniform(*policy.scale, batch), 1.0)
+        affine = np.tile(np.eye(axes), (batch, 1, 1))
+        for matrix, angle, scale in zip(affine, angles, scales):
+            moving = slice(1, None) if self.planar else slice(None)
+            matrix[moving, moving] = geometry.rotation(angle) * scale
+        noisy = rng.random(batch) < policy.noise
+        noise_sigma = noisy * rng.uniform(*policy.noise_sigma, batch)
+        noise_seed = rng.integers(2**63 - 1, size=batch)
+        blurred = _chosen(rng, policy.blur, policy.blur_channel, each)
+        blur_sigma = blurred[..., None] * rng.uniform(*policy.blur_sigma, (*each, axes))
+        brightness = _about_one(rng, policy.brightness, policy.brightness_factor, each)
+        contrast = _about_one(rng, policy.contrast, policy.contrast_factor, each)
+        coarse = _chosen(rng, policy.low_resolution, policy.low_resolution_channel, each)
+        zoom = np.repeat(np.where(coarse, rng.uniform(*policy.zoom, each), 1.0)[..., None], axes, axis=-1)
+        if self.planar:
+            zoom[..., 0] = 1.0
+        gamma_inverted = _about_one(rng, policy.gamma_inverted, policy.gamma_exponent, each)
+        gamma = _about_one(rng, policy.gamma, policy.gamma_exponent, each)
+        return Draws(
+            patch=self.patch,
+            affine=affine,
+            mirrored=rng.random((batch, axes)) < policy.mirror,
+            noise_sigma=noise_sigma,
+            noise_seed=noise_seed,
+            blur_sigma=blur_sigma,
+            brightness=brightness,
+            contrast=contrast,
+            zoom=zoom,
+            gamma_inverted=gamma_inverted,
+            gamma=gamma,
+        )
+
+    def apply(self, draws: Draws, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
+        """Make a batch from one (image, labels) source a sample, on the device where the sources are.
+
+        A source is an image (C, *source_shape) float32 and labels (*source_shape) of an integer type, outside the image
+        content 0 and -1; a larger source of the same centre gives the same result. Returns the image (B, C, *patch)
+        float32 and the labels (B, *patch) int64, none negative. Sources are left as they are.
+        """
+        first = sources[0][0]
+        image = torch.empty((len(sources), len(first), *self.patch), dtype=torch.float32, device=first.device)
+        labels = torch.empty((len(sources), *self.patch), dtype=torch.int64, device=first.device)
+        for sample, (source_image, source_labels) in enumerate(sources):
+            _place(draws, sample, source_image, source_labels, image[sample], labels[sample])
+            _shade(draws, sample, image[sample])
+        return finish(image, labels, self.masked)
+
+
+def is_planar(patch: tuple[int, ...]) -> bool:
+    """Whether a 3D patch is more than three times as long as its axis 0: it is then moved slice by slice."""
+    return len(patch) == 3 and max(patch) / patch[0] > 3
+
+
+def rotation_limit_rad(patch: tuple[int, ...]) -> float:
+    """Largest angle: 30 degrees about each axis in 3D, 180 in a plane, 15 in a plane longer than 3 : 2 (only if 2D)."""
+    if len(patch) == 2:
+        return np.deg2rad(15 if max(patch) / min(patch) > 1.5 else 180)
+    return np.deg2rad(180 if is_planar(patch) else 30)
+
+
+def finish(image: Tensor, labels: Tensor, masked: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """In place: masked channels of (B, C, *patch) to zero where labels (B, *patch) are -1, then those labels to 0."""
+    if any(masked):
+        outside = labels < 0
+        for channel in np.flatnonzero(masked).tolist():
+            image[:, channel].masked_fill_(outside, 0.0)
+    return image, labels.clamp_(min=0)
+
+
+def _chosen(rng: np.random.Generator, sample: float, channel: float, each: tuple[int, int]) -> np.ndarray:
+    """(B, C) bool: which channels of the samples that were chosen."""
+    return (rng.random((each[0], 1)) < sample) & (rng.random(each) < channel)
+
+
+def _about_one(rng: np.random.Generator, probability: float, span: Range, each: tuple[int, int]) -> np.ndarray:
+    """(B, C) factors, 1 in samples not chosen; otherwise with equal chance below or above 1, uniform in that part."""
+    chosen = rng.random((each[0], 1)) < probability
+    below = rng.random(each) < 0.5
+    factors = np.where(below, rng.uniform(span[0], 1.0, each), rng.uniform(1.0, span[1], each))
+    return np.where(chosen, factors, 1.0)
+
+
+def _place(draws: Draws, sample: int, image: Tensor, labels: Tensor, out_image: Tensor, out_labels: Tensor) -> None:
+    shape = draws.source_shape(sample)
+    image, labels = geometry.centre(image, shape), geometry.centre(labels, shape)
+    affine, mirrored = draws.affine[sample], draws.mirrored[sample]
+    if np.array_equal(affine, np.eye(len(shape))):
+        geometry.mirror_into(image, labels, mirrored, out_image, out_labels)
+    else:
+        geometry.warp_into(image, labels, affine * np.where(mirrored, -1.0, 1.0), out_image, out_labels)
+
+
+def _shade(draws: Draws, sample: int, image: Tensor) -> None:
+    """All changes of grey values of one sample (C, *patch), in place, channel by channel in the order of the policy."""
+    if draws.noise_sigma[sample] > 0:
+        intensity.add_noise(image, float(draws.noise_sigma[sample]), int(draws.noise_seed[sample]))
+    for channel, values in enumerate(image):
+        at = sample, channel
+        if draws.blur_sigma[at].any():
+            intensity.blur(values, tuple(draws.blur_sigma[at].tolist()))
+        if draws.brightness[at] != 1:
+            values.mul_(float(draws.brightness[at]))
+        if draws.contrast[at] != 1:
+            intensity.change_contrast(values, float(draws.contrast[at]))
+        if (draws.zoom[at] != 1).any():
+            intensity.lower_resolution(values, tuple(draws.zoom[at].tolist()))
+        if draws.gamma_inverted[at] != 1:
+            intensity.change_gamma(values, float(draws.gamma_inverted[at]), inverted=True)
+        if draws.gamma[at] != 1:
+            intensity.change_gamma(values, float(draws.gamma[at]), inverted=False)
