@@ -1,0 +1,58 @@
+"""Networks by name. A plan names one of the table, or a user's own as `package.module:Name`.
+
+A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
+`forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
+list of logits, highest resolution first, that shrink by `spec.strides`; a list of one is allowed. Naming a module
+imports it: a plan that does so is as trustworthy as the code beside it.
+"""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+
+from torch import nn
+
+from autoseg.networks.resenc import resenc
+from autoseg.networks.unet import unet
+from autoseg.records import AutosegError
+from autoseg.schema import NetworkSpec
+
+__all__ = ["NETWORKS", "build"]
+
+NETWORKS: dict[str, Callable[[NetworkSpec, int, int], nn.Module]] = {"unet": unet, "resenc": resenc}
+
+
+def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
+    """The network that `spec` describes, with fresh weights drawn from torch's global generator, on the CPU.
+
+    Raises AutosegError for a name that is unknown, cannot be imported or is no network, and ValueError for a
+    specification that does not fit the architecture.
+    """
+    if spec.name in NETWORKS:
+        return NETWORKS[spec.name](spec, in_channels, heads)
+    if ":" not in spec.name:
+        raise AutosegError(
+            f"unknown network {spec.name!r}; choose one of {', '.join(NETWORKS)}, or name your own as "
+            "package.module:Name"
+        )
+    network = _own(spec.name)(spec, in_channels, heads)
+    if not isinstance(network, nn.Module):
+        raise AutosegError(f"{spec.name} gave a {type(network).__name__}; it must give a torch.nn.Module")
+    parameters = inspect.signature(network.forward).parameters.values()
+    if not any(p.name == "all_scales" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise AutosegError(f"the network {spec.name} must take `all_scales`: def forward(self, x, all_scales=False)")
+    return network
+
+
+def _own(name: str) -> Callable[[NetworkSpec, int, int], object]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise AutosegError(
+            f"the network {name!r} cannot be imported ({error}); is its folder on PYTHONPATH, its package installed?"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise AutosegError(f"the module {module_name!r} has no class or function {attribute!r}")
+    return found
