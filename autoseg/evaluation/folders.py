@@ -1,0 +1,137 @@
+"""Evaluate label files: find the pairs of truth and prediction, refuse what cannot be compared, score in threads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoseg.evaluation.metrics import DEFAULT_TOLERANCE_MM, CaseScore, score_case
+from autoseg.evaluation.summary import Summary, summarise
+from autoseg.labels import Labels
+from autoseg.parallel import map_cases, raise_failures
+from autoseg.readers import ENDINGS, read_labels
+from autoseg.records import AutosegError, load_json
+from autoseg.volume import Volume, mismatch
+
+NAMES_SHOWN = 10
+
+Pair = tuple[str, Path, Path]
+"""Case, file of the truth, file of the prediction."""
+
+
+def evaluate_folders(
+    truth: Path,
+    prediction: Path,
+    *,
+    labels: Labels | None = None,
+    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    workers: int | None = None,
+    partial: bool = False,
+    quiet: bool = False,
+) -> Summary:
+    """Score every label file of `truth` against the file of the same case in `prediction`.
+
+    A case is a file name without its ending. `labels` default to those of a dataset.json in or above either folder, and
+    without one to the values found in the files, 0 being the background. Predictions without a truth are passed over.
+
+    Raises AutosegError that names the cases without prediction (unless `partial`: then they are passed over), whose
+    grids differ, or that hold values which no label has.
+    """
+    truths, predictions = _label_files(truth), _label_files(prediction)
+    missing = sorted(set(truths) - set(predictions))
+    if missing and not partial:
+        raise AutosegError(
+            f"{prediction} has no prediction for {len(missing)} of {len(truths)} cases of {truth}: {_few(missing)}; "
+            "predict them, or score only those that are there with --partial"
+        )
+    pairs = [(case, truths[case], predictions[case]) for case in sorted(set(truths) & set(predictions))]
+    if not pairs:
+        raise AutosegError(f"no case of {truth} has a prediction in {prediction}; files of one case share one name")
+    labels = labels or _find_labels(truth, prediction) or _labels_in(pairs, workers, quiet)
+    return evaluate_pairs(pairs, labels, tolerance_mm=tolerance_mm, workers=workers, quiet=quiet)
+
+
+def evaluate_pairs(
+    pairs: Sequence[Pair],
+    labels: Labels,
+    *,
+    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Summary:
+    """Score pairs of label files in `workers` threads; errors as in `evaluate_folders`.
+
+    For arrays in memory: `score_case` on each pair, then `summarise`, which is all that happens here after reading.
+    """
+    values = dict(zip(labels.names[1:], labels.values[1:]))
+
+    def score(pair: Pair) -> tuple[CaseScore, ...]:
+        case, truth_path, prediction_path = pair
+        truth, prediction = _read(truth_path, labels), _read(prediction_path, labels)
+        if difference := mismatch(truth.grid, prediction.grid):
+            raise AutosegError(
+                f"truth and prediction lie on different grids ({difference}); predict from the image that the truth "
+                "was drawn on, or resample the prediction to the grid of the truth with nearest-neighbour interpolation"
+            )
+        return score_case(case, truth.array[0], prediction.array[0], truth.grid.spacing_mm, values, tolerance_mm)
+
+    outcomes = map_cases(score, pairs, name=lambda pair: pair[0], what="evaluate", workers=workers, quiet=quiet)
+    scores = [score for scores in raise_failures(outcomes, "evaluate") for score in scores]
+    return summarise(scores, values, tolerance_mm)
+
+
+def _read(path: Path, labels: Labels) -> Volume:
+    volume, _ = read_labels(path)
+    unexpected = labels.unexpected(volume.array)
+    if unexpected:
+        raise AutosegError(
+            f"{path} holds the values {_few(unexpected)}, which no label has (labels: {sorted(labels.values)}); "
+            "correct the file or the labels in dataset.json"
+        )
+    return volume
+
+
+def _label_files(folder: Path) -> dict[str, Path]:
+    """Case -> file, for every file of `folder` that a reader knows. Raises AutosegError if there are none, or two."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
+        if ending is None or path.name.startswith("."):
+            continue
+        case = path.name[: -len(ending)]
+        if case in files:
+            raise AutosegError(
+                f"{folder} has two files for case {case}: {files[case].name} and {path.name}; remove one"
+            )
+        files[case] = path
+    if not files:
+        raise AutosegError(f"{folder} is no folder with label files ({', '.join(ENDINGS)})")
+    return files
+
+
+def _find_labels(truth: Path, prediction: Path) -> Labels | None:
+    """The labels of the first dataset.json in or just above the two folders."""
+    for folder in (truth, truth.resolve().parent, prediction, prediction.resolve().parent):
+        path = folder / "dataset.json"
+        if path.is_file():
+            return Labels.from_dataset(load_json(dict[str, Any], path).get("labels", {}))
+    return None
+
+
+def _labels_in(pairs: Sequence[Pair], workers: int | None, quiet: bool) -> Labels:
+    """One class for each value but 0 that any of the files holds, called by its value."""
+
+    def values_of(pair: Pair) -> set[int]:
+        return {int(value) for path in pair[1:] for value in np.unique(read_labels(path)[0].array)}
+
+    outcomes = map_cases(values_of, pairs, name=lambda pair: pair[0], what="find labels", workers=workers, quiet=quiet)
+    values = sorted(set().union(*raise_failures(outcomes, "evaluate")) - {0})
+    if not values:
+        raise AutosegError("the label files hold nothing but background; there is nothing to score")
+    return Labels(names=("background", *map(str, values)), values=(0, *values))
+
+
+def _few(names: Sequence[object]) -> str:
+    shown = ", ".join(map(str, names[:NAMES_SHOWN]))
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

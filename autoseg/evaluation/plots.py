@@ -1,0 +1,43 @@
+"""Pictures of numbers: the course of a training."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from autoseg.records import atomic_write
+
+
+def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw loss, pseudo-Dice and learning rate over the epochs of `lines` (metrics.jsonl) to the PNG `path`.
+
+    Drawn without matplotlib's global state, so that it may be called from any thread and needs no display.
+    """
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    losses, dice, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
+    epochs = [line["epoch"] + 1 for line in lines]
+
+    def draw(axes: Any, values: Sequence[float | None], label: str, **style: Any) -> None:
+        shown = [float("nan") if value is None else value for value in values]
+        axes.plot(epochs, shown, label=label, marker="." if len(epochs) < 30 else None, **style)
+
+    draw(losses, [line["training_loss"] for line in lines], "training")
+    draw(losses, [line["validation_loss"] for line in lines], "validation patches")
+    losses.set_ylabel("loss")
+    names = list(lines[-1]["pseudo_dice"]) if lines else []
+    for name in names[:10]:
+        draw(dice, [line["pseudo_dice"][name] for line in lines], name, linewidth=1)
+    draw(dice, [line["smooth_pseudo_dice"] for line in lines], "mean, smoothed", color="black", linewidth=2)
+    dice.set_ylabel("pseudo-Dice of patches")
+    dice.set_ylim(0, 1)
+    draw(rate, [line["learning_rate"] for line in lines], "learning rate", color="grey")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("epoch")
+    for axes in (losses, dice):
+        axes.legend(loc="best", fontsize="small")
+        axes.grid(alpha=0.3)
+    with atomic_write(path, "wb") as file:
+        canvas.print_png(file)
