@@ -1,0 +1,94 @@
+"""Save and load the state of a run. What exists under its final name is whole.
+
+A checkpoint is a folder `checkpoint_<step>`: weights.safetensors, optimizer.pt and state.json, written under another
+name and renamed last; the one before is removed after that. Weights are safetensors, descriptions JSON; the
+optimizer's tensors are loaded with `weights_only=True`. Nothing is ever unpickled.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from autoseg.records import AutosegError, load_json, record, save_json, sync
+
+PREFIX = "checkpoint_"
+
+
+@record
+class Progressed:
+    """How far a run has come. `step` optimizer steps are done; everything random follows from seed and step."""
+
+    step: int
+    smooth_pseudo_dice: float | None = None
+    skipped_steps: int = 0
+    epoch_losses: tuple[float, ...] = ()
+    """Training losses of the epoch under way."""
+    seconds: float = 0.0
+    """Training time so far, over all sessions."""
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write the network's tensors to `path` (safetensors), whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill the network from `path`. Raises AutosegError for a missing, broken or unfitting file."""
+    try:
+        network.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise AutosegError(f"{path} does not exist; train this fold first") from None
+    except SafetensorError as error:
+        raise AutosegError(f"{path} is damaged ({error}); train again or restore the file") from None
+    except RuntimeError as error:
+        raise AutosegError(f"the weights in {path} do not fit the planned network: {error}") from None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a fold, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def save_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, progressed: Progressed) -> Path:
+    """Write a checkpoint of the fold in `folder` and remove older ones. Returns its path."""
+    final = folder / f"{PREFIX}{progressed.step:09d}"
+    if final.exists():
+        return final
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_weights(network, temporary / "weights.safetensors")
+    torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+    sync(temporary / "optimizer.pt")
+    save_json(progressed, temporary / "state.json")
+    sync(temporary)
+    older = checkpoints(folder)
+    os.replace(temporary, final)
+    sync(folder)
+    for path in older:
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> Progressed | None:
+    """Load the newest checkpoint of the fold in `folder`; None if there is none."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    load_weights(network, newest / "weights.safetensors")
+    device = next(network.parameters()).device
+    state: dict[str, Any] = torch.load(newest / "optimizer.pt", map_location=device, weights_only=True)
+    optimizer.load_state_dict(state)
+    return load_json(Progressed, newest / "state.json")

@@ -1,0 +1,229 @@
+"""Which patches a training step sees, cut from the prepared cases and assembled into a Batch.
+
+Everything random in step n comes from a generator seeded with (seed, stream, n). So any step can be repeated on its
+own, the streams of training and validation never meet, the number of threads changes nothing, and a resumed run
+needs no saved random state. A patch is chosen by its centre; only the box that its drawn transform needs is read.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoseg.augment import Augmentation, Drawn
+from autoseg.labels import UNSEEN
+from autoseg.preprocess import PreparedCase
+from autoseg.records import AutosegError
+from autoseg.store import load_case, read_case
+from autoseg.volume import Box, cut
+
+
+class Stream(IntEnum):
+    """Independent random streams of one seed."""
+
+    TRAINING = 0
+    VALIDATION = 1
+    WEIGHTS = 2
+
+
+def generator(seed: int, stream: Stream, step: int) -> np.random.Generator:
+    """The generator of one step of one stream."""
+    return np.random.default_rng((seed, int(stream), step))
+
+
+class PreparedCases:
+    """Prepared cases by name, kept in memory as long as they fit in `memory` bytes, read patch by patch beyond that.
+
+    Cases that came first stay: a cache that evicts would only churn, since every case is as likely as any other.
+    """
+
+    def __init__(self, folder: Path, memory: int) -> None:
+        self.folder, self.left = folder, memory
+        self._cases: dict[str, PreparedCase] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> PreparedCase:
+        case = self._cases.get(name)
+        if case is not None:
+            return case
+        case = read_case(self.folder, name)
+        size = case.image.size * 4 + case.labels.size * 2
+        with self._lock:
+            fits = size <= self.left
+            self.left -= size if fits else 0
+        if fits:
+            case = load_case(self.folder, name)
+        return self._cases.setdefault(name, case)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """Where one sample is cut: its centre box has the patch's shape, in plan order (Z, Y, X)."""
+
+    case: str
+    box: Box
+    forced_foreground: bool
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sources:
+    """One step's boxes as read from disk, and the transforms drawn for them."""
+
+    step: int
+    patches: tuple[Patch, ...]
+    draws: Drawn
+    arrays: tuple[tuple[Tensor, Tensor], ...]
+    """One (image (C, ...) float32, labels (...) int16) a sample; spatial axes as in the patch."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """What one training step sees: image (B, C, *patch) float32, labels (B, *patch) int64 class indices."""
+
+    step: int
+    patches: tuple[Patch, ...]
+    image: Tensor
+    labels: Tensor
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Names of the cases, one a sample."""
+        return tuple(patch.case for patch in self.patches)
+
+
+def place_axis(size: int, patch: int, wanted: int | None, rng: np.random.Generator) -> int:
+    """Where a patch starts on one axis: around voxel `wanted`, or anywhere for None.
+
+    The patch stays inside the image wherever it can (at the far border too); a short axis is centred in the patch.
+    """
+    if size <= patch:
+        return -((patch - size) // 2)
+    if wanted is None:
+        return int(rng.integers(0, size - patch + 1))
+    return int(np.clip(wanted - patch // 2, 0, size - patch))
+
+
+def choose_patch(case: PreparedCase, patch: Sequence[int], foreground: bool, rng: np.random.Generator) -> Box:
+    """Choose one patch of a case (2D patches: one slice): anywhere, or centred on a voxel of a random class.
+
+    With `foreground` a class is drawn uniformly among those that the case holds, then one of its stored voxels; a
+    case without foreground gives a random patch.
+    """
+    shape = case.labels.shape
+    edges = (1,) * (3 - len(patch)) + tuple(patch)
+    wanted: Sequence[int | None] = (None, None, None)
+    if foreground and case.locations:
+        classes = sorted(case.locations)
+        voxels = case.locations[classes[int(rng.integers(len(classes)))]]
+        wanted = [int(v) for v in voxels[int(rng.integers(len(voxels)))]]
+    start = tuple(place_axis(n, edge, want, rng) for n, edge, want in zip(shape, edges, wanted))
+    return Box(start=start, stop=tuple(a + edge for a, edge in zip(start, edges)))
+
+
+def forced_foreground(batch: int, fraction: float) -> list[bool]:
+    """Which samples of a batch must show foreground: the last ones, at least one, so that every batch has its share."""
+    first = min(round(batch * (1 - fraction)), batch - 1) if fraction > 0 else batch
+    return [sample >= first for sample in range(batch)]
+
+
+def grow(box: Box, shape: Sequence[int]) -> Box:
+    """The box of `shape` (as many trailing axes as it has) with the same centre; an odd surplus goes to the end."""
+    start, stop = list(box.start), list(box.stop)
+    for axis, edge in zip(range(3 - len(shape), 3), shape):
+        start[axis] -= (edge - (box.stop[axis] - box.start[axis])) // 2
+        stop[axis] = start[axis] + edge
+    return Box(start=tuple(start), stop=tuple(stop))
+
+
+def cut_sources(case: PreparedCase, box: Box, dimension: int) -> tuple[Tensor, Tensor]:
+    """Image (C, ...) and labels (...) of one box; outside the case the image is 0 and the label `UNSEEN`."""
+    size = case.labels.shape
+    inner = tuple(slice(min(max(a, 0), n), max(min(b, n), 0)) for a, b, n in zip(box.start, box.stop, size))
+    shift = tuple(s.start for s in inner)
+    local = Box(
+        start=tuple(a - s for a, s in zip(box.start, shift)), stop=tuple(b - s for b, s in zip(box.stop, shift))
+    )
+    image = cut(np.asarray(case.image[(slice(None), *inner)]), local, 0)
+    labels = cut(np.asarray(case.labels[inner]), local, UNSEEN).astype(np.int16, copy=False)
+    if dimension == 2:
+        image, labels = image[:, 0], labels[0]
+    return torch.from_numpy(image), torch.from_numpy(labels)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sampler:
+    """Makes the sources of any step: cases uniformly with replacement, patches, transforms.
+
+    `case_names` are the cases to draw from; `patch` has two or three axes.
+    """
+
+    cases: PreparedCases
+    case_names: tuple[str, ...]
+    patch: tuple[int, ...]
+    batch_size: int
+    foreground_fraction: float
+    augmentation: Augmentation
+    seed: int
+    stream: Stream
+
+    def sources(self, step: int) -> Sources:
+        """Everything of step `step`, read from the cases. Raises AutosegError that names the case it failed on."""
+        rng = generator(self.seed, self.stream, step)
+        chosen = rng.integers(len(self.case_names), size=self.batch_size)
+        forced = forced_foreground(self.batch_size, self.foreground_fraction)
+        patches, arrays = [], []
+        draws: Drawn | None = None
+        for sample, (index, foreground) in enumerate(zip(chosen, forced)):
+            name = self.case_names[index]
+            try:
+                case = self.cases[name]
+                box = choose_patch(case, self.patch, foreground, rng)
+                if draws is None:
+                    # A child stream: how much the patches draw does not move what the transforms draw.
+                    child = generator(self.seed, self.stream, step).spawn(1)[0]
+                    draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0])
+                arrays.append(cut_sources(case, grow(box, draws.source_shape(sample)), len(self.patch)))
+            except Exception as error:
+                raise AutosegError(f"loading a patch of case {name} failed: {type(error).__name__}: {error}") from error
+            patches.append(Patch(case=name, box=box, forced_foreground=foreground))
+        assert draws is not None
+        return Sources(step=step, patches=tuple(patches), draws=draws, arrays=tuple(arrays))
+
+    def assemble(self, sources: Sources, device: torch.device) -> Batch:
+        """Move the sources to `device` and apply their transforms there."""
+        moved = [(image.to(device, non_blocking=True), labels.to(device)) for image, labels in sources.arrays]
+        image, labels = self.augmentation.apply(sources.draws, moved)
+        return Batch(step=sources.step, patches=sources.patches, image=image, labels=labels)
+
+
+def prefetch(load: Callable[[int], Sources], steps: Iterable[int], threads: int) -> Iterator[Sources]:
+    """`load(step)` for every step, in order, read ahead by `threads` threads.
+
+    An error in a thread is raised here, with its own traceback, as soon as the consumer asks for the next step, even
+    if the failing step lies further ahead; nothing waits for ever.
+    """
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="patches")
+    waiting: deque[Future[Sources]] = deque()
+
+    def next_ready() -> Sources:
+        for future in waiting:
+            if future.done() and (error := future.exception()) is not None:
+                raise error
+        return waiting.popleft().result()
+
+    try:
+        for step in steps:
+            waiting.append(pool.submit(load, step))
+            if len(waiting) > 2 * threads:
+                yield next_ready()
+        while waiting:
+            yield next_ready()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

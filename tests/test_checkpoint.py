@@ -1,0 +1,79 @@
+"""Checkpoints: whole or absent, exact, and never unpickled."""
+
+import pytest
+import torch
+from torch import nn
+
+from autoseg.checkpoint import (
+    Progressed,
+    checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
+from autoseg.records import AutosegError
+
+
+def parts(seed):
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 1))
+    return network, torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+
+def steps(network, optimizer, count, seed):
+    torch.manual_seed(seed)
+    for _ in range(count):
+        optimizer.zero_grad()
+        network(torch.randn(2, 1, 5, 7)).square().mean().backward()
+        optimizer.step()
+
+
+def test_nothing_saved_gives_none(tmp_path):
+    assert load_checkpoint(tmp_path, *parts(0)) is None
+
+
+def test_going_on_from_a_checkpoint_equals_not_stopping(tmp_path):
+    network, optimizer = parts(0)
+    steps(network, optimizer, 3, 1)
+    save_checkpoint(tmp_path, network, optimizer, Progressed(step=3, smooth_pseudo_dice=0.5))
+    steps(network, optimizer, 4, 2)
+    other, its_optimizer = parts(9)
+    assert load_checkpoint(tmp_path, other, its_optimizer) == Progressed(step=3, smooth_pseudo_dice=0.5)
+    steps(other, its_optimizer, 4, 2)
+    for a, b in zip(network.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_only_the_newest_stays_and_a_torn_one_is_not_seen(tmp_path):
+    network, optimizer = parts(0)
+    for step in (3, 12, 100):
+        save_checkpoint(tmp_path, network, optimizer, Progressed(step=step))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint_000000100"]
+    torn = tmp_path / ".checkpoint_000000200.tmp"
+    torn.mkdir()
+    (torn / "weights.safetensors").write_bytes(b"half")
+    assert load_checkpoint(tmp_path, network, optimizer).step == 100
+    save_checkpoint(tmp_path, network, optimizer, Progressed(step=200))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_000000200"]
+
+
+def test_wrong_files_are_named(tmp_path):
+    network, _ = parts(0)
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(AutosegError, match="does not exist"):
+        load_weights(network, path)
+    save_weights(nn.Conv2d(1, 3, 3), path)
+    with pytest.raises(AutosegError, match="do not fit"):
+        load_weights(network, path)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(AutosegError, match="damaged"):
+        load_weights(network, path)
+
+
+def test_a_pickle_in_place_of_the_optimizer_is_refused(tmp_path):
+    network, optimizer = parts(0)
+    folder = save_checkpoint(tmp_path, network, optimizer, Progressed(step=1))
+    torch.save({"harmful": print}, folder / "optimizer.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
+        load_checkpoint(tmp_path, network, optimizer)

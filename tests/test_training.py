@@ -1,0 +1,138 @@
+"""The loop: learns, resumes bit for bit, skips what is not finite and names who did it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from toys import LABELS, ball, configuration, grid, network, plan
+
+from autoseg.augment import make_augmentation
+from autoseg.evaluation.plots import training_curves
+from autoseg.networks import build
+from autoseg.preprocess import prepare
+from autoseg.records import AutosegError
+from autoseg.sampling import PreparedCases, Sampler, Stream
+from autoseg.schema import Recipe
+from autoseg.store import write_case
+from autoseg.training import BAD_STEPS, Parts, poly, read_metrics, train
+from autoseg.volume import Volume
+
+SHAPE, PATCH = (9, 13, 15), (8, 12, 12)
+NAMES = ("a", "b", "c")
+
+
+def write_cases(folder, spoil=None):
+    for seed, name in enumerate(NAMES):
+        rng = np.random.default_rng(seed)
+        labels = np.zeros(SHAPE, np.int16)
+        labels[ball(SHAPE, (4, 4 + seed, 4), 3)] = 1
+        labels[ball(SHAPE, (4, 7, 11), 2)] = 2
+        image = (2.0 * labels + rng.normal(5, 0.3, SHAPE)).astype(np.float32)
+        case = prepare(name, Volume(array=image[None], grid=grid(SHAPE)), labels, grid(SHAPE), plan(), configuration())
+        if name == spoil:
+            case.image[:] = np.nan
+        write_case(folder, case, key=name)
+
+
+def parts(tmp_path, run="run", augmentation="default", **recipe):
+    made = Recipe(**{"epochs": 3, "steps_per_epoch": 4, "validation_steps": 2, "seed": 1, **recipe})
+    cases = PreparedCases(tmp_path / "cases", 1 << 30)
+    torch.manual_seed(made.seed)
+
+    def sampler(stream, name):
+        return Sampler(
+            cases=cases, case_names=NAMES, patch=PATCH, batch_size=2, foreground_fraction=0.33, seed=made.seed,
+            augmentation=make_augmentation(name, patch=PATCH, dimension=3, masked=(False,)), stream=stream,
+        )  # fmt: skip
+
+    spec = network(features=(6, 8, 10))
+    return Parts(
+        network=build(spec, 1, LABELS.heads),
+        training=sampler(Stream.TRAINING, augmentation),
+        validation=sampler(Stream.VALIDATION, "none"),
+        recipe=made,
+        labels=LABELS,
+        strides=spec.strides,
+        batch_dice=False,
+        device=torch.device("cpu"),
+        folder=tmp_path / run,
+    )
+
+
+@pytest.fixture
+def place(tmp_path):
+    write_cases(tmp_path / "cases")
+    return tmp_path
+
+
+def weights(made):
+    return torch.cat([p.detach().flatten() for p in made.network.parameters()])
+
+
+def test_poly_by_hand():
+    recipe = Recipe(epochs=4, learning_rate=0.1)
+    assert poly(recipe, 0) == 0.1
+    assert poly(recipe, 2) == pytest.approx(0.1 * 0.5**0.9)
+
+
+def test_it_learns_and_writes_what_it_should(place):
+    made = parts(place, epochs=8, steps_per_epoch=12, augmentation="none", learning_rate=0.02)
+    state = train(made)
+    lines = read_metrics(made.folder)
+    assert [line["epoch"] for line in lines] == list(range(8))
+    assert lines[-1]["training_loss"] < lines[0]["training_loss"] - 0.5
+    assert lines[-1]["mean_pseudo_dice"] > 0.8
+    assert set(lines[-1]["pseudo_dice"]) == {"liver", "lesion"}
+    assert state.step == 96
+    assert {p.name for p in made.folder.iterdir()} == {"checkpoint_000000096", "metrics.jsonl", "weights.safetensors"}
+    training_curves(lines, made.folder / "progress.png")
+    assert (made.folder / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_stopped_and_resumed_equals_uninterrupted(place, deep):
+    whole = parts(place, "whole", deep_supervision=deep)
+    train(whole)
+    first = parts(place, "halves", deep_supervision=deep, checkpoint_minutes=0.0)
+
+    def stop_after_two_epochs(lines):
+        if len(lines) == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(first, on_epoch=stop_after_two_epochs)
+    second = parts(place, "halves", deep_supervision=deep)
+    train(second)
+    assert torch.equal(weights(whole), weights(second))
+    a, b = ([line | {"seconds": 0} for line in read_metrics(made.folder)] for made in (whole, second))
+    assert [line["epoch"] for line in b] == [0, 1, 2]
+    assert a == b
+
+
+def test_another_seed_gives_other_weights(place):
+    one, other = parts(place, "one"), parts(place, "other", seed=2)
+    train(one)
+    train(other)
+    assert not torch.equal(weights(one), weights(other))
+
+
+def test_losses_that_stay_non_finite_end_the_run_and_name_the_case(tmp_path):
+    write_cases(tmp_path / "cases", spoil="b")
+    made = parts(tmp_path, augmentation="none", max_bad_steps=3, epochs=50)
+    with pytest.raises(AutosegError, match=r"not finite in 3 steps in a row.*\bb\b"):
+        train(made)
+    recorded = [json.loads(line) for line in (made.folder / BAD_STEPS).read_text().splitlines()]
+    assert all("b" in [patch["case"] for patch in line["patches"]] for line in recorded)
+    assert torch.isfinite(weights(made)).all()
+
+
+def test_a_broken_case_ends_the_run(place):
+    for file in (place / "cases" / "c").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(AutosegError, match="case c"):
+        train(parts(place, epochs=100))
