@@ -1,0 +1,267 @@
+"""The command line: parses, calls the pipeline, prints. Heavy modules are imported by the verb that needs them."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from autoseg import __version__
+from autoseg.records import AutosegError
+from autoseg.workspace import Workspace
+
+app = typer.Typer(
+    help="Segmentation of medical images that configures itself: fingerprint, plan, train, predict, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+dataset_app = typer.Typer(no_args_is_help=True, help="Make raw datasets.", rich_markup_mode=None)
+app.add_typer(dataset_app, name="dataset")
+
+DatasetOption = Annotated[
+    str, typer.Option("-d", "--dataset", help="1, 001, Dataset001_Name, or the path of a raw dataset folder.")
+]
+WorkspaceOption = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation
+    typer.Option("--workspace", help="Root of all data [default: $AUTOSEG_HOME, else ./autoseg_data]."),
+]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Cases at a time [default: one a core].")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cuda, cuda:1, mps or cpu.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change any other field; may be repeated.")
+]
+PlanOption = Annotated[str, typer.Option("--plan", help="Name of the plan.")]
+RunOption = Annotated[str, typer.Option("--run", help="Name of the run.")]
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Options before the verb."""
+    if version:
+        print(f"autoseg {__version__}")
+        raise typer.Exit
+
+
+@app.command("check")
+def check_verb(dataset: DatasetOption, workspace: WorkspaceOption = None, workers: WorkersOption = None) -> None:
+    """Check a raw dataset: files, geometry, labels, voxels. Writes nothing."""
+    from autoseg.pipeline.data import check
+
+    check(Workspace.find(workspace), dataset, workers)
+
+
+@app.command("plan_and_preprocess")
+def plan_and_preprocess_verb(
+    dataset: DatasetOption,
+    configurations: Annotated[
+        list[str] | None, typer.Option("-c", "--configuration", help="Preprocess only this; may be repeated.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="unet, resenc_m, resenc_l or resenc_xl.")] = "unet",
+    gpu_memory: Annotated[
+        float | None, typer.Option("--gpu-memory", metavar="GB", help="Memory to plan for, 2 to 80 [preset's own].")
+    ] = None,
+    spacing: Annotated[
+        str | None, typer.Option(metavar="Z,Y,X", help="Target spacing of 3d_fullres in mm, instead of the rule's.")
+    ] = None,
+    plan: PlanOption = "default",
+    group_by: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Cases with the same match stay in one fold.")
+    ] = None,
+    test_fraction: Annotated[float, typer.Option(help="Share of the groups to lock away for testing.")] = 0.0,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+    set_: SetOption = None,
+    help_fields: Annotated[bool, typer.Option("--help-fields", help="List the fields that --set takes.")] = False,
+) -> None:
+    """Check, fingerprint, plan and preprocess a dataset; a second run does only what is missing."""
+    from autoseg import settings
+    from autoseg.pipeline.data import PlanOptions, describe_plan_fields, plan_and_preprocess
+
+    place = Workspace.find(workspace)
+    if help_fields:
+        describe_plan_fields(place, dataset, plan)
+        return
+    plan_and_preprocess(
+        place,
+        dataset,
+        PlanOptions(
+            name=plan,
+            preset=preset,
+            gpu_memory_gb=gpu_memory,
+            spacing_mm=parse_spacing(spacing),
+            configurations=tuple(configurations or ()),
+            group_by=group_by,
+            test_fraction=test_fraction,
+            workers=workers,
+            changes=settings.parse(set_ or ()),
+        ),
+    )
+
+
+@app.command("train")
+def train_verb(
+    dataset: Annotated[str, typer.Argument(help="1, 001, Dataset001_Name, or a raw dataset folder.")],
+    configuration: Annotated[str, typer.Argument(help="2d, 3d_fullres or 3d_lowres.")],
+    fold: Annotated[str, typer.Argument(help="0 to 4, or all.")],
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of 250 steps [default: 1000].")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
+    device: DeviceOption = "auto",
+    pretrained: Annotated[
+        Path | None, typer.Option(help="Start from these weights: a fold folder or a .safetensors file.")
+    ] = None,
+    validate_only: Annotated[
+        bool, typer.Option("--validate-only", help="Only predict and score held-out cases.")
+    ] = False,
+    plan: PlanOption = "default",
+    run: RunOption = "default",
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
+    workspace: WorkspaceOption = None,
+    set_: SetOption = None,
+    help_fields: Annotated[bool, typer.Option("--help-fields", help="List the fields that --set takes.")] = False,
+) -> None:
+    """Train one fold, then predict and score its held-out cases. The same command goes on after a stop."""
+    from autoseg import settings
+
+    if help_fields:
+        from autoseg.schema import Recipe
+
+        print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
+        return
+    from autoseg.pipeline.train import TrainOptions, train_fold
+
+    options = TrainOptions(
+        plan=plan,
+        run=run,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        pretrained=pretrained,
+        validate_only=validate_only,
+        recipe=recipe,
+        changes=settings.parse(set_ or ()),
+    )
+    train_fold(Workspace.find(workspace), dataset, configuration, fold, options)
+
+
+@app.command("predict")
+def predict_verb(
+    source: Annotated[Path, typer.Option("-i", "--input", help="Folder of images, or one image file.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label files.")],
+    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Dataset of the model.")] = None,
+    configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="Configuration.")] = None,
+    folds: Annotated[
+        list[str] | None, typer.Option("-f", "--fold", help="Use only this fold; may be repeated [all finished].")
+    ] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="Run or fold folder of the model.")] = None,
+    step_size: Annotated[float, typer.Option(min=0.05, max=1.0, help="Distance of tiles, share of the patch.")] = 0.5,
+    no_tta: Annotated[bool, typer.Option("--no-tta", help="No mirroring: several times faster.")] = False,
+    save_probabilities: Annotated[bool, typer.Option("--save-probabilities", help="Write them as NIfTI too.")] = False,
+    no_postprocess: Annotated[bool, typer.Option("--no-postprocess", help="Leave out post-processing.")] = False,
+    device: DeviceOption = "auto",
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Segment images with a trained model: the only one there is, or the one that is chosen."""
+    from autoseg.pipeline.predict import PredictOptions, predict
+
+    options = PredictOptions(
+        dataset=dataset,
+        configuration=configuration,
+        folds=tuple(folds or ()),
+        run=run,
+        model=model,
+        step=step_size,
+        mirror=not no_tta,
+        save_probabilities=save_probabilities,
+        postprocess=not no_postprocess,
+        device=device,
+    )
+    predict(Workspace.find(workspace), source, target, options)
+
+
+@app.command("evaluate")
+def evaluate_verb(
+    truth: Annotated[Path, typer.Argument(help="Folder of true label files.")],
+    prediction: Annotated[Path, typer.Argument(help="Folder of predicted label files, same names.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for summary.json and summary.csv [predictions].")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Tolerance of the surface Dice in mm.")] = 1.0,
+    partial: Annotated[bool, typer.Option("--partial", help="Score only the cases that were predicted.")] = False,
+    workers: WorkersOption = None,
+) -> None:
+    """Score predictions: Dice, IoU, volume error, HD95, ASSD and surface Dice, per case and class."""
+    from autoseg.evaluation import evaluate_folders, save_summary, table
+
+    summary = evaluate_folders(truth, prediction, tolerance_mm=tolerance, workers=workers, partial=partial)
+    save_summary(summary, output or prediction)
+    print(table(summary))
+    print(f"\nScores: {(output or prediction) / 'summary.json'}")
+
+
+@app.command("demo")
+def demo_verb(
+    workspace: Annotated[Path, typer.Option("--workspace", help="Where to put everything.")] = Path("autoseg_demo"),
+    device: DeviceOption = "auto",
+) -> None:
+    """The whole way on synthetic vessels, in minutes: plan, train, predict, evaluate."""
+    from autoseg.pipeline.demo import demo
+
+    demo(Workspace(workspace.absolute()), device)
+
+
+@dataset_app.command("make")
+def make_verb(
+    source: Annotated[str, typer.Argument(help="vessels.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Raw dataset folder [WORKSPACE/raw/Dataset900_Vessels].")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Training cases.")] = 12,
+    test_cases: Annotated[int, typer.Option(min=0, help="Unseen cases, in imagesTs and labelsTs.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same data.")] = 0,
+    workspace: WorkspaceOption = None,
+    set_: SetOption = None,
+    help_fields: Annotated[bool, typer.Option("--help-fields", help="List the fields that --set takes.")] = False,
+) -> None:
+    """Make a synthetic raw dataset, for example: autoseg dataset make vessels --set shape=[48,64,64]."""
+    from autoseg import settings
+    from autoseg.pipeline.make import describe_source_fields, make_dataset
+
+    if help_fields:
+        describe_source_fields(source)
+        return
+    make_dataset(Workspace.find(workspace), source, output, cases, test_cases, seed, settings.parse(set_ or ()))
+
+
+def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
+    """`3,0.5,0.5` -> (3.0, 0.5, 0.5); AutosegError for anything else."""
+    if text is None:
+        return None
+    try:
+        z, y, x = (float(part) for part in text.split(","))
+    except ValueError:
+        raise AutosegError(f"--spacing {text!r}: give three lengths in mm, for example --spacing 3,0.5,0.5") from None
+    return z, y, x
+
+
+def main() -> None:
+    """Run the command line; an AutosegError ends it with code 1, its words, and the traceback of its cause if any."""
+    # Before torch loads OpenMP: threads that spin while they wait slow a step tenfold where other programs share the
+    # cores, and gain nothing where none do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except AutosegError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

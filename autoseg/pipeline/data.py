@@ -1,0 +1,305 @@
+"""check and plan_and_preprocess: raw dataset -> fingerprint -> plan -> prepared cases.
+
+Each file is decoded once: the same decoding serves the check, the fingerprint and, where memory allows, the
+preprocessing of every configuration. A second run decodes only what is missing or changed.
+"""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autoseg import settings
+from autoseg.fingerprint import Measured, measure_case, summarise
+from autoseg.layout import Case, Dataset, open_dataset
+from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
+from autoseg.planners import PLANNERS, explain, plan
+from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
+from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
+from autoseg.records import AutosegError, hash_text, load_json, save_json, to_json
+from autoseg.schema import CaseFingerprint, Configuration, Fingerprint, Plan
+from autoseg.splits import Splits, make_splits, read_splits
+from autoseg.store import stored_key, write_case
+from autoseg.workspace import Workspace
+
+PLAN_OPTIONS = {"name": "--plan", "preset": "--preset", "gpu_memory_gb": "--gpu-memory"}
+"""Plan fields that have an option of their own."""
+
+PEAK_PER_BYTE = 16
+"""Peak memory of decoding and preparing a case over the decoded bytes of its images: 12 was measured on int16."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Examined:
+    """One decoded case: what the check found, what the fingerprint needs, and the voxels if memory allows."""
+
+    findings: tuple[Finding, ...]
+    measured: Measured | None
+    cropped: Cropped | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The options of plan_and_preprocess."""
+
+    name: str = "default"
+    preset: str = "unet"
+    gpu_memory_gb: float | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    configurations: tuple[str, ...] = ()
+    group_by: str | None = None
+    test_fraction: float = 0.0
+    workers: int | None = None
+    changes: Mapping[str, Any] | None = None
+
+
+class Kept:
+    """Decoded cases that are kept between fingerprint and preprocessing, up to a number of bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+        self._lock = threading.Lock()
+
+    def offer(self, cropped: Cropped) -> Cropped | None:
+        """The case if it still fits, else None."""
+        size = cropped.image.nbytes + cropped.labels.nbytes
+        with self._lock:
+            if size > self.left:
+                return None
+            self.left -= size
+        return cropped
+
+
+def bytes_needed(case: Case) -> int:
+    """Rough peak memory of one case. gzip ends with the decoded size, modulo 4 GiB; other formats hardly compress."""
+    total = 0
+    for path in map(Path, case.images):
+        if not path.is_file():
+            continue
+        total += path.stat().st_size
+        if path.suffix == ".gz" and path.stat().st_size > 4:
+            with path.open("rb") as file:
+                file.seek(-4, os.SEEK_END)
+                total += int.from_bytes(file.read(4), "little")
+    return PEAK_PER_BYTE * total
+
+
+def examine(dataset: Dataset, workers: int | None, keep: Kept) -> list[Outcome[Examined]]:
+    """Decode every case once: check it, measure it, keep its voxels if they fit."""
+
+    def one(case: Case) -> Examined:
+        loaded = load_case(dataset, case)
+        if loaded.image is None or loaded.labels is None or loaded.stored is None:
+            return Examined(findings=loaded.findings, measured=None, cropped=None)
+        cropped = crop_to_content(case.id, loaded.image, loaded.labels, loaded.stored)
+        measured = measure_case(cropped, loaded.content_hash, len(dataset.cases))
+        return Examined(findings=loaded.findings, measured=measured, cropped=keep.offer(cropped))
+
+    return map_cases(
+        one,
+        dataset.cases,
+        name=lambda case: case.id,
+        what="check and measure",
+        workers=workers,
+        cost=bytes_needed,
+    )
+
+
+def findings_of(dataset: Dataset, outcomes: Sequence[Outcome[Examined]]) -> list[Finding]:
+    """All findings of the cases and of the dataset as a whole; a crash of the check is a finding too."""
+    findings: list[Finding] = []
+    for outcome in outcomes:
+        if outcome.value is not None:
+            findings += outcome.value.findings
+        else:
+            findings.append(
+                Finding(case=outcome.case, severity="error", problem=outcome.reason(), cure="repair or remove the case")
+            )
+    hashes = {o.case: o.value.measured.facts.content_hash for o in outcomes if o.value and o.value.measured}
+    return findings + list(check_dataset(dataset, hashes))
+
+
+def refuse_errors(findings: Sequence[Finding]) -> None:
+    """Print all findings; AutosegError if one of them is an error."""
+    if findings:
+        print(findings_table(findings))
+    errors = sum(finding.severity == "error" for finding in findings)
+    if errors:
+        raise AutosegError(f"{errors} errors in the dataset, see the table above; nothing was written")
+
+
+def check(workspace: Workspace, dataset_text: str, workers: int | None = None) -> None:
+    """Decode and check every case, print a table of all findings. Raises AutosegError on errors; writes nothing."""
+    _, folder = workspace.dataset(dataset_text)
+    dataset = open_dataset(folder)
+    findings = findings_of(dataset, examine(dataset, workers, Kept(0)))
+    refuse_errors(findings)
+    print(f"{dataset.name}: {len(dataset.cases)} cases checked, no errors, {len(findings)} warnings")
+
+
+def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOptions) -> Plan:
+    """Check, fingerprint, plan, split and preprocess a dataset; do only what is missing or changed.
+
+    Raises AutosegError on errors in the data, on an unknown configuration, or when cases fail (the others are done).
+    """
+    name, folder = workspace.dataset(dataset_text)
+    dataset = open_dataset(folder)
+    prepared = workspace.prepared(name)
+    fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
+    cropped: dict[str, Cropped] = {}
+    if fingerprint is None:
+        outcomes = examine(dataset, options.workers, Kept(free_memory() // 4))
+        refuse_errors(findings_of(dataset, outcomes))
+        examined = raise_failures(outcomes, "check")
+        cropped = {e.cropped.case: e.cropped for e in examined if e.cropped is not None}
+        fingerprint = summarise(name, dataset.channel_names, [e.measured for e in examined if e.measured is not None])
+    else:
+        print(f"{name}: raw data unchanged since the last run, fingerprint reused")
+
+    made = make_plan(fingerprint, dataset, options)
+    wanted = options.configurations or tuple(c.name for c in made.configurations)
+    chosen = [made.configuration(entry) for entry in wanted]
+    splits = choose_splits(dataset, folder, prepared, options)
+
+    save_json(fingerprint, prepared / "fingerprint.json")
+    save_json(splits, prepared / "splits.json")
+    save_json(made, workspace.plan_folder(name, made.name) / "plan.json")
+    print(explain(made))
+    print(f"\nPlan: {workspace.plan_folder(name, made.name) / 'plan.json'}")
+    print(f"Folds: {len(splits.folds)}, locked test cases: {len(splits.test)} ({prepared / 'splits.json'})")
+    preprocess(workspace, dataset, made, chosen, fingerprint, cropped, options.workers)
+    return made
+
+
+def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> Fingerprint | None:
+    """The fingerprint at `path` if it belongs to exactly these files; None if anything has changed since."""
+    if not path.is_file():
+        return None
+    old = load_json(Fingerprint, path)
+    if [case.case for case in old.cases] != [case.id for case in dataset.cases]:
+        return None
+    outcomes = map_cases(
+        lambda case: hash_case(dataset, case),
+        dataset.cases,
+        name=lambda case: case.id,
+        what="look for changes",
+        workers=workers,
+    )
+    return old if [outcome.value for outcome in outcomes] == [case.content_hash for case in old.cases] else None
+
+
+def make_plan(fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions) -> Plan:
+    """The plan for a fingerprint, with the changes of --set made and validated."""
+    if options.preset not in PLANNERS:
+        raise AutosegError(f"unknown preset {options.preset!r}; choose one of {', '.join(PLANNERS)}")
+    made = plan(
+        fingerprint,
+        dataset.labels,
+        PLANNERS[options.preset],
+        gpu_memory_gb=options.gpu_memory_gb,
+        spacing_mm=options.spacing_mm,
+        name=options.name,
+    )
+    return settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
+
+
+def describe_plan_fields(workspace: Workspace, dataset_text: str, plan_name: str) -> None:
+    """Print the fields of a dataset's plan that --set takes, with their present values."""
+    name, _ = workspace.dataset(dataset_text)
+    path = workspace.plan_folder(name, plan_name) / "plan.json"
+    made = load_json(Plan, path)
+    print(
+        "\n".join(
+            f"{field} = {value}" for field, value in settings.fields(replace(made, reasons=()), taken=PLAN_OPTIONS)
+        )
+    )
+
+
+def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOptions) -> Splits:
+    """Folds given with the raw data, else those made before, else new ones.
+
+    Raises AutosegError if folds exist and the options ask for others: runs may already rest on them.
+    """
+    cases = [case.id for case in dataset.cases]
+    for given in (raw / "splits.json", raw / "splits_final.json", prepared / "splits_final.json"):
+        if given.is_file():
+            if options.test_fraction:
+                raise AutosegError(f"{given} already says which cases are held out; leave out --test-fraction")
+            return read_splits(given, cases, options.group_by)
+    wanted = make_splits(cases, group_by=options.group_by, test_fraction=options.test_fraction)
+    existing = prepared / "splits.json"
+    if not existing.is_file():
+        return wanted
+    old = read_splits(existing, cases)
+    asked = options.group_by is not None or options.test_fraction > 0
+    if asked and to_json(old) != to_json(wanted):
+        raise AutosegError(f"{existing} holds other folds, which runs may rest on; delete it to make new ones")
+    return old
+
+
+def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -> str:
+    """Hash of all that decides how one case is prepared: its content, the plan's say in it, the code's version."""
+    said = (
+        PREPROCESS_VERSION,
+        plan.axis_order,
+        [to_json(channel) for channel in plan.channels],
+        plan.labels.values,
+        configuration.dimension,
+        configuration.spacing_mm,
+        to_json(configuration.resampling),
+        configuration.patch,
+    )
+    return hash_text(facts.content_hash, repr(said))
+
+
+def preprocess(
+    workspace: Workspace,
+    dataset: Dataset,
+    plan: Plan,
+    configurations: Sequence[Configuration],
+    fingerprint: Fingerprint,
+    cropped: Mapping[str, Cropped],
+    workers: int | None,
+) -> None:
+    """Prepare every case for every configuration that has data of its own, where that is not done already.
+
+    `cropped` holds cases that are already decoded. Raises AutosegError that names every case that failed.
+    """
+    names = dict.fromkeys(configuration.prepared for configuration in configurations)
+    own = [plan.configuration(name) for name in names]
+    folders = {c.name: workspace.cases(plan.dataset, plan.name, c.name) for c in own}
+    keys = {(c.name, facts.case): case_key(plan, c, facts) for c in own for facts in fingerprint.cases}
+
+    def pending(case: Case) -> list[Configuration]:
+        return [c for c in own if stored_key(folders[c.name], case.id) != keys[c.name, case.id]]
+
+    def one(case: Case) -> None:
+        source = cropped.get(case.id)
+        if source is None:
+            loaded = load_case(dataset, case)
+            errors = [finding.problem for finding in loaded.findings if finding.severity == "error"]
+            if loaded.image is None or loaded.labels is None or loaded.stored is None:
+                raise AutosegError("; ".join(errors) or "the case could not be read")
+            source = crop_to_content(case.id, loaded.image, loaded.labels, loaded.stored)
+        todo = pending(case)
+        for configuration, ready in zip(todo, prepare_each(source, plan, todo)):
+            write_case(folders[configuration.name], ready, keys[configuration.name, case.id], patch=configuration.patch)
+
+    work = [case for case in dataset.cases if pending(case)]
+    done = len(dataset.cases) - len(work)
+    if done:
+        print(f"{done} of {len(dataset.cases)} cases are prepared already")
+    if work:
+        outcomes = map_cases(
+            one,
+            work,
+            name=lambda case: case.id,
+            what="preprocess",
+            workers=workers,
+            cost=bytes_needed,
+        )
+        raise_failures(outcomes, "preprocess")
+    for configuration in own:
+        print(f"Prepared: {len(dataset.cases)} cases in {folders[configuration.name]}")

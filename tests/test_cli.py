@@ -1,0 +1,103 @@
+"""The command line: what people type, how it fails, and that its options stay few."""
+
+import json
+
+import pytest
+from test_pipeline import NAME, VALUES, write_case
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from autoseg import __version__
+from autoseg.cli import app, parse_spacing
+from autoseg.records import AutosegError
+
+RUNNER = CliRunner()
+
+OPTIONS = {
+    "check": {"dataset", "workspace", "workers"},
+    "plan_and_preprocess": {
+        "dataset", "configurations", "preset", "gpu_memory", "spacing", "plan", "group_by", "test_fraction", "workers",
+        "workspace", "set_", "help_fields",
+    },
+    "train": {
+        "dataset", "configuration", "fold", "epochs", "seed", "device", "pretrained", "validate_only", "plan", "run",
+        "recipe", "workspace", "set_", "help_fields",
+    },
+    "predict": {
+        "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
+        "save_probabilities", "no_postprocess", "device", "workspace",
+    },
+    "evaluate": {"truth", "prediction", "output", "tolerance", "partial", "workers"},
+    "demo": {"workspace", "device"},
+}  # fmt: skip
+"""Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""
+
+
+def test_the_options_of_each_verb_are_these_and_no_more():
+    verbs = dict(get_command(app).commands)
+    assert set(verbs) == {*OPTIONS, "dataset"}
+    assert set(verbs.pop("dataset").commands) == {"make"}
+    for name, verb in verbs.items():
+        assert {parameter.name for parameter in verb.params} == OPTIONS[name], name
+
+
+def test_version_and_help():
+    assert RUNNER.invoke(app, ["--version"]).output == f"autoseg {__version__}\n"
+    for verb in (*OPTIONS, "dataset make"):
+        shown = RUNNER.invoke(app, [*verb.split(), "--help"])
+        assert shown.exit_code == 0
+        assert "Usage" in shown.output
+
+
+@pytest.mark.parametrize("text", ["1", "1,2", "a,b,c", "1;2;3"])
+def test_spacing_is_three_lengths(text):
+    assert parse_spacing("3,0.5,0.5") == (3.0, 0.5, 0.5)
+    assert parse_spacing(None) is None
+    with pytest.raises(AutosegError, match="--spacing"):
+        parse_spacing(text)
+
+
+def test_fields_of_recipe_plan_and_source_are_listed(tmp_path):
+    assert "learning_rate = 0.01" in RUNNER.invoke(app, ["train", "1", "2d", "0", "--help-fields"]).output
+    assert "tubes = (" in RUNNER.invoke(app, ["dataset", "make", "vessels", "--help-fields"]).output
+    unknown = RUNNER.invoke(app, ["dataset", "make", "vesels"])
+    assert isinstance(unknown.exception, AutosegError)
+    assert "vessels" in str(unknown.exception)
+
+
+def test_make_plan_train_predict_evaluate_by_hand(tmp_path):
+    """The lines of the README, one after the other."""
+    raw = tmp_path / "raw" / NAME
+    for seed in range(3):
+        write_case(raw, f"c{seed}", seed)
+    (raw / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "MR"}, "labels": VALUES, "numTraining": 3, "file_ending": ".nii.gz"})
+    )
+    place = ["--workspace", str(tmp_path)]
+    small = ["--set", "configurations.2d.batch_size=2", "--set", "configurations.2d.network.features=[4, 6, 8]"]
+    lines = [
+        ["check", "-d", "7", *place],
+        ["plan_and_preprocess", "-d", "7", "-c", "2d", "--gpu-memory", "4", *small, *place],
+        ["train", "7", "2d", "0", "--epochs", "1", "--set", "steps_per_epoch=2", "--set", "validation_steps=1", *place],
+        ["predict", "-i", str(raw / "imagesTr"), "-o", str(tmp_path / "out"), "--no-tta", *place],
+        ["evaluate", str(raw / "labelsTr"), str(tmp_path / "out"), "--tolerance", "2"],
+    ]
+    for line in lines:
+        done = RUNNER.invoke(app, line, catch_exceptions=False)
+        assert done.exit_code == 0, (line, done.output)
+    assert "small" in done.output
+    assert (tmp_path / "out" / "summary.csv").is_file()
+    shown = RUNNER.invoke(app, ["plan_and_preprocess", "-d", "7", "--help-fields", *place], catch_exceptions=False)
+    assert "configurations.2d.batch_size = 2" in shown.output
+
+
+def test_a_wrong_request_ends_with_code_1_and_no_traceback(tmp_path, monkeypatch, capsys):
+    from autoseg import cli
+
+    monkeypatch.setattr("sys.argv", ["autoseg", "check", "-d", "99", "--workspace", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: no dataset '99'")
+    assert "Traceback" not in said

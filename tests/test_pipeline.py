@@ -1,0 +1,225 @@
+"""The verbs end to end on small synthetic data, through the command line's own functions."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from toys import ball
+
+from autoseg.layout import open_dataset
+from autoseg.pipeline.data import PlanOptions, check, plan_and_preprocess
+from autoseg.pipeline.predict import PredictOptions, predict
+from autoseg.pipeline.train import TrainOptions, fit_postprocessing, train_fold
+from autoseg.readers import write_image, write_labels
+from autoseg.records import AutosegError, load_json
+from autoseg.schema import Run
+from autoseg.store import list_cases
+from autoseg.volume import Grid
+from autoseg.workspace import Workspace
+
+NAME = "Dataset007_Balls"
+VALUES = {"background": 0, "big": 7, "small": 300}
+QUICK = {"steps_per_epoch": 6, "validation_steps": 1, "learning_rate": 0.02}
+PLAN = PlanOptions(
+    changes={
+        "configurations.3d_fullres.patch": [16, 16, 16],
+        "configurations.3d_fullres.batch_size": 2,
+        "configurations.3d_fullres.network.features": [4, 8, 12],
+    }
+)
+TRAIN = TrainOptions(epochs=3, device="cpu", changes=QUICK)
+
+
+def write_case(folder: Path, name: str, seed: int, split: str = "Tr", channels: int = 1) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (13 + seed % 3, 17, 19)
+    labels = np.zeros(shape, np.int16)
+    labels[ball(shape, (6, 8, 6 + seed % 2), 4.5)] = 7
+    labels[ball(shape, (7, 8, 14), 2.5)] = 300
+    image = np.select([labels == 7, labels == 300], [4.0, 8.0]) + rng.normal(2, 0.2, shape)
+    grid = Grid(shape=shape, spacing_mm=(1.1, 1.0, 0.9), origin_mm=(5.0, -3.0, 2.0))
+    for channel in range(channels):
+        write_image(
+            image.astype(np.float32) + channel, grid, folder / f"images{split}" / f"{name}_{channel:04d}.nii.gz"
+        )
+    write_labels(labels, grid, folder / f"labels{split}" / f"{name}.nii.gz")
+
+
+@pytest.fixture
+def place(tmp_path):
+    raw = tmp_path / "raw" / NAME
+    for seed in range(4):
+        write_case(raw, f"p{seed // 2}_{seed % 2}", seed)
+    (raw / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "MR"}, "labels": VALUES, "numTraining": 4, "file_ending": ".nii.gz"})
+    )
+    return Workspace(tmp_path)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_check_finds_nothing_in_good_data_and_writes_nothing(place, capsys):
+    check(place, "7")
+    assert "no errors, 0 warnings" in capsys.readouterr().out
+    assert [p.name for p in place.root.iterdir()] == ["raw"]
+
+
+def test_errors_are_all_listed_and_nothing_is_written(place, capsys):
+    raw = place.raw(NAME)
+    (raw / "imagesTr" / "p0_0_0000.nii.gz").write_bytes(b"not an image")
+    labels = sitk.ReadImage(str(raw / "labelsTr" / "p0_1.nii.gz"))
+    sitk.WriteImage(labels + 1, str(raw / "labelsTr" / "p0_1.nii.gz"))
+    with pytest.raises(AutosegError, match="2 errors"):
+        plan_and_preprocess(place, "7", PLAN)
+    printed = capsys.readouterr().out
+    assert "p0_0" in printed
+    assert "label values 1, 8, 301" in printed
+    assert [p.name for p in place.root.iterdir()] == ["raw"]
+
+
+def test_a_second_run_does_only_what_is_missing_or_changed(place, capsys):
+    plan_and_preprocess(place, "007", PLAN)
+    prepared = place.cases(NAME, "default", "3d_fullres")
+    before = tree(place.prepared(NAME))
+    stamps = {p: p.stat().st_mtime_ns for p in prepared.rglob("*.b2nd")}
+    shutil.rmtree(prepared / "p0_1")
+    capsys.readouterr()
+    plan_and_preprocess(place, "7", PLAN)
+    assert "3 of 4 cases are prepared already" in capsys.readouterr().out
+    assert tree(place.prepared(NAME)) == before
+    assert {p for p in stamps if p.stat().st_mtime_ns != stamps[p]} == set((prepared / "p0_1").glob("*.b2nd"))
+    write_case(place.raw(NAME), "p0_0", seed=9)
+    plan_and_preprocess(place, "7", PLAN)
+    assert tree(place.prepared(NAME)) != before
+    assert len(list_cases(prepared)) == 4
+
+
+def test_one_failing_case_is_named_and_the_others_are_prepared(place, monkeypatch):
+    import autoseg.pipeline.data as data
+
+    def fail(folder, case, key, patch=None):
+        if case.case == "p1_0":
+            raise OSError("disk says no")
+        real(folder, case, key, patch=patch)
+
+    real = data.write_case
+    monkeypatch.setattr(data, "write_case", fail)
+    with pytest.raises(AutosegError, match="p1_0: OSError: disk says no"):
+        plan_and_preprocess(place, "7", PLAN)
+    assert list_cases(place.cases(NAME, "default", "3d_fullres")) == ("p0_0", "p0_1", "p1_1")
+
+
+def test_folds_given_with_the_data_are_honoured_and_leaks_refused(place):
+    given = place.raw(NAME) / "splits_final.json"
+    given.write_text(json.dumps([{"train": ["p0_0", "p0_1", "p1_0"], "val": ["p1_1"]}]))
+    plan_and_preprocess(place, "7", replace(PLAN, configurations=("3d_fullres",)))
+    assert len(json.loads((place.prepared(NAME) / "splits.json").read_text())["folds"]) == 1
+    with pytest.raises(AutosegError, match="p1 in training and in validation"):
+        plan_and_preprocess(place, "7", replace(PLAN, group_by=r"(p\d)"))
+
+
+def test_other_folds_than_those_made_before_are_refused(place):
+    plan_and_preprocess(place, "7", PLAN)
+    with pytest.raises(AutosegError, match="other folds"):
+        plan_and_preprocess(place, "7", replace(PLAN, group_by=r"(p\d)"))
+
+
+def test_training_before_preparing_says_what_to_run(place):
+    with pytest.raises(AutosegError, match="autoseg plan_and_preprocess -d 7"):
+        train_fold(place, "7", "3d_fullres", "0", TRAIN)
+    plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
+    with pytest.raises(AutosegError, match="4 cases are not prepared"):
+        train_fold(place, "7", "3d_fullres", "0", TRAIN)
+    with pytest.raises(AutosegError, match="no fold 4"):
+        train_fold(place, "7", "2d", "4", TRAIN)
+    with pytest.raises(AutosegError, match="no configuration '3d'; it has 2d, 3d_fullres"):
+        train_fold(place, "7", "3d", "0", TRAIN)
+
+
+def test_from_raw_images_to_scored_predictions(place, capsys, tmp_path):
+    """Two folds, a resumed and a refused run, ensemble prediction in the grid and values of the input, evaluation."""
+    from autoseg.evaluation import evaluate_folders
+
+    plan_and_preprocess(place, "7", PLAN)
+    for fold in ("0", "1"):
+        summary = train_fold(place, "7", "3d_fullres", fold, TRAIN)
+        folder = place.fold(NAME, "default", "3d_fullres", fold)
+        again = evaluate_folders(place.raw(NAME) / "labelsTr", folder / "validation", partial=True, quiet=True)
+        assert [s.dice for s in again.scores] == [s.dice for s in summary.scores]
+        assert again.classes == summary.classes
+        run = load_json(Run, folder / "run.json")
+        assert run.finished is not None
+        assert run.recipe.epochs == 3
+        names = {p.name for p in folder.iterdir()}
+        assert {"run.json", "weights.safetensors", "metrics.jsonl", "progress.png", "validation"} <= names
+
+    capsys.readouterr()
+    assert train_fold(place, "7", "3d_fullres", "0", TRAIN).scores
+    assert "trained already" in capsys.readouterr().out
+    with pytest.raises(AutosegError, match=r"another recipe.*--run"):
+        train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=4))
+    with pytest.raises(AutosegError, match="--epochs"):
+        train_fold(place, "7", "3d_fullres", "2", replace(TRAIN, changes={"epochs": 4}))
+
+    fit_postprocessing(
+        [place.fold(NAME, "default", "3d_fullres", fold) for fold in (0, 1)], open_dataset(place.raw(NAME))
+    )
+    unseen = tmp_path / "new"
+    write_case(unseen, "x", seed=11, split="Ts")
+    outcomes = predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions(save_probabilities=True))
+    printed = capsys.readouterr().out
+    assert f"Model: {NAME} 3d_fullres, fold 0, 1" in printed
+    assert [outcome.case for outcome in outcomes] == ["x"]
+    image = sitk.ReadImage(str(unseen / "imagesTs" / "x_0000.nii.gz"))
+    labels = sitk.ReadImage(str(tmp_path / "out" / "x.nii.gz"))
+    for of in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        assert np.allclose(getattr(image, of)(), getattr(labels, of)(), atol=1e-6)
+    assert set(np.unique(sitk.GetArrayFromImage(labels))) <= {0, 7, 300}
+    maps = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "x_probabilities.nii.gz")))
+    assert np.allclose(maps.sum(-1 if maps.shape[-1] == 3 else 0), 1, atol=1e-3)
+
+    with pytest.raises(AutosegError, match="fold 3 is not trained"):
+        predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions(folds=("3",)))
+    train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, run="second", epochs=1))
+    with pytest.raises(AutosegError, match=r"2 models.*\n.*--run default\n.*--run second"):
+        predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions())
+    predict(place, unseen / "imagesTs", tmp_path / "out2", PredictOptions(run="second", mirror=False))
+    assert (tmp_path / "out2" / "x.nii.gz").is_file()
+
+
+def test_predicting_without_a_model_says_what_to_do(place, tmp_path):
+    with pytest.raises(AutosegError, match=r"no finished model.*autoseg train"):
+        predict(place, tmp_path, tmp_path / "out", PredictOptions())
+    with pytest.raises(AutosegError, match="holds no trained fold"):
+        predict(place, tmp_path, tmp_path / "out", PredictOptions(model=tmp_path))
+
+
+def test_one_bad_image_harms_only_itself(place, tmp_path):
+    plan_and_preprocess(place, "7", PLAN)
+    train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=1))
+    unseen = tmp_path / "new"
+    for seed, name in enumerate(("a", "b", "c")):
+        write_case(unseen, name, seed, "Ts")
+    bad = unseen / "imagesTs" / "b_0000.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(AutosegError, match=r"1 of 3 cases:\n  b: "):
+        predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions(mirror=False))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_pretrained_weights_are_where_training_starts(place):
+    plan_and_preprocess(place, "7", PLAN)
+    train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=1))
+    first = place.fold(NAME, "default", "3d_fullres", "0")
+    still = {**QUICK, "learning_rate": 0.0}
+    train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=1, run="fine", pretrained=first, changes=still))
+    fine = place.fold(NAME, "fine", "3d_fullres", "0")
+    assert (fine / "weights.safetensors").read_bytes() == (first / "weights.safetensors").read_bytes()
+    with pytest.raises(AutosegError, match="pretrained"):
+        train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=1, run="fine", changes=still))
