@@ -251,8 +251,8 @@ def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
 
 def main() -> None:
     """Run the command line; an AutosegError ends it with code 1, its words, and the traceback of its cause if any."""
-    # Before torch loads OpenMP: threads that spin while they wait slow a step tenfold where other programs share the
-    # cores, and gain nothing where none do.
+    # Before torch loads OpenMP: threads that spin while they wait take the cores from whoever they wait for when other
+    # programs share the machine, and gained nothing measurable when none did.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

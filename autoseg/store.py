@@ -110,8 +110,8 @@ def write_case(folder: Path, case: PreparedCase, key: str, patch: Sequence[int] 
             voxels: dict[str, Any] = {str(index): case.locations[index] for index in sorted(case.locations)}
             np.savez(file, **voxels)
         sizes = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
-        # Not synced, which made preprocessing of 195 small cases a sixth slower: after a power cut a file may be short,
-        # its size tells so, and the case is prepared again.
+        # Not synced file by file, since cases can be made again: after a power cut a file may be short, its size tells
+        # so, and the case is prepared again.
         (new / CARD).write_text(to_json(StoredCase(key=key, trace=case.trace, sizes=sizes)))
         if final.exists():
             final.rename(old)
