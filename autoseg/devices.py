@@ -7,7 +7,7 @@ import torch
 
 from autoseg.records import AutosegError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 def choose_device(name: str) -> torch.device:
@@ -33,10 +33,26 @@ def keep_freed_memory() -> bool:
     By default each large tensor is mapped anew and faulted in page by page; a third of the CPU time of training can
     go there. Costs some resident memory. Does nothing outside Linux with glibc.
     """
+    return _mallopt((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> bool:
+    """Undo `keep_freed_memory` and give back what is kept by now; True if glibc agreed.
+
+    The thresholds are those that glibc comes to by itself in a process with large tensors (32 MiB is its
+    DEFAULT_MMAP_THRESHOLD_MAX, and it trims above twice that), so that the two can be compared.
+    """
+    agreed = _mallopt((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20))
+    if agreed:
+        ctypes.CDLL(None).malloc_trim(0)
+    return agreed
+
+
+def _mallopt(*settings: tuple[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return all(mallopt(name, value) for name, value in settings)

@@ -5,16 +5,19 @@ and they share memory and start at once. Blosc2 4.14 does not release it: thread
 prepared arrays. One failing case harms only itself: its name and reason come back beside the results of the others.
 """
 
+import math
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from autoseg.progress import Progress
 from autoseg.records import AutosegError
+from autoseg.supervise import JOURNAL
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -74,35 +77,42 @@ def map_cases(
     """Apply `function` to every item in `workers` threads; one Outcome an item, in the order given.
 
     `cost` estimates the bytes that an item needs; together they stay within `memory` (default: half of what is free).
+    In a supervised process (autoseg/supervise.py) items that ended an earlier one fail without being tried, and those
+    that may have done so come first, one at a time.
     """
     gate = MemoryGate(memory if memory is not None else free_memory() // 2)
 
     def guarded(item: T) -> Outcome[R]:
+        if death := JOURNAL.dead.get((what, name(item))):
+            return Outcome(case=name(item), error=AutosegError(death))
         bytes_needed = cost(item)
         gate.enter(bytes_needed)
         try:
-            return Outcome(case=name(item), value=function(item))
+            with JOURNAL.working(what, name(item)):
+                return Outcome(case=name(item), value=function(item))
         except Exception as error:
             return Outcome(case=name(item), error=error)
         finally:
             gate.leave(bytes_needed)
 
     with Progress(what, len(items), quiet=quiet) as bar:
-        if (workers or cores()) == 1 or len(items) <= 1:
-            outcomes = []
-            for item in items:
-                outcomes.append(guarded(item))
+        outcomes: dict[int, Outcome[R]] = {}
+        in_turn = (workers or cores()) == 1 or len(items) <= 1
+        for number, item in enumerate(items):
+            if in_turn or (what, name(item)) in JOURNAL.suspects:
+                outcomes[number] = guarded(item)
                 bar.advance(note=name(item))
-            return outcomes
         with ThreadPoolExecutor(workers or cores()) as pool:
-            futures = {pool.submit(guarded, item): name(item) for item in items}
+            futures = {pool.submit(guarded, item): n for n, item in enumerate(items) if n not in outcomes}
             try:
                 for future in as_completed(futures):
-                    bar.advance(note=futures[future])
+                    number = futures[future]
+                    outcomes[number] = future.result()
+                    bar.advance(note=name(items[number]))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-            return [future.result() for future in futures]
+        return [outcomes[number] for number in range(len(items))]
 
 
 def raise_failures(outcomes: Iterable[Outcome[R]], stage: str) -> list[R]:
@@ -115,18 +125,68 @@ def raise_failures(outcomes: Iterable[Outcome[R]], stage: str) -> list[R]:
     return [outcome.value for outcome in outcomes]  # type: ignore[misc]
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be taken without swapping; 4 GiB where the system does not say."""
+def _own_groups(controller: str, proc: Path, groups: Path) -> Iterator[Path]:
+    """Folders of the control groups that hold this process, innermost first; `controller` "" is version 2."""
     try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
-        pass
-    return 4 << 30
+        return
+    for line in lines:
+        number, names, place = line.split(":", 2)
+        if controller in names.split(",") and (number == "0") == (controller == ""):
+            # Version 2 is mounted at the top, or at `unified` beside version 1. A container often sees the place as
+            # named outside: then only the top of the mount is there, and it is the container's own group.
+            mounts = (groups / controller,) if controller else (groups, groups / "unified")
+            for mount in mounts:
+                inner = mount / place.strip("/")
+                yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount))
+
+
+def _numbers(path: Path) -> list[int]:
+    """The whole numbers of a control file; empty if it is missing, "max" or -1, which all mean that nothing limits."""
+    try:
+        words = path.read_text().split()
+    except OSError:
+        return []
+    return [] if "max" in words or "-1" in words else [int(word) for word in words]
+
+
+def cores(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processor cores that this process may use: its affinity, and the CPU quota of its container rounded up.
+
+    `proc` and `groups`: where the kernel shows processes and control groups (versions 1 and 2).
+    """
+    shares = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
+    limits = [_numbers(folder / "cpu.max") for folder in _own_groups("", proc, groups)]
+    limits += [
+        _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
+        for folder in _own_groups("cpu", proc, groups)
+    ]
+    shares += [limit[0] / limit[1] for limit in limits if len(limit) == 2]
+    return max(1, math.ceil(min(shares)))
+
+
+def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that can be taken without swapping or passing the limit of a container.
+
+    4 GiB where the system does not say. Cached file pages count as free: the kernel drops them first. `proc` and
+    `groups` as for `cores`.
+    """
+    free = [int(line.split()[1]) * 1024 for line in _lines(proc / "meminfo") if line.startswith("MemAvailable:")]
+    for controller, limit, usage, cache in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for folder in _own_groups(controller, proc, groups):
+            most, used = _numbers(folder / limit), _numbers(folder / usage)
+            if most and used:
+                cached = [int(line.split()[1]) for line in _lines(folder / "memory.stat") if line.split()[0] == cache]
+                free.append(max(0, most[0] - used[0] + sum(cached)))
+    return min(free, default=4 << 30)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -7,8 +7,11 @@ problem with its path. NaN and infinity are refused: a value that is undefined i
 import hashlib
 import json
 import os
+import re
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar, dataclass_transform
@@ -51,6 +54,45 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed processes left of writing files called `names`: hidden ones, named by the module tempfile.
+
+    Only for the sole writer of `folder`: another may be writing just now.
+    """
+    wanted = set(names)
+    for left in folder.iterdir():
+        found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}(\.tmp)?", left.name)
+        if found and found[1] in wanted:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make `folder` and keep it from other commands that ask for it with this; they wait, and say so.
+
+    The lock is on the folder itself: it leaves no file, and ends with the process however that ends. File systems
+    without locks, and Windows, go without.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another command is writing to {folder}; waiting for its end", file=sys.stderr, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

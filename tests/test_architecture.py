@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ROWS = [
-    {"records", "labels", "schema", "progress", "parallel", "workspace", "settings"},
+    {"records", "labels", "schema", "progress", "parallel", "workspace", "settings", "signals", "supervise"},
     {"volume", "resample", "readers"},
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
-    {"networks", "losses", "augment", "devices"},
+    {"networks", "losses", "augment", "devices", "schedule", "history"},
     {"sampling", "checkpoint", "inference", "evaluation"},
-    {"training", "postprocess", "model"},
+    {"training", "tuning", "postprocess", "model"},
     {"pipeline"},
     {"cli"},
 ]

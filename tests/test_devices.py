@@ -1,0 +1,50 @@
+"""Devices by name, and the allocator's setting and its inverse."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from autoseg.devices import choose_device, keep_freed_memory, return_freed_memory
+from autoseg.records import AutosegError
+
+
+def test_devices_by_name():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(AutosegError, match="--device auto"):
+        choose_device("cuda:99")
+    with pytest.raises(AutosegError, match="abacus"):
+        choose_device("abacus")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_kept_memory_is_kept_and_given_back():
+    # In a process of its own: how much memory is resident after 64 MiB were used and freed, in both settings.
+    code = (
+        "import sys\n"
+        "import numpy as np\n"
+        "from autoseg.devices import keep_freed_memory, return_freed_memory\n"
+        "def resident():\n"
+        "    return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "def grown():\n"
+        "    before = resident()\n"
+        "    np.ones(8 << 20)\n"
+        "    return resident() - before\n"
+        "kept = keep_freed_memory() and grown()\n"
+        "top = resident()\n"
+        "assert return_freed_memory()\n"
+        "print(kept, top - resident(), grown())\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    kept, given_back, plain = map(int, done.stdout.split())
+    assert kept > 60 << 20
+    assert given_back > 60 << 20
+    assert plain < 4 << 20
+
+
+def test_elsewhere_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()
+    assert not return_freed_memory()
