@@ -78,6 +78,8 @@ class PreparedCase:
     labels: np.ndarray
     locations: dict[int, np.ndarray]
     trace: Trace
+    before: "PreparedCase | None" = None
+    """The same case as the stage before reads it, where a cascade is to predict it."""
 
 
 def content_mask(image: np.ndarray) -> np.ndarray:
@@ -221,6 +223,14 @@ def restore(logits: np.ndarray, trace: Trace, configuration: Configuration) -> n
     current, original = trace.spacing_mm, trace.original_spacing_mm
     indices = resample_argmax(logits, current, original, trace.cropped_shape, configuration.resampling)
     return _uncrop(indices, trace, 0)
+
+
+def project(logits: np.ndarray, trace: Trace, onto: Trace, configuration: Configuration) -> np.ndarray:
+    """Logits (K, Z, Y, X) of one configuration -> class indices int16 on the prepared grid of another, `onto`.
+
+    What the next stage of a cascade reads. Both are the same case, so both have the same crop.
+    """
+    return resample_argmax(logits, trace.spacing_mm, onto.spacing_mm, onto.shape, configuration.resampling)
 
 
 def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, configuration: Configuration) -> np.ndarray:

@@ -12,12 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from autoseg.augment import Augmentation, Drawn
+from autoseg.augment.prior import PriorDraws, corrupt, draw_prior, to_masks
 from autoseg.labels import UNSEEN
 from autoseg.preprocess import PreparedCase
 from autoseg.records import AutosegError
@@ -81,6 +83,9 @@ class Sources:
     draws: Drawn
     arrays: tuple[tuple[Tensor, Tensor], ...]
     """One (image (C, ...) float32, labels (...) int16) a sample; spatial axes as in the patch."""
+    priors: tuple[Tensor, ...] = ()
+    """In a cascade, the earlier stage's labels (...) of the same boxes."""
+    prior_draws: PriorDraws | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,6 +132,17 @@ def choose_patch(case: PreparedCase, patch: Sequence[int], foreground: bool, rng
     return Box(start=start, stop=tuple(a + edge for a, edge in zip(start, edges)))
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prior:
+    """Where a cascade's second stage finds the earlier stage's label maps, and what becomes of them."""
+
+    maps: Callable[[str], Any]
+    """Case -> class indices (Z, Y, X) on the case's prepared grid, read slice by slice."""
+    foreground: tuple[int, ...]
+    corrupted: bool
+    """Whether the masks are spoilt a little, as in training."""
+
+
 def forced_foreground(batch: int, fraction: float) -> list[bool]:
     """Which samples of a batch must show foreground: the last ones, at least one, so that every batch has its share."""
     first = min(round(batch * (1 - fraction)), batch - 1) if fraction > 0 else batch
@@ -142,19 +158,21 @@ def grow(box: Box, shape: Sequence[int]) -> Box:
     return Box(start=tuple(start), stop=tuple(stop))
 
 
-def cut_sources(case: PreparedCase, box: Box, dimension: int) -> tuple[Tensor, Tensor]:
-    """Image (C, ...) and labels (...) of one box; outside the case the image is 0 and the label `UNSEEN`."""
-    size = case.labels.shape
+def cut_source(array: Any, box: Box, dimension: int, fill: int) -> Tensor:
+    """One box of `array` (..., Z, Y, X), read from where it lies; `fill` outside. 2D: the box's one slice."""
+    size = array.shape[-3:]
     inner = tuple(slice(min(max(a, 0), n), max(min(b, n), 0)) for a, b, n in zip(box.start, box.stop, size))
     shift = tuple(s.start for s in inner)
     local = Box(
         start=tuple(a - s for a, s in zip(box.start, shift)), stop=tuple(b - s for b, s in zip(box.stop, shift))
     )
-    image = cut(np.asarray(case.image[(slice(None), *inner)]), local, 0)
-    labels = cut(np.asarray(case.labels[inner]), local, UNSEEN).astype(np.int16, copy=False)
-    if dimension == 2:
-        image, labels = image[:, 0], labels[0]
-    return torch.from_numpy(image), torch.from_numpy(labels)
+    part = cut(np.asarray(array[(..., *inner)]), local, fill)
+    return torch.from_numpy(part if dimension == 3 else part[..., 0, :, :])
+
+
+def cut_sources(case: PreparedCase, box: Box, dimension: int) -> tuple[Tensor, Tensor]:
+    """Image (C, ...) and labels (...) of one box; outside the case the image is 0 and the label `UNSEEN`."""
+    return cut_source(case.image, box, dimension, 0), cut_source(case.labels, box, dimension, UNSEEN).short()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -172,13 +190,14 @@ class Sampler:
     augmentation: Augmentation
     seed: int
     stream: Stream
+    prior: Prior | None = None
 
     def sources(self, step: int) -> Sources:
         """Everything of step `step`, read from the cases. Raises AutosegError that names the case it failed on."""
         rng = generator(self.seed, self.stream, step)
         chosen = rng.integers(len(self.case_names), size=self.batch_size)
         forced = forced_foreground(self.batch_size, self.foreground_fraction)
-        patches, arrays = [], []
+        patches, arrays, priors = [], [], []
         draws: Drawn | None = None
         for sample, (index, foreground) in enumerate(zip(chosen, forced)):
             name = self.case_names[index]
@@ -189,17 +208,36 @@ class Sampler:
                     # A child stream: how much the patches draw does not move what the transforms draw.
                     child = generator(self.seed, self.stream, step).spawn(1)[0]
                     draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0])
-                arrays.append(cut_sources(case, grow(box, draws.source_shape(sample)), len(self.patch)))
+                source = grow(box, draws.source_shape(sample))
+                arrays.append(cut_sources(case, source, len(self.patch)))
+                if self.prior is not None:
+                    priors.append(cut_source(self.prior.maps(name), source, len(self.patch), 0).short())
             except Exception as error:
                 raise AutosegError(f"loading a patch of case {name} failed: {type(error).__name__}: {error}") from error
             patches.append(Patch(case=name, box=box, forced_foreground=foreground))
         assert draws is not None
-        return Sources(step=step, patches=tuple(patches), draws=draws, arrays=tuple(arrays))
+        prior_draws = None
+        if self.prior is not None and self.prior.corrupted:
+            prior_draws = draw_prior(rng, self.batch_size, len(self.prior.foreground))
+        return Sources(
+            step=step,
+            patches=tuple(patches),
+            draws=draws,
+            arrays=tuple(arrays),
+            priors=tuple(priors),
+            prior_draws=prior_draws,
+        )
 
     def assemble(self, sources: Sources, device: torch.device) -> Batch:
         """Move the sources to `device` and apply their transforms there."""
         moved = [(image.to(device, non_blocking=True), labels.to(device)) for image, labels in sources.arrays]
         image, labels = self.augmentation.apply(sources.draws, moved)
+        if self.prior is not None:
+            priors = self.augmentation.follow(sources.draws, [labels.to(device) for labels in sources.priors])
+            masks = to_masks(priors, self.prior.foreground)
+            if sources.prior_draws is not None:
+                masks = corrupt(masks, sources.prior_draws)
+            image = torch.cat([image, masks], dim=1)
         return Batch(step=sources.step, patches=sources.patches, image=image, labels=labels)
 
 

@@ -22,7 +22,7 @@ import blosc2
 import numpy as np
 
 from autoseg.preprocess import PreparedCase, Trace
-from autoseg.records import AutosegError, load_json, record, to_json
+from autoseg.records import AutosegError, load_json, record, sync, to_json
 from autoseg.schema import SCHEMA_VERSION
 
 IMAGE, LABELS, LOCATIONS, CARD = "image.b2nd", "labels.b2nd", "locations.npz", "case.json"
@@ -119,6 +119,23 @@ def write_case(folder: Path, case: PreparedCase, key: str, patch: Sequence[int] 
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_map(path: Path, labels: np.ndarray, patch: Sequence[int]) -> None:
+    """Write a label map (Z, Y, X) by itself, whole or not at all; `StoredArray(path)` reads it."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_array(_smallest(labels), temporary, patch)
+    sync(temporary)
+    temporary.replace(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed `write_case` left in `folder`. Only while nobody else writes there."""
+    for ending in ("new", "old"):
+        for left in folder.glob(f".*.{ending}"):
+            shutil.rmtree(left)
 
 
 def read_case(folder: Path, case_id: str) -> PreparedCase:

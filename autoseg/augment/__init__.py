@@ -45,6 +45,10 @@ class Augmentation(Protocol):
         """One (image (C, *box), labels (*box)) a sample -> image (B, C, *patch) float32, labels (B, *patch) int64."""
         ...
 
+    def follow(self, draws: Any, maps: Sequence[Tensor]) -> Tensor:
+        """Label maps of the same boxes, moved as the labels were: (B, *patch) int64; AutosegError if it cannot."""
+        ...
+
 
 Maker = Callable[[tuple[int, ...], Dimension, tuple[bool, ...]], Augmentation]
 

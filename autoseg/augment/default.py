@@ -160,6 +160,19 @@ class DefaultAugmentation:
             _shade(draws, sample, image[sample])
         return finish(image, labels, self.masked)
 
+    def follow(self, draws: Draws, maps: Sequence[Tensor]) -> Tensor:
+        """Move label maps, one (*source_shape) a sample, as `apply` moves the labels of the same boxes.
+
+        Returns (B, *patch) int64; places outside the image content, -1, become 0.
+        """
+        first = maps[0]
+        moved = torch.empty((len(maps), *self.patch), dtype=torch.int64, device=first.device)
+        for sample, labels in enumerate(maps):
+            # An image without channels: only labels are moved.
+            none = first.new_empty((0, *labels.shape), dtype=torch.float32)
+            _place(draws, sample, none, labels, none.new_empty((0, *self.patch)), moved[sample])
+        return moved.clamp_(min=0)
+
 
 def is_planar(patch: tuple[int, ...]) -> bool:
     """Whether a 3D patch is more than three times as long as its axis 0: it is then moved slice by slice."""

@@ -69,6 +69,13 @@ class ForeignAugmentation:
         image, labels = self._checked(result, expected, device)
         return finish(image, labels.long(), self.masked)
 
+    def follow(self, draws: SeedDraw, maps: Sequence[Tensor]) -> Tensor:
+        """Never: a callable from elsewhere moves one label map only."""
+        raise AutosegError(
+            f"the augmentation {self.name} cannot move the earlier stage's predictions of a cascade along with the "
+            "labels; train the cascade with --set augmentation=default or none"
+        )
+
     def _checked(self, result: object, expected: tuple[torch.Size, torch.Size], device: torch.device) -> Source:
         if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)):
             raise AutosegError(f"the augmentation {self.name} must return (image, labels), two tensors")
