@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autoseg.records import AutosegError, load_json, record, save_json, sync
+from autoseg.schedule import Rhythm
 
 PREFIX = "checkpoint_"
 
@@ -25,6 +26,12 @@ class Progressed:
     """How far a run has come. `step` optimizer steps are done; everything random follows from seed and step."""
 
     step: int
+    epoch: int
+    """Epochs that are complete, their pseudo-validation included."""
+    epoch_start: int
+    """The first step of the epoch under way."""
+    rhythm: Rhythm | None = None
+    """The epochs that a run by time has chosen."""
     smooth_pseudo_dice: float | None = None
     skipped_steps: int = 0
     epoch_losses: tuple[float, ...] = ()
@@ -64,6 +71,8 @@ def save_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Opt
     """Write a checkpoint of the fold in `folder` and remove older ones. Returns its path."""
     final = folder / f"{PREFIX}{progressed.step:09d}"
     if final.exists():
+        # The weights of a step are there already; what can differ is whether its epoch has been validated since.
+        save_json(progressed, final / "state.json")
         return final
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -79,6 +88,12 @@ def save_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Opt
     for path in older:
         shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def read_progress(folder: Path) -> Progressed | None:
+    """How far the newest checkpoint of the fold in `folder` has come; None if there is none."""
+    found = checkpoints(folder)
+    return load_json(Progressed, found[-1] / "state.json") if found else None
 
 
 def load_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> Progressed | None:

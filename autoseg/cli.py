@@ -10,6 +10,7 @@ import typer
 
 from autoseg import __version__
 from autoseg.records import AutosegError
+from autoseg.supervise import supervise
 from autoseg.workspace import Workspace
 
 app = typer.Typer(
@@ -36,6 +37,15 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change any other field; may be repeated.")
 ]
 PlanOption = Annotated[str, typer.Option("--plan", help="Name of the plan.")]
+PRESET_HELP = "unet, resenc_m, resenc_l or resenc_xl."
+GpuMemoryOption = Annotated[
+    float | None, typer.Option("--gpu-memory", metavar="GB", help="Memory to plan for, 2 to 80 [preset's own].")
+]
+SpacingOption = Annotated[
+    str | None, typer.Option(metavar="Z,Y,X", help="Target spacing of 3d_fullres in mm, instead of the rule's.")
+]
+GroupByOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Cases with the same match stay in one fold.")]
+TestFractionOption = Annotated[float, typer.Option(help="Share of the groups to lock away for testing.")]
 RunOption = Annotated[str, typer.Option("--run", help="Name of the run.")]
 
 
@@ -61,18 +71,12 @@ def plan_and_preprocess_verb(
     configurations: Annotated[
         list[str] | None, typer.Option("-c", "--configuration", help="Preprocess only this; may be repeated.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="unet, resenc_m, resenc_l or resenc_xl.")] = "unet",
-    gpu_memory: Annotated[
-        float | None, typer.Option("--gpu-memory", metavar="GB", help="Memory to plan for, 2 to 80 [preset's own].")
-    ] = None,
-    spacing: Annotated[
-        str | None, typer.Option(metavar="Z,Y,X", help="Target spacing of 3d_fullres in mm, instead of the rule's.")
-    ] = None,
+    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "unet",
+    gpu_memory: GpuMemoryOption = None,
+    spacing: SpacingOption = None,
     plan: PlanOption = "default",
-    group_by: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Cases with the same match stay in one fold.")
-    ] = None,
-    test_fraction: Annotated[float, typer.Option(help="Share of the groups to lock away for testing.")] = 0.0,
+    group_by: GroupByOption = None,
+    test_fraction: TestFractionOption = 0.0,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
     set_: SetOption = None,
@@ -106,9 +110,15 @@ def plan_and_preprocess_verb(
 @app.command("train")
 def train_verb(
     dataset: Annotated[str, typer.Argument(help="1, 001, Dataset001_Name, or a raw dataset folder.")],
-    configuration: Annotated[str, typer.Argument(help="2d, 3d_fullres or 3d_lowres.")],
+    configuration: Annotated[str, typer.Argument(help="2d, 3d_fullres, 3d_lowres or 3d_cascade_fullres.")],
     fold: Annotated[str, typer.Argument(help="0 to 4, or all.")],
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of 250 steps [default: 1000].")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Train for so long: 2h, 90m, 1h30m [on a CPU: 2h].")
+    ] = None,
+    extend: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Go on with a run for so much longer than it has now.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     device: DeviceOption = "auto",
     pretrained: Annotated[
@@ -138,6 +148,8 @@ def train_verb(
         plan=plan,
         run=run,
         epochs=epochs,
+        budget_seconds=None if budget is None else settings.parse_duration(budget, "--budget"),
+        extend_seconds=None if extend is None else settings.parse_duration(extend, "--extend"),
         seed=seed,
         device=device,
         pretrained=pretrained,
@@ -146,6 +158,68 @@ def train_verb(
         changes=settings.parse(set_ or ()),
     )
     train_fold(Workspace.find(workspace), dataset, configuration, fold, options)
+
+
+@app.command("fit")
+def fit_verb(
+    dataset: DatasetOption,
+    configurations: Annotated[
+        list[str] | None, typer.Option("-c", "--configuration", help="May be repeated [3d_fullres; 2d for 2D data].")
+    ] = None,
+    folds: Annotated[str | None, typer.Option(metavar="0,1,...", help="Only these folds [all].")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Time for everything: 8h, 90m, shared out among the folds.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of 250 steps a fold [default: 1000].")] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    gpu_memory: GpuMemoryOption = None,
+    spacing: SpacingOption = None,
+    group_by: GroupByOption = None,
+    test_fraction: TestFractionOption = 0.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
+    device: DeviceOption = "auto",
+    plan: PlanOption = "default",
+    run: RunOption = "default",
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Everything: plan, preprocess, train all folds, cross-validate, fit post-processing. Again: goes on."""
+    from autoseg import settings
+    from autoseg.pipeline.data import PlanOptions
+    from autoseg.pipeline.fit import FitOptions, fit
+    from autoseg.pipeline.train import TrainOptions
+
+    if budget is not None and epochs is not None:
+        raise AutosegError("give --budget or --epochs, not both: one of them ends the training")
+    planning = PlanOptions(
+        name=plan,
+        preset=preset or "unet",
+        gpu_memory_gb=gpu_memory,
+        spacing_mm=parse_spacing(spacing),
+        group_by=group_by,
+        test_fraction=test_fraction,
+        workers=workers,
+        keep=preset is None and gpu_memory is None and spacing is None,
+    )
+    training = TrainOptions(
+        plan=plan,
+        run=run,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        recipe=recipe,
+        changes=settings.parse(set_ or ()),
+    )
+    options = FitOptions(
+        plan=planning,
+        train=training,
+        configurations=tuple(configurations or ()),
+        folds=parse_folds(folds),
+        budget_seconds=None if budget is None else settings.parse_duration(budget, "--budget"),
+    )
+    fit(Workspace.find(workspace), dataset, options)
 
 
 @app.command("predict")
@@ -163,10 +237,13 @@ def predict_verb(
     no_tta: Annotated[bool, typer.Option("--no-tta", help="No mirroring: several times faster.")] = False,
     save_probabilities: Annotated[bool, typer.Option("--save-probabilities", help="Write them as NIfTI too.")] = False,
     no_postprocess: Annotated[bool, typer.Option("--no-postprocess", help="Leave out post-processing.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try cases again that failed before, though nothing has changed.")
+    ] = False,
     device: DeviceOption = "auto",
     workspace: WorkspaceOption = None,
 ) -> None:
-    """Segment images with a trained model: the only one there is, or the one that is chosen."""
+    """Segment images with a trained model: the only one there is, or the one chosen. Again: only what is not done."""
     from autoseg.pipeline.predict import PredictOptions, predict
 
     options = PredictOptions(
@@ -179,6 +256,7 @@ def predict_verb(
         mirror=not no_tta,
         save_probabilities=save_probabilities,
         postprocess=not no_postprocess,
+        retry_failed=retry_failed,
         device=device,
     )
     predict(Workspace.find(workspace), source, target, options)
@@ -238,6 +316,14 @@ def make_verb(
     make_dataset(Workspace.find(workspace), source, output, cases, test_cases, seed, settings.parse(set_ or ()))
 
 
+def parse_folds(text: str | None) -> tuple[int, ...]:
+    """`0,1,3` -> (0, 1, 3), nothing -> (); AutosegError for anything else."""
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise AutosegError(f"--folds {text!r}: give numbers with commas, for example --folds 0,1")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
     """`3,0.5,0.5` -> (3.0, 0.5, 0.5); AutosegError for anything else."""
     if text is None:
@@ -249,8 +335,19 @@ def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
     return z, y, x
 
 
+SUPERVISED = ("check", "plan_and_preprocess", "predict", "fit")
+"""Verbs that go on without a case that ended their process."""
+
+
 def main() -> None:
-    """Run the command line; an AutosegError ends it with code 1, its words, and the traceback of its cause if any."""
+    """Run the command line, the verbs of SUPERVISED in a process of their own; see autoseg/supervise.py."""
+    if sys.argv[1:2] and sys.argv[1] in SUPERVISED:
+        sys.exit(supervise(run))
+    run()
+
+
+def run() -> None:
+    """Run the command line here; an AutosegError ends it with code 1, its words, and the traceback of its cause."""
     # Before torch loads OpenMP: threads that spin while they wait take the cores from whoever they wait for when other
     # programs share the machine, and gained nothing measurable when none did.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,7 +1,8 @@
 """A trained model: the folds of one configuration of one run, with the plan that prepares their input."""
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from autoseg.checkpoint import load_weights
 from autoseg.inference import predict_logits
 from autoseg.networks import build
-from autoseg.preprocess import PreparedCase, prepare
+from autoseg.preprocess import PreparedCase, prepare, project
 from autoseg.records import AutosegError, load_json, to_json
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.training import WEIGHTS
@@ -26,24 +27,38 @@ class Model:
     configuration: Configuration
     networks: tuple[nn.Module, ...]
     device: torch.device
+    before: "Model | None" = None
+    """The earlier stage of a cascade, whose labels the networks read beside the image."""
 
     def prepare(self, case: str, image: Volume, stored: Grid) -> PreparedCase:
-        """Canonical image -> what the networks read, by the same function as in training."""
-        return prepare(case, image, None, stored, self.plan, self.configuration)
+        """Canonical image -> what the networks read, by the same function as in training, for all stages."""
+        prepared = prepare(case, image, None, stored, self.plan, self.configuration)
+        return prepared if self.before is None else replace(prepared, before=self.before.prepare(case, image, stored))
 
     def logits(
         self,
-        image: np.ndarray,
+        case: PreparedCase,
         *,
+        prior: np.ndarray | None = None,
         step: float = 0.5,
         mirror: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Prepared image (C, Z, Y, X) -> mean logits (K, Z, Y, X) of all folds on the same grid, float32.
+        """Prepared case -> mean logits (K, Z, Y, X) of all folds on the prepared grid, float32.
 
+        prior: labels (Z, Y, X) of the earlier stage on the same grid; left out, `before` predicts them.
         step: distance of tiles as a share of the patch; mirror: average over all flips too.
         """
         patch = self.configuration.patch
+        image = np.asarray(case.image[...])
+        if self.configuration.previous_stage is not None:
+            if prior is None:
+                if self.before is None or case.before is None:
+                    raise ValueError(f"{self.configuration.name} needs the labels of the stage before, or its model")
+                earlier = self.before.logits(case.before, step=step, mirror=mirror)
+                prior = project(earlier, case.before.trace, case.trace, self.before.configuration)
+            masks = [prior == index for index in self.plan.labels.foreground]
+            image = np.concatenate([image, np.stack(masks).astype(np.float32)])
         return predict_logits(
             self.networks,
             torch.from_numpy(np.ascontiguousarray(image)),
@@ -56,6 +71,18 @@ class Model:
         ).numpy()
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a fold folder holds a fold that was trained to its end."""
+    path = folder / "run.json"
+    return path.is_file() and load_json(Run, path).finished is not None and (folder / WEIGHTS).is_file()
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of the weights of a finished fold: tells whether anything made with them is still theirs."""
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def open_run(folder: Path) -> Run:
     """The run.json of a fold folder; AutosegError if the fold is not there or not trained to its end."""
     run = load_json(Run, folder / "run.json")
@@ -64,8 +91,8 @@ def open_run(folder: Path) -> Run:
     return run
 
 
-def open_model(folders: Sequence[Path], device: torch.device) -> Model:
-    """The model made of the finished folds in `folders`.
+def open_model(folders: Sequence[Path], device: torch.device, before: Sequence[Path] = ()) -> Model:
+    """The model made of the finished folds in `folders`; `before` are those of a cascade's earlier stage.
 
     Raises AutosegError if a fold is unfinished, damaged, or made with another plan than the first.
     """
@@ -77,7 +104,28 @@ def open_model(folders: Sequence[Path], device: torch.device) -> Model:
     configuration = first.plan.configuration(first.configuration)
     networks = []
     for folder in folders:
-        network = build(configuration.network, len(first.plan.channels), first.plan.labels.heads)
+        network = build(configuration.network, first.plan.in_channels(configuration), first.plan.labels.heads)
         load_weights(network, folder / WEIGHTS)
         networks.append(network.to(device).eval())
-    return Model(plan=first.plan, configuration=configuration, networks=tuple(networks), device=device)
+    earlier = open_model(before, device) if before else None
+    if earlier is not None and to_json(earlier.plan) != to_json(first.plan):
+        raise AutosegError(f"{before[0]} was trained with another plan than {folders[0]}; they make no cascade")
+    return Model(plan=first.plan, configuration=configuration, networks=tuple(networks), device=device, before=earlier)
+
+
+def earlier_folds(folder: Path) -> tuple[Path, ...]:
+    """All finished cross-validation folds of the stage before the fold in `folder`; empty if there is no such stage.
+
+    Raises AutosegError if the stage before has no finished fold.
+    """
+    run = open_run(folder)
+    stage = run.plan.configuration(run.configuration).previous_stage
+    if stage is None:
+        return ()
+    place = folder.parent.parent / stage
+    found = tuple(path for path in sorted(place.glob("fold_[0-9]*")) if is_finished(path))
+    if not found:
+        raise AutosegError(
+            f"{run.configuration} reads predictions of {stage}, and {place} holds no finished fold of it"
+        )
+    return found

@@ -11,15 +11,19 @@ LINE_SECONDS = 60.0
 
 
 class Progress:
-    """Counts done units of `total`; use as a context manager. `advance` may be called from several threads."""
+    """Counts done units of `total`; use as a context manager. `advance` may be called from several threads.
 
-    def __init__(self, what: str, total: int, unit: str = "case", quiet: bool = False) -> None:
+    initial: units that were done before, which the estimate of the time left must not count as done just now.
+    """
+
+    def __init__(self, what: str, total: int, unit: str = "case", quiet: bool = False, initial: int = 0) -> None:
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
-        self.done, self.note, self.started = 0, "", time.monotonic()
+        self.done, self.note, self.started = initial, "", time.monotonic()
+        self.initial = initial
         self._said = self.started
         self._lock = threading.Lock()
         terminal = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True) if terminal else None
+        self._bar = tqdm(total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=True) if terminal else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -36,11 +40,24 @@ class Progress:
                 self._said = time.monotonic()
                 self._line()
 
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if not self.quiet:
+            tqdm.write(text)
+            sys.stdout.flush()
+
     def _line(self) -> None:
         elapsed = time.monotonic() - self.started
         print(
             tqdm.format_meter(
-                self.done, self.total, elapsed, prefix=self.what, unit=self.unit, postfix=self.note, ncols=110
+                self.done,
+                self.total,
+                elapsed,
+                prefix=self.what,
+                unit=self.unit,
+                postfix=self.note,
+                ncols=110,
+                initial=self.initial,
             ),
             file=sys.stderr,
             flush=True,

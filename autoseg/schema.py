@@ -6,6 +6,8 @@ order*, which is canonical order permuted by `Plan.axis_order`. Lengths are mill
 
 from typing import Literal
 
+from pydantic import PositiveFloat
+
 from autoseg.labels import Labels
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
 
@@ -136,6 +138,10 @@ class Plan:
     configurations: tuple[Configuration, ...]
     reasons: tuple[Reason, ...] = ()
 
+    def in_channels(self, configuration: Configuration) -> int:
+        """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class."""
+        return len(self.channels) + (len(self.labels.foreground) if configuration.previous_stage else 0)
+
     def configuration(self, name: str) -> Configuration:
         """The configuration called `name`; raises AutosegError that lists the ones there are."""
         for configuration in self.configurations:
@@ -150,6 +156,8 @@ class Recipe:
     """How a network is trained. Defaults follow nnU-Net v2 (Isensee et al., Nature Methods 2021)."""
 
     epochs: int = 1000
+    budget_seconds: PositiveFloat | None = None
+    """Training time over all sessions, in place of `epochs`; the two numbers below are then the largest allowed."""
     steps_per_epoch: int = 250
     validation_steps: int = 50
     seed: int = 0
@@ -178,6 +186,25 @@ class Fold:
 
 
 @record
+class Tuning:
+    """How training computes on one machine: chosen by probes at its start, used again whenever the run goes on."""
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What convolutions compute in; weights and their gradients are float32 throughout."""
+    compiled: bool = False
+    channels_last: bool = False
+    keep_freed: bool = False
+    """The system's allocator keeps freed memory instead of giving it back after every large tensor."""
+    threads: int
+    seconds_a_step: float | None = None
+    """As probed, on a batch that is ready; None if nothing was probed."""
+    device: str
+    torch: str
+    notes: tuple[str, ...] = ()
+    """One line a decision, with its numbers."""
+
+
+@record
 class Run:
     """The facts of one training run, saved as run.json beside its weights."""
 
@@ -196,3 +223,5 @@ class Run:
     device: str
     started: str
     finished: str | None = None
+    tuning: Tuning | None = None
+    """None until the first probes have ended."""

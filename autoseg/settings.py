@@ -1,6 +1,10 @@
-"""`--set path.to.field=value` and TOML files: typed changes of a record, checked as if it had been written so."""
+"""What people write for fields: `--set path.to.field=value`, TOML files, durations.
+
+Changes of a record are typed and checked as if it had been written so.
+"""
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from autoseg.records import AutosegError, problems
 
 T = TypeVar("T")
+
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+"""Units of durations in seconds, largest first."""
 
 
 def parse(assignments: Iterable[str]) -> dict[str, Any]:
@@ -66,6 +73,28 @@ def change(value: T, changes: Mapping[str, Any], *, taken: Mapping[str, str] | N
         return TypeAdapter(type(value)).validate_python(content)
     except ValidationError as error:
         raise AutosegError(f"{where} asks for something that is not possible:\n{problems(error)}") from None
+
+
+def parse_duration(text: str, option: str) -> float:
+    """`2h`, `90m`, `1h30m`, `45s`, `1.5h`, `2d` -> seconds. Raises AutosegError that names `option` for all else.
+
+    A number without a unit is refused: some programs mean hours by it, others minutes or seconds.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch("".join(f"(?:{number}{unit})?" for unit in UNITS), text.replace(" ", "").lower())
+    seconds = sum(float(part) * UNITS[unit] for part, unit in zip(found.groups(), UNITS) if part) if found else 0.0
+    if seconds <= 0:
+        raise AutosegError(f"{option} {text!r}: write a duration with its units, for example 2h, 90m, 1h30m, 45s or 2d")
+    return seconds
+
+
+def say_duration(seconds: float) -> str:
+    """Seconds as `parse_duration` reads them, to the second, the largest units first: 5400 -> `1h30m`."""
+    left, said = round(seconds), ""
+    for unit, size in UNITS.items():
+        count, left = divmod(left, size)
+        said += f"{count}{unit}" if count else ""
+    return said or "0s"
 
 
 def _place(holder: Any, step: str, path: str, where: str) -> str | int:

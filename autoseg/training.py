@@ -2,31 +2,41 @@
 
 The recipe's defaults are nnU-Net's (Isensee et al., Nature Methods 2021): SGD with Nesterov momentum, a polynomial
 decay stepped once an epoch, gradients clipped by norm, pseudo-Dice on random validation patches after each epoch.
+Under a budget the decay follows the time instead, at every step. Requests to save or to end (`autoseg.signals`) are
+answered between two steps or two validation batches; what is saved there goes on as if nothing had happened.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, save_weights
+from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics
 from autoseg.labels import Labels
 from autoseg.losses import LOSSES, deep_supervision, scale_targets
 from autoseg.progress import Progress
-from autoseg.records import AutosegError, atomic_write
+from autoseg.records import AutosegError
 from autoseg.sampling import Batch, Sampler, prefetch
+from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, poly, progress
 from autoseg.schema import Recipe
+from autoseg.settings import say_duration
+from autoseg.signals import Requests, Stopped
 
-METRICS = "metrics.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
 WEIGHTS = "weights.safetensors"
+RECENT_STEPS = 8
+"""Steps whose durations tell how long the next one takes."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,27 +53,6 @@ class Parts:
     batch_dice: bool
     device: torch.device
     folder: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """One line of metrics.jsonl. Pseudo-Dice: pooled over random validation patches, so a trend and not a score."""
-
-    epoch: int
-    step: int
-    learning_rate: float
-    training_loss: float | None
-    validation_loss: float | None
-    pseudo_dice: dict[str, float | None]
-    mean_pseudo_dice: float | None
-    smooth_pseudo_dice: float | None
-    skipped_steps: int
-    seconds: float
-
-
-def poly(recipe: Recipe, epoch: int) -> float:
-    """Learning rate of an epoch: decays to 0 as (1 - epoch / epochs) ** exponent."""
-    return recipe.learning_rate * (1 - epoch / recipe.epochs) ** recipe.poly_exponent
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -116,25 +105,27 @@ def training_step(parts: Parts, optimizer: torch.optim.Optimizer, batch: Batch) 
     return value
 
 
-def batches(sampler: Sampler, steps: range, threads: int, device: torch.device) -> Iterator[Batch]:
+def batches(sampler: Sampler, steps: Iterable[int], threads: int, device: torch.device) -> Iterator[Batch]:
     """The batches of `steps`, read ahead by threads, transformed on the device."""
     for sources in prefetch(sampler.sources, steps, threads):
         yield sampler.assemble(sources, device)
 
 
-def validate(parts: Parts, epoch: int) -> tuple[float | None, dict[str, float | None]]:
-    """(mean loss, pseudo-Dice of each class) over the random validation patches of an epoch.
+def validate(
+    parts: Parts, epoch: int, steps: int, between: Callable[[], None]
+) -> tuple[float | None, dict[str, float | None]]:
+    """(mean loss, pseudo-Dice of each class) over `steps` batches of random validation patches of an epoch.
 
-    Counts are pooled over all patches; a class that is neither present nor predicted is None.
+    Counts are pooled over all patches; a class that is neither present nor predicted is None. `between` is called
+    before each batch.
     """
-    steps = parts.recipe.validation_steps
+    first = epoch * parts.recipe.validation_steps
     losses: list[float] = []
     counts = torch.zeros(3, parts.labels.count, dtype=torch.float64)
     parts.network.eval()
     with torch.inference_mode():
-        for batch in batches(
-            parts.validation, range(epoch * steps, (epoch + 1) * steps), parts.recipe.loader_threads, parts.device
-        ):
+        for batch in batches(parts.validation, range(first, first + steps), parts.recipe.loader_threads, parts.device):
+            between()
             loss, logits = batch_loss(parts, batch)
             losses.append(loss.item())
             predicted = logits.argmax(1).flatten()
@@ -163,47 +154,60 @@ def record_bad_step(folder: Path, batch: Batch) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a fold's metrics.jsonl, oldest first; empty if there is none yet."""
-    path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def forget_metrics_after(folder: Path, step: int) -> None:
-    """Drop the lines of epochs that ended after `step`: they will be trained again."""
-    kept = [line for line in read_metrics(folder) if line["step"] <= step]
-    with atomic_write(folder / METRICS) as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-
-
 def culprits(bad: list[Batch]) -> str:
     """The cases that all bad batches share, or all of them."""
     shared = set(bad[0].cases).intersection(*(batch.cases for batch in bad))
     return ", ".join(sorted(shared or {case for batch in bad for case in batch.cases})[:8])
 
 
-def train(parts: Parts, on_epoch: Callable[[list[dict[str, Any]]], None] = lambda lines: None) -> Progressed:
+def train(
+    parts: Parts,
+    on_epoch: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
+    requests: Requests | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Progressed:
     """Train one fold to the end of its recipe, going on from its newest checkpoint if there is one.
 
     Writes metrics.jsonl, checkpoints and at the end weights.safetensors into `parts.folder`; `on_epoch` receives all
-    metric lines after each epoch. Raises AutosegError when losses stay non-finite or a patch cannot be read.
+    metric lines after each epoch. `requests` are answered as they come in; `clock` gives seconds. Raises AutosegError
+    when losses stay non-finite or a patch cannot be read, Stopped when the end was asked for.
     """
     recipe, folder, device = parts.recipe, parts.folder, parts.device
+    asked = requests or Requests()
     folder.mkdir(parents=True, exist_ok=True)
     network = parts.network.to(device).train()
     optimizer = make_optimizer(network, recipe)
-    state = load_checkpoint(folder, network, optimizer) or Progressed(step=0)
-    forget_metrics_after(folder, state.step)
-    total = recipe.epochs * recipe.steps_per_epoch
+    state = load_checkpoint(folder, network, optimizer) or Progressed(step=0, epoch=0, epoch_start=0)
+    forget_metrics_from(folder, state.epoch)
     bad: list[Batch] = []
-    started, saved = time.monotonic() - state.seconds, time.monotonic()
+    recent: deque[float] = deque(maxlen=RECENT_STEPS)
+    started, saved = clock() - state.seconds, state.seconds
+    validating = 0.0
+    """Seconds of the last pseudo-validation, which the budget must still hold if it ends within an epoch."""
 
-    with Progress("train", total, unit="step") as bar:
-        bar.advance(state.step)
-        for batch in batches(parts.training, range(state.step, total), recipe.loader_threads, device):
-            epoch = batch.step // recipe.steps_per_epoch
+    def elapsed() -> float:
+        return clock() - started
+
+    def heed() -> None:
+        if asked.save or asked.stop is not None:
+            asked.save = False
+            save_checkpoint(folder, network, optimizer, state)
+            bar.say(f"checkpoint of step {state.step} saved")
+        if asked.stop is not None:
+            raise Stopped(asked.stop)
+
+    with _progress_bar(recipe, state) as bar:
+        if _epoch_is_full(recipe, state):  # it was stopped in its pseudo-validation
+            state = _end_epoch(parts, optimizer, state, on_epoch, heed)
+        mark = elapsed()
+        for batch in batches(parts.training, _steps(recipe, state.step), recipe.loader_threads, device):
+            heed()
+            now = elapsed()
+            closing = validating if state.step > state.epoch_start else 0.0
+            if is_over(recipe, step=state.step, seconds=now, recent=recent, closing=closing):
+                break
             for group in optimizer.param_groups:
-                group["lr"] = poly(recipe, epoch)
+                group["lr"] = poly(recipe, progress(recipe, step=state.epoch_start, seconds=now))
             loss = training_step(parts, optimizer, batch)
             if loss is None:
                 bad.append(batch)
@@ -221,41 +225,94 @@ def train(parts: Parts, on_epoch: Callable[[list[dict[str, Any]]], None] = lambd
                 step=batch.step + 1,
                 skipped_steps=state.skipped_steps + (loss is None),
                 epoch_losses=state.epoch_losses if loss is None else (*state.epoch_losses, loss),
-                seconds=time.monotonic() - started,
+                seconds=elapsed(),
             )
-            bar.advance(
-                note=f"epoch {epoch}, loss {'not finite' if loss is None else f'{loss:.3f}'}, {_dice_note(state)}"
-            )
-            if state.step % recipe.steps_per_epoch == 0:
-                state = _end_epoch(parts, state, epoch, on_epoch)
-            if time.monotonic() - saved > recipe.checkpoint_minutes * 60:
+            recent.append(state.seconds - mark)
+            if len(recent) == TIMED_STEPS and _lacks_rhythm(recipe, state):
+                state = _with_rhythm(recipe, state, recent, bar)
+            _show(bar, recipe, state, loss)
+            if _epoch_is_full(recipe, state):
+                state = _end_epoch(parts, optimizer, state, on_epoch, heed)
+                validating = elapsed() - state.seconds
+                state = replace(state, seconds=elapsed())
+            if state.seconds - saved > recipe.checkpoint_minutes * 60:
                 save_checkpoint(folder, network, optimizer, state)
-                saved = time.monotonic()
+                saved = state.seconds
+            mark = elapsed()
+        if state.step > state.epoch_start:  # the budget ended within an epoch
+            state = _end_epoch(parts, optimizer, state, on_epoch, heed)
+            state = replace(state, seconds=elapsed())
     save_checkpoint(folder, network, optimizer, state)
     save_weights(network, folder / WEIGHTS)
     return state
 
 
-def _dice_note(state: Progressed) -> str:
-    return "Dice ?" if state.smooth_pseudo_dice is None else f"Dice {state.smooth_pseudo_dice:.3f}"
+def _steps(recipe: Recipe, first: int) -> Iterable[int]:
+    if recipe.budget_seconds is not None:
+        return count(first)
+    return range(first, recipe.epochs * recipe.steps_per_epoch)
+
+
+def _lacks_rhythm(recipe: Recipe, state: Progressed) -> bool:
+    chosen = None if state.rhythm is None else state.rhythm.budget_seconds
+    return recipe.budget_seconds != chosen
+
+
+def _epoch_lengths(recipe: Recipe, state: Progressed) -> tuple[int, int]:
+    """Steps of training and of validation in the epoch under way."""
+    if state.rhythm is None:
+        return recipe.steps_per_epoch, recipe.validation_steps
+    return state.rhythm.steps, state.rhythm.validation_steps
+
+
+def _epoch_is_full(recipe: Recipe, state: Progressed) -> bool:
+    return state.step - state.epoch_start >= _epoch_lengths(recipe, state)[0]
+
+
+def _with_rhythm(recipe: Recipe, state: Progressed, timed: Iterable[float], bar: Progress) -> Progressed:
+    assert recipe.budget_seconds is not None
+    step = median([*timed][1:])
+    rhythm = choose_rhythm(recipe, recipe.budget_seconds - state.seconds, step)
+    bar.say(
+        f"a step takes {step:.2g} s: epochs of {rhythm.steps} steps and {rhythm.validation_steps} validation steps; "
+        f"{recipe.epochs} epochs of {recipe.steps_per_epoch} steps would take "
+        f"{say_duration(recipe.epochs * recipe.steps_per_epoch * step)}"
+    )
+    return replace(state, rhythm=rhythm)
+
+
+def _progress_bar(recipe: Recipe, state: Progressed) -> Progress:
+    if recipe.budget_seconds is not None:
+        return Progress("train", round(recipe.budget_seconds), unit="s", initial=int(state.seconds))
+    return Progress("train", recipe.epochs * recipe.steps_per_epoch, unit="step", initial=state.step)
+
+
+def _show(bar: Progress, recipe: Recipe, state: Progressed, loss: float | None) -> None:
+    position = state.step if recipe.budget_seconds is None else min(int(state.seconds), bar.total)
+    said = "not finite" if loss is None else f"{loss:.3f}"
+    dice = "?" if state.smooth_pseudo_dice is None else f"{state.smooth_pseudo_dice:.3f}"
+    steps = "" if recipe.budget_seconds is None else f"step {state.step}, "
+    bar.advance(position - bar.done, note=f"{steps}epoch {state.epoch}, loss {said}, Dice {dice}")
 
 
 def _end_epoch(
     parts: Parts,
+    optimizer: torch.optim.Optimizer,
     state: Progressed,
-    epoch: int,
     on_epoch: Callable[[list[dict[str, Any]]], None],
+    between: Callable[[], None],
 ) -> Progressed:
-    validation_loss, dice = validate(parts, epoch)
+    validation_loss, dice = validate(parts, state.epoch, _epoch_lengths(parts.recipe, state)[1], between)
     known = [value for value in dice.values() if value is not None]
     mean = sum(known) / len(known) if known else None
     smooth = state.smooth_pseudo_dice
     if mean is not None:
         smooth = mean if smooth is None else 0.9 * smooth + 0.1 * mean
     line = Epoch(
-        epoch=epoch,
+        epoch=state.epoch,
         step=state.step,
-        learning_rate=poly(parts.recipe, epoch),
+        progress=round(progress(parts.recipe, step=state.step, seconds=state.seconds), 6),
+        learning_rate=optimizer.param_groups[0]["lr"],
         training_loss=sum(state.epoch_losses) / len(state.epoch_losses) if state.epoch_losses else None,
         validation_loss=validation_loss,
         pseudo_dice=dice,
@@ -264,7 +321,6 @@ def _end_epoch(
         skipped_steps=state.skipped_steps,
         seconds=round(state.seconds, 2),
     )
-    with (parts.folder / METRICS).open("a") as file:
-        file.write(json.dumps(line.__dict__) + "\n")
+    append_metrics(parts.folder, line)
     on_epoch(read_metrics(parts.folder))
-    return replace(state, smooth_pseudo_dice=smooth, epoch_losses=())
+    return replace(state, epoch=state.epoch + 1, epoch_start=state.step, smooth_pseudo_dice=smooth, epoch_losses=())

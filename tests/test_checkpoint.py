@@ -21,6 +21,10 @@ def parts(seed):
     return network, torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
 
+def progressed(step, **more):
+    return Progressed(step=step, epoch=0, epoch_start=0, **more)
+
+
 def steps(network, optimizer, count, seed):
     torch.manual_seed(seed)
     for _ in range(count):
@@ -36,10 +40,10 @@ def test_nothing_saved_gives_none(tmp_path):
 def test_going_on_from_a_checkpoint_equals_not_stopping(tmp_path):
     network, optimizer = parts(0)
     steps(network, optimizer, 3, 1)
-    save_checkpoint(tmp_path, network, optimizer, Progressed(step=3, smooth_pseudo_dice=0.5))
+    save_checkpoint(tmp_path, network, optimizer, progressed(3, smooth_pseudo_dice=0.5))
     steps(network, optimizer, 4, 2)
     other, its_optimizer = parts(9)
-    assert load_checkpoint(tmp_path, other, its_optimizer) == Progressed(step=3, smooth_pseudo_dice=0.5)
+    assert load_checkpoint(tmp_path, other, its_optimizer) == progressed(3, smooth_pseudo_dice=0.5)
     steps(other, its_optimizer, 4, 2)
     for a, b in zip(network.parameters(), other.parameters()):
         assert torch.equal(a, b)
@@ -48,13 +52,13 @@ def test_going_on_from_a_checkpoint_equals_not_stopping(tmp_path):
 def test_only_the_newest_stays_and_a_torn_one_is_not_seen(tmp_path):
     network, optimizer = parts(0)
     for step in (3, 12, 100):
-        save_checkpoint(tmp_path, network, optimizer, Progressed(step=step))
+        save_checkpoint(tmp_path, network, optimizer, progressed(step))
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint_000000100"]
     torn = tmp_path / ".checkpoint_000000200.tmp"
     torn.mkdir()
     (torn / "weights.safetensors").write_bytes(b"half")
     assert load_checkpoint(tmp_path, network, optimizer).step == 100
-    save_checkpoint(tmp_path, network, optimizer, Progressed(step=200))
+    save_checkpoint(tmp_path, network, optimizer, progressed(200))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_000000200"]
 
 
@@ -73,7 +77,7 @@ def test_wrong_files_are_named(tmp_path):
 
 def test_a_pickle_in_place_of_the_optimizer_is_refused(tmp_path):
     network, optimizer = parts(0)
-    folder = save_checkpoint(tmp_path, network, optimizer, Progressed(step=1))
+    folder = save_checkpoint(tmp_path, network, optimizer, progressed(1))
     torch.save({"harmful": print}, folder / "optimizer.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
         load_checkpoint(tmp_path, network, optimizer)

@@ -8,7 +8,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from autoseg import __version__
-from autoseg.cli import app, parse_spacing
+from autoseg.cli import app, parse_folds, parse_spacing
 from autoseg.records import AutosegError
 
 RUNNER = CliRunner()
@@ -20,12 +20,16 @@ OPTIONS = {
         "workspace", "set_", "help_fields",
     },
     "train": {
-        "dataset", "configuration", "fold", "epochs", "seed", "device", "pretrained", "validate_only", "plan", "run",
-        "recipe", "workspace", "set_", "help_fields",
+        "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "device", "pretrained",
+        "validate_only", "plan", "run", "recipe", "workspace", "set_", "help_fields",
+    },
+    "fit": {
+        "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
+        "test_fraction", "seed", "device", "plan", "run", "recipe", "workers", "workspace", "set_",
     },
     "predict": {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
-        "save_probabilities", "no_postprocess", "device", "workspace",
+        "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
     "evaluate": {"truth", "prediction", "output", "tolerance", "partial", "workers"},
     "demo": {"workspace", "device"},
@@ -55,6 +59,19 @@ def test_spacing_is_three_lengths(text):
     assert parse_spacing(None) is None
     with pytest.raises(AutosegError, match="--spacing"):
         parse_spacing(text)
+
+
+@pytest.mark.parametrize("text", ["all", "0;1", "0,", "-1", ""])
+def test_folds_are_numbers_with_commas(text):
+    assert parse_folds(None) == ()
+    assert parse_folds("3, 0,3") == (0, 3)
+    with pytest.raises(AutosegError, match="--folds"):
+        parse_folds(text)
+
+
+def test_fit_refuses_two_ends():
+    refused = RUNNER.invoke(app, ["fit", "-d", "7", "--epochs", "3", "--budget", "2h"])
+    assert "not both" in str(refused.exception)
 
 
 def test_fields_of_recipe_plan_and_source_are_listed(tmp_path):
@@ -96,7 +113,7 @@ def test_a_wrong_request_ends_with_code_1_and_no_traceback(tmp_path, monkeypatch
 
     monkeypatch.setattr("sys.argv", ["autoseg", "check", "-d", "99", "--workspace", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        cli.run()
     assert stop.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: no dataset '99'")

@@ -11,9 +11,10 @@ import SimpleITK as sitk
 from toys import ball
 
 from autoseg.layout import open_dataset
+from autoseg.pipeline.crossval import cross_validate
 from autoseg.pipeline.data import PlanOptions, check, plan_and_preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
-from autoseg.pipeline.train import TrainOptions, fit_postprocessing, train_fold
+from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.readers import write_image, write_labels
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import Run
@@ -163,13 +164,11 @@ def test_from_raw_images_to_scored_predictions(place, capsys, tmp_path):
     assert train_fold(place, "7", "3d_fullres", "0", TRAIN).scores
     assert "trained already" in capsys.readouterr().out
     with pytest.raises(AutosegError, match=r"another recipe.*--run"):
-        train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=4))
+        train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, changes={**QUICK, "clip_norm": 1.0}))
     with pytest.raises(AutosegError, match="--epochs"):
         train_fold(place, "7", "3d_fullres", "2", replace(TRAIN, changes={"epochs": 4}))
 
-    fit_postprocessing(
-        [place.fold(NAME, "default", "3d_fullres", fold) for fold in (0, 1)], open_dataset(place.raw(NAME))
-    )
+    cross_validate([place.fold(NAME, "default", "3d_fullres", fold) for fold in (0, 1)], open_dataset(place.raw(NAME)))
     unseen = tmp_path / "new"
     write_case(unseen, "x", seed=11, split="Ts")
     outcomes = predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions(save_probabilities=True))
@@ -210,7 +209,7 @@ def test_one_bad_image_harms_only_itself(place, tmp_path):
     bad.write_bytes(bad.read_bytes()[:200])
     with pytest.raises(AutosegError, match=r"1 of 3 cases:\n  b: "):
         predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions(mirror=False))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz", "status.csv"]
 
 
 def test_pretrained_weights_are_where_training_starts(place):

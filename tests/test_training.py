@@ -9,13 +9,14 @@ from toys import LABELS, ball, configuration, grid, network, plan
 
 from autoseg.augment import make_augmentation
 from autoseg.evaluation.plots import training_curves
+from autoseg.history import read_metrics
 from autoseg.networks import build
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import PreparedCases, Sampler, Stream
 from autoseg.schema import Recipe
 from autoseg.store import write_case
-from autoseg.training import BAD_STEPS, Parts, poly, read_metrics, train
+from autoseg.training import BAD_STEPS, Parts, train
 from autoseg.volume import Volume
 
 SHAPE, PATCH = (9, 13, 15), (8, 12, 12)
@@ -68,12 +69,6 @@ def place(tmp_path):
 
 def weights(made):
     return torch.cat([p.detach().flatten() for p in made.network.parameters()])
-
-
-def test_poly_by_hand():
-    recipe = Recipe(epochs=4, learning_rate=0.1)
-    assert poly(recipe, 0) == 0.1
-    assert poly(recipe, 2) == pytest.approx(0.1 * 0.5**0.9)
 
 
 def test_it_learns_and_writes_what_it_should(place):

@@ -1,8 +1,12 @@
 """Small lopsided things that several tests share."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 
 from autoseg.labels import Labels
+from autoseg.readers import write_image, write_labels
 from autoseg.schema import ChannelNorm, Configuration, NetworkSpec, Plan
 from autoseg.volume import Grid, Triple
 
@@ -62,3 +66,29 @@ def ball(shape, centre, radius) -> np.ndarray:
     """True within `radius` voxels of `centre`."""
     axes = np.ogrid[tuple(slice(n) for n in shape)]
     return sum((a - c) ** 2 for a, c in zip(axes, centre)) <= radius**2
+
+
+BALLS = {"background": 0, "big": 7, "small": 300}
+
+
+def write_balls(folder: Path, name: str, seed: int, split: str = "Tr", channels: int = 1) -> None:
+    """One raw case of two balls of different size and brightness."""
+    rng = np.random.default_rng(seed)
+    shape = (13 + seed % 3, 17, 19)
+    labels = np.zeros(shape, np.int16)
+    labels[ball(shape, (6, 8, 6 + seed % 2), 4.5)] = 7
+    labels[ball(shape, (7, 8, 14), 2.5)] = 300
+    image = np.select([labels == 7, labels == 300], [4.0, 8.0]) + rng.normal(2, 0.2, shape)
+    stored = Grid(shape=shape, spacing_mm=(1.1, 1.0, 0.9), origin_mm=(5.0, -3.0, 2.0))
+    for channel in range(channels):
+        path = folder / f"images{split}" / f"{name}_{channel:04d}.nii.gz"
+        write_image(image.astype(np.float32) + channel, stored, path)
+    write_labels(labels, stored, folder / f"labels{split}" / f"{name}.nii.gz")
+
+
+def balls_dataset(raw: Path, cases: int = 4) -> None:
+    """A raw dataset of `cases` cases, two a patient: p0_0, p0_1, p1_0, ..."""
+    for seed in range(cases):
+        write_balls(raw, f"p{seed // 2}_{seed % 2}", seed)
+    facts = {"channel_names": {"0": "MR"}, "labels": BALLS, "numTraining": cases, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(facts))

@@ -6,19 +6,19 @@ preprocessing of every configuration. A second run decodes only what is missing 
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoseg import settings
+from autoseg import records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
 from autoseg.planners import PLANNERS, explain, plan
 from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
-from autoseg.records import AutosegError, hash_text, load_json, save_json, to_json
+from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
 from autoseg.schema import CaseFingerprint, Configuration, Fingerprint, Plan
 from autoseg.splits import Splits, make_splits, read_splits
 from autoseg.store import stored_key, write_case
@@ -49,6 +49,10 @@ class PlanOptions:
     gpu_memory_gb: float | None = None
     spacing_mm: tuple[float, float, float] | None = None
     configurations: tuple[str, ...] = ()
+    """What to preprocess; empty: what `choose` says, or all."""
+    choose: Callable[[Plan], Sequence[str]] | None = None
+    keep: bool = False
+    """Whether a plan of that name stays as it is, if the data have not changed since."""
     group_by: str | None = None
     test_fraction: float = 0.0
     workers: int | None = None
@@ -148,6 +152,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     dataset = open_dataset(folder)
     prepared = workspace.prepared(name)
     fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
+    unchanged = fingerprint is not None
     cropped: dict[str, Cropped] = {}
     if fingerprint is None:
         outcomes = examine(dataset, options.workers, Kept(free_memory() // 4))
@@ -158,18 +163,27 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     else:
         print(f"{name}: raw data unchanged since the last run, fingerprint reused")
 
-    made = make_plan(fingerprint, dataset, options)
-    wanted = options.configurations or tuple(c.name for c in made.configurations)
+    planned = workspace.plan_folder(name, options.name)
+    if options.keep and unchanged and (planned / "plan.json").is_file():
+        made = load_json(Plan, planned / "plan.json")
+    else:
+        made = make_plan(fingerprint, dataset, options)
+    every = tuple(c.name for c in made.configurations)
+    wanted = options.configurations or (every if options.choose is None else options.choose(made))
     chosen = [made.configuration(entry) for entry in wanted]
     splits = choose_splits(dataset, folder, prepared, options)
 
-    save_json(fingerprint, prepared / "fingerprint.json")
-    save_json(splits, prepared / "splits.json")
-    save_json(made, workspace.plan_folder(name, made.name) / "plan.json")
-    print(explain(made))
-    print(f"\nPlan: {workspace.plan_folder(name, made.name) / 'plan.json'}")
-    print(f"Folds: {len(splits.folds)}, locked test cases: {len(splits.test)} ({prepared / 'splits.json'})")
-    preprocess(workspace, dataset, made, chosen, fingerprint, cropped, options.workers)
+    with sole_writer(prepared):
+        planned.mkdir(exist_ok=True)
+        records.remove_leftovers(prepared, ("fingerprint.json", "splits.json"))
+        records.remove_leftovers(planned, ("plan.json",))
+        save_json(fingerprint, prepared / "fingerprint.json")
+        save_json(splits, prepared / "splits.json")
+        save_json(made, planned / "plan.json")
+        print(explain(made))
+        print(f"\nPlan: {planned / 'plan.json'}")
+        print(f"Folds: {len(splits.folds)}, locked test cases: {len(splits.test)} ({prepared / 'splits.json'})")
+        preprocess(workspace, dataset, made, chosen, fingerprint, cropped, options.workers)
     return made
 
 
@@ -287,6 +301,8 @@ def preprocess(
         for configuration, ready in zip(todo, prepare_each(source, plan, todo)):
             write_case(folders[configuration.name], ready, keys[configuration.name, case.id], patch=configuration.patch)
 
+    for cases in folders.values():
+        store.remove_leftovers(cases)
     work = [case for case in dataset.cases if pending(case)]
     done = len(dataset.cases) - len(work)
     if done:

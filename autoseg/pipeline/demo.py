@@ -10,10 +10,11 @@ from pathlib import Path
 from autoseg.datasets.levelset import best_threshold_dice
 from autoseg.evaluation import evaluate_folders, save_summary, table
 from autoseg.layout import find_cases, open_dataset
+from autoseg.pipeline.crossval import cross_validate
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.make import NUMBERS, make_dataset
 from autoseg.pipeline.predict import PredictOptions, predict
-from autoseg.pipeline.train import TrainOptions, fit_postprocessing, train_fold
+from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.readers import read_image, read_labels
 from autoseg.records import AutosegError
 from autoseg.workspace import Workspace
@@ -59,7 +60,7 @@ def demo(workspace: Workspace, device: str) -> float:
         )
     say("5 of 6: fit post-processing on the held-out cases, predict unseen cases with both folds")
     run = workspace.run(name, "default", CONFIGURATION)
-    fit_postprocessing([run / f"fold_{fold}" for fold in FOLDS], dataset)
+    cross_validate([run / f"fold_{fold}" for fold in FOLDS], dataset)
     predictions = workspace.root / "predictions"
     predict(workspace, raw / "imagesTs", predictions, PredictOptions(dataset=name, device=device))
     say("6 of 6: evaluate the unseen cases")

@@ -1,7 +1,13 @@
-"""predict: images -> label files, with the model that is there or the one asked for; never a guess."""
+"""predict: images -> label files, with the model that is there or the one asked for; never a guess.
 
-from collections.abc import Callable, Sequence
+status.csv beside the files says what became of every case. The same command again does only what is not done: a case
+counts as done while its files, the model and the options are the same, whatever ended the command before.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,17 +15,24 @@ import numpy as np
 
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.layout import Case, ending_of, find_cases
-from autoseg.model import Model, open_model, open_run
-from autoseg.parallel import Outcome, raise_failures
+from autoseg.model import Model, earlier_folds, open_model, open_run, weights_hash
+from autoseg.parallel import Outcome, map_cases, raise_failures
+from autoseg.pipeline.crossval import postprocessing_for
+from autoseg.pipeline.status import NAME, Row, Status
 from autoseg.postprocess import PostProcessing, apply
-from autoseg.preprocess import PreparedCase, Trace, restore, restore_probabilities
+from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace, restore, restore_probabilities
 from autoseg.progress import Progress
+from autoseg.raw import hash_files
 from autoseg.readers import read_image, write_image, write_labels
-from autoseg.records import AutosegError, load_json
+from autoseg.records import AutosegError, hash_text, load_json, remove_leftovers, sole_writer, to_json
 from autoseg.schema import Run
+from autoseg.supervise import JOURNAL
 from autoseg.workspace import Workspace
 
-POSTPROCESSING = "postprocessing.json"
+STAGE = "predict"
+
+PREDICT_VERSION = 1
+"""Goes up when the same model makes other voxels of the same files than before; part of every key in status.csv."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,7 @@ class PredictOptions:
     mirror: bool = True
     save_probabilities: bool = False
     postprocess: bool = True
+    retry_failed: bool = False
     device: str = "auto"
 
 
@@ -112,7 +126,7 @@ def export(
 ) -> None:
     """Write logits of a prepared case as labels on the grid of its file, with the original values, to `path`.
 
-    With `probabilities` one image with a channel a class stands beside it, `<case>_probabilities.nii.gz`.
+    With `probabilities` one image with a channel a class stands beside it, see `probabilities_of`.
     """
     indices = restore(logits, trace, model.configuration)
     if rule is not None:
@@ -120,78 +134,199 @@ def export(
     write_labels(model.plan.labels.to_values(indices), trace.stored, path)
     if probabilities:
         maps = restore_probabilities(logits, trace, model.plan.labels, model.configuration)
-        write_image(maps, trace.stored, path.with_name(f"{trace.case}_probabilities.nii.gz"))
+        write_image(maps, trace.stored, probabilities_of(path.parent, trace.case))
+
+
+def labels_of(folder: Path, case: Case) -> Path:
+    """Where the labels of a case stand: in a file of the kind of its image."""
+    return folder / f"{case.id}{ending_of(Path(case.images[0]))}"
+
+
+def probabilities_of(folder: Path, case: str) -> Path:
+    """Where the probabilities of a case stand."""
+    return folder / f"{case}_probabilities.nii.gz"
+
+
+def model_key(folds: Sequence[Path], run: Run, rule: PostProcessing | None, options: PredictOptions) -> str:
+    """Hash of all that decides which voxels a case gets, the case itself apart: weights, plan, rule, options, code."""
+    said = (
+        PREDICT_VERSION,
+        PREPROCESS_VERSION,
+        run.configuration,
+        [step.members for step in rule.steps] if rule else [],
+        options.step,
+        options.mirror,
+    )
+    return hash_text(*(weights_hash(fold) for fold in folds), to_json(run.plan), repr(said))
+
+
+def case_key(case: Case, model: str) -> str:
+    """What tells whether a case need be predicted again: a hash of its files, and of `model`, the key of the model."""
+    return hash_files(case.images, (model,))
 
 
 def predict(workspace: Workspace, source: Path, target: Path, options: PredictOptions) -> list[Outcome[Path]]:
     """Predict every case of `source` (a folder, or one file) into the folder `target`.
 
-    The next case is read and the last one written while the current one is computed. A case that fails is named with
-    its reason and the others are done; then AutosegError is raised.
+    What was done before is not done again, and what failed only with `options.retry_failed`; status.csv says what is
+    what. A case that fails is named with its reason and the others are done; then, or if it failed before,
+    AutosegError is raised.
     """
     folds = choose_folds(workspace, options)
     run = open_run(folds[0])
     names = ", ".join(fold.name.removeprefix("fold_") for fold in folds)
-    rule = None
-    rule_path = folds[0].parent / POSTPROCESSING
-    if options.postprocess and rule_path.is_file():
-        rule = load_json(PostProcessing, rule_path)
+    rule, in_words = postprocessing_for(folds) if options.postprocess else (None, "none, as asked")
     print(f"Model: {run.dataset} {run.configuration}, fold {names} ({folds[0].parent})", flush=True)
-    print(f"Post-processing: {rule.describe(run.plan.labels.names) if rule else 'none'}")
+    print(f"Post-processing: {in_words}")
     device = choose_device(options.device)
     keep_freed_memory()
-    model = open_model(folds, device)
+    before = earlier_folds(folds[0])
+    model = open_model(folds, device, before)
+    key = model_key((*folds, *before), run, rule, options)
     cases = find_cases(source, channels=len(run.plan.channels))
-    target.mkdir(parents=True, exist_ok=True)
+    with sole_writer(target):
+        written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]
+        remove_leftovers(target, (NAME, *(path.name for path in written)))
+        status = Status(target)
+        outcomes = settled_before(cases, status, key, options)
+        failed = sum(outcome.error is not None for outcome in outcomes.values())
+        if len(outcomes) > failed:
+            print(f"{len(outcomes) - failed} of {len(cases)} cases are predicted already")
+        if failed:
+            print(f"{failed} of {len(cases)} cases failed before, see {status.path}; --retry-failed tries them again")
+        if work := [case for case in cases if case.id not in outcomes]:
+            outcomes |= predict_cases(model, work, status, rule, key, options)
+    done = sum(outcome.error is None for outcome in outcomes.values())
+    print(f"Predicted: {done} of {len(cases)} cases in {target}")
+    listed = [outcomes[case.id] for case in cases]
+    raise_failures(listed, "predict")
+    return listed
 
-    def load(case: Case) -> PreparedCase:
-        image, stored = read_image([Path(p) for p in case.images], channels=len(run.plan.channels))
-        return model.prepare(case.id, image, stored)
 
-    outcomes = predict_cases(model, cases, load, target, rule, options)
-    raise_failures(outcomes, "predict")
-    print(f"Predicted: {len(outcomes)} cases in {target}")
-    return outcomes
+def settled_before(
+    cases: Sequence[Case], status: Status, model: str, options: PredictOptions
+) -> dict[str, Outcome[Path]]:
+    """The outcomes of cases that need not be tried again: their files, the model and the options are as they were."""
+    keys = map_cases(
+        lambda case: case_key(case, model),
+        [case for case in cases if case.id in status.rows],
+        name=lambda case: case.id,
+        what="look for changes",
+    )
+    found: dict[str, Outcome[Path]] = {}
+    for case, key in ((outcome.case, outcome.value) for outcome in keys):
+        row = status.rows[case]
+        if row.key != key:
+            continue
+        if row.status != "done":
+            if not options.retry_failed:
+                found[case] = Outcome(case=case, error=AutosegError(row.reason))
+            continue
+        file, maps = status.folder / row.file, probabilities_of(status.folder, case)
+        if file.is_file() and (maps.is_file() or not options.save_probabilities):
+            found[case] = Outcome(case=case, value=file)
+    return found
 
 
 def predict_cases(
     model: Model,
     cases: Sequence[Case],
-    load: Callable[[Case], PreparedCase],
-    target: Path,
+    status: Status,
     rule: PostProcessing | None,
+    key: str,
     options: PredictOptions,
-) -> list[Outcome[Path]]:
-    """Load, compute and export in three overlapping stages; at most one case waits between two of them."""
-    outcomes: list[Outcome[Path]] = []
+) -> dict[str, Outcome[Path]]:
+    """Read, compute and write in three overlapping steps; at most one case waits between two of them.
 
-    def settle(name: str, job: Future[Path]) -> None:
-        error = job.exception()
-        outcomes.append(Outcome(case=name, error=error) if error else Outcome(case=name, value=job.result()))
-        bar.advance(note=name)
+    Each case has its line in `status` as soon as it is done or has failed. Cases that ended a process before fail, and
+    those that may have done so come first and alone, see autoseg/supervise.py.
+    """
+    outcomes: dict[str, Outcome[Path]] = {}
+    keys: dict[str, str] = {}
+    seconds: dict[str, float] = {}
 
-    def finish(prepared: PreparedCase, logits: np.ndarray) -> Path:
-        path = target / f"{prepared.case}{endings[prepared.case]}"
-        export(logits, prepared.trace, model, path, rule, options.save_probabilities)
-        return path
+    @contextmanager
+    def step(case: Case, doing: str, last: bool = False) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            with JOURNAL.working(STAGE, case.id, doing, last):
+                yield
+        finally:
+            seconds[case.id] = seconds.get(case.id, 0.0) + time.perf_counter() - started
 
-    endings = {case.id: ending_of(Path(case.images[0])) for case in cases}
-    writing: tuple[str, Future[Path]] | None = None
-    with Progress("predict", len(cases)) as bar, ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as writer:
-        loading = [loader.submit(load, case) for case in cases[:1]]
-        for number, case in enumerate(cases):
-            if number + 1 < len(cases):
-                loading.append(loader.submit(load, cases[number + 1]))
+    def settle(case: Case, path: Path | None = None, error: Exception | None = None) -> None:
+        outcome = outcomes[case.id] = Outcome(case=case.id, value=path, error=error)
+        status.put(
+            Row(
+                case=case.id,
+                status="failed" if error else "done",
+                reason=" ".join(outcome.reason().split()),
+                seconds=f"{seconds.get(case.id, 0.0):.1f}",
+                file=path.name if path else "",
+                key=keys.get(case.id, ""),
+            )
+        )
+        bar.advance(note=f"{case.id} failed" if error else case.id)
+
+    def read(case: Case) -> PreparedCase:
+        with step(case, "reading"):
+            keys[case.id] = case_key(case, key)
+            remove_former(case, status)
+            image, stored = read_image([Path(p) for p in case.images], channels=len(model.plan.channels))
+            return model.prepare(case.id, image, stored)
+
+    def write(case: Case, prepared: PreparedCase, logits: np.ndarray) -> None:
+        path = labels_of(status.folder, case)
+        try:
+            with step(case, "writing", last=True):
+                export(logits, prepared.trace, model, path, rule, options.save_probabilities)
+        except Exception as error:
+            settle(case, error=error)
+        else:
+            settle(case, path=path)
+
+    def suspected(case: Case | None) -> bool:
+        return case is not None and (STAGE, case.id) in JOURNAL.suspects
+
+    dead = {case.id: death for case in cases if (death := JOURNAL.dead.get((STAGE, case.id)))}
+    order = sorted((case for case in cases if case.id not in dead), key=lambda case: not suspected(case))
+    ahead: Future[PreparedCase] | None = None
+    writing: Future[None] | None = None
+    with Progress("predict", len(cases)) as bar, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        for case in cases:
+            if case.id in dead:
+                # A line without a key never holds: the case would be tried again by the next command.
+                with suppress(AutosegError, OSError):
+                    keys[case.id] = case_key(case, key)
+                remove_former(case, status)
+                settle(case, error=AutosegError(dead[case.id]))
+        for case, following in zip(order, [*order[1:], None]):
+            reading = ahead or reader.submit(read, case)
+            ahead = None if following is None or suspected(case) else reader.submit(read, following)
             try:
-                prepared = loading.pop(0).result()
-                logits = model.logits(prepared.image, step=options.step, mirror=options.mirror)
+                prepared = reading.result()
+                with step(case, "computing"):
+                    logits = model.logits(prepared, step=options.step, mirror=options.mirror)
             except Exception as error:
-                outcomes.append(Outcome(case=case.id, error=error))
-                bar.advance(note=f"{case.id} failed")
+                settle(case, error=error)
                 continue
             if writing is not None:
-                settle(*writing)
-            writing = case.id, writer.submit(finish, prepared, logits)
+                writing.result()
+            writing = writer.submit(write, case, prepared, logits)
+            if suspected(case):
+                writing.result()
         if writing is not None:
-            settle(*writing)
+            writing.result()
     return outcomes
+
+
+def remove_former(case: Case, status: Status) -> None:
+    """Take back what an earlier command made of a case that is done anew, since files or model have changed.
+
+    So no label file ever stands beside a line that speaks of another one, also when the case fails or is killed now.
+    """
+    row = status.rows.get(case.id)
+    if row is not None and row.file:
+        (status.folder / Path(row.file).name).unlink(missing_ok=True)
+        probabilities_of(status.folder, case.id).unlink(missing_ok=True)
+    status.drop(case.id)

@@ -1,70 +1,39 @@
 """train: one fold from prepared cases to validated weights."""
 
 import platform
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
 import autoseg
-from autoseg import settings
 from autoseg.augment import make_augmentation
 from autoseg.checkpoint import load_weights
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.evaluation import Summary, evaluate_pairs, save_summary, table
 from autoseg.evaluation.plots import training_curves
 from autoseg.layout import Dataset, open_dataset
-from autoseg.losses import LOSSES
 from autoseg.model import open_model, open_run
 from autoseg.networks import build
 from autoseg.parallel import free_memory
-from autoseg.pipeline.predict import POSTPROCESSING, export
-from autoseg.postprocess import PostProcessing, fit
+from autoseg.pipeline.cascade import NextStage, find_priors, maps_folder, next_stages, write_prior
+from autoseg.pipeline.crossval import all_folds, cross_validate, held_out, validated
+from autoseg.pipeline.predict import export
+from autoseg.pipeline.recipe import LENGTH, TrainOptions, describe_length, for_new_run, make_recipe, with_length
 from autoseg.progress import Progress
-from autoseg.readers import read_labels
 from autoseg.records import AutosegError, load_json, save_json, to_json
-from autoseg.sampling import PreparedCases, Sampler, Stream, generator
-from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Recipe, Run
+from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
+from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run
+from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
-from autoseg.store import list_cases
+from autoseg.store import StoredArray, list_cases, read_case
 from autoseg.training import WEIGHTS, Parts, train
 from autoseg.workspace import Workspace
-
-RECIPE_OPTIONS = {"epochs": "--epochs", "seed": "--seed"}
-"""Recipe fields that have an option of their own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """The options of train."""
-
-    plan: str = "default"
-    run: str = "default"
-    epochs: int | None = None
-    seed: int | None = None
-    device: str = "auto"
-    pretrained: Path | None = None
-    validate_only: bool = False
-    recipe: Path | None = None
-    changes: Mapping[str, Any] | None = None
-
-
-def make_recipe(options: TrainOptions) -> Recipe:
-    """Defaults, then the TOML file, then --set, then the options. Raises AutosegError for what is not possible."""
-    recipe = Recipe()
-    if options.recipe is not None:
-        recipe = settings.change(recipe, settings.read_toml(options.recipe), where=str(options.recipe))
-    recipe = settings.change(recipe, options.changes or {}, taken=RECIPE_OPTIONS)
-    given = {"epochs": options.epochs, "seed": options.seed}
-    recipe = settings.change(recipe, {k: v for k, v in given.items() if v is not None}, where="option")
-    if recipe.loss not in LOSSES:
-        raise AutosegError(f"unknown loss {recipe.loss!r}; choose one of {', '.join(LOSSES)}")
-    return recipe
 
 
 def parse_fold(text: str) -> int | Literal["all"]:
@@ -81,7 +50,8 @@ def train_fold(
 ) -> Summary:
     """Train one fold, or go on with it, then predict and score its held-out cases. Returns the scores.
 
-    Raises AutosegError when something is missing (naming the command that makes it) or the run has another recipe.
+    Signals to save or to end are heeded while it trains; the latter raise Stopped. Raises AutosegError when something
+    is missing (naming the command that makes it) or the run has another recipe.
     """
     fold = parse_fold(fold_text)
     name, raw_folder = workspace.dataset(dataset_text)
@@ -91,11 +61,6 @@ def train_fold(
         raise AutosegError(f"no plan {options.plan!r} for {name}; run: autoseg plan_and_preprocess -d {dataset_text}")
     plan = load_json(Plan, plan_path)
     configuration = plan.configuration(configuration_name)
-    if configuration.previous_stage is not None:
-        raise AutosegError(
-            f"{configuration_name} needs predictions of {configuration.previous_stage}, and training a cascade is not "
-            "supported yet; train 3d_fullres instead"
-        )
     splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
     cases = splits.fold(fold)
     folder = workspace.fold(name, options.run, configuration_name, fold)
@@ -121,20 +86,36 @@ def train_fold(
         started=now(),
     )
     run = agree_with_existing(folder, run, options)
+    priors = find_priors(workspace, plan, configuration, options.run, cases, splits, device)
     if not options.validate_only and run.finished is None:
-        parts = make_parts(run, configuration, prepared, folder, device, options.pretrained)
+        parts = make_parts(run, configuration, prepared, folder, device, options.pretrained, priors)
         say_start(run, parts)
         save_json(run, folder / "run.json")
-        train(parts, on_epoch=lambda lines: training_curves(lines, folder / "progress.png"))
+        try:
+            with heeded() as requests:
+                train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
+        except Stopped as stop:
+            extended = "" if options.extend_seconds is None else ", without --extend,"
+            print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
+            raise
+        forget_validation(folder)
         run = replace(run, finished=now())
         save_json(run, folder / "run.json")
-    elif not options.validate_only:
-        print(f"{folder} is trained already ({run.recipe.epochs} epochs, finished {run.finished})")
-        if (folder / "validation" / "summary.json").is_file():
-            summary = load_json(Summary, folder / "validation" / "summary.json")
-            print(table(summary))
-            return summary
-    return validate_fold(folder, dataset, prepared, device)
+    elif options.validate_only:
+        forget_validation(folder)
+    else:
+        print(
+            f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
+            "longer give more --epochs, or --extend 1h"
+        )
+    if run.finished is not None and validated(folder) and not options.validate_only:
+        summary = load_json(Summary, folder / "validation" / "summary.json")
+        print(table(summary))
+    else:
+        summary = validate_fold(folder, dataset, prepared, device, priors, next_stages(workspace, plan, configuration))
+    if (folds := all_folds(folder.parent, splits)) is not None:
+        cross_validate(folds, dataset)
+    return summary
 
 
 def now() -> str:
@@ -154,23 +135,26 @@ def refuse_unprepared(prepared: Path, cases: Fold, dataset_text: str, plan: str)
 
 
 def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
-    """The run that is in `folder` already, if it is the same one; `run` itself if there is none.
+    """The run that is in `folder` already, if it is the same one but for its length; `run` itself if there is none.
 
-    Raises AutosegError if the plan, the recipe or the data differ: a run is never silently mixed of two.
+    A longer one becomes unfinished again. Raises AutosegError if the plan, the rest of the recipe or the data differ:
+    a run is never silently mixed of two.
     """
     path = folder / "run.json"
     if not path.is_file():
         if options.validate_only:
             raise AutosegError(f"{folder} holds no trained fold to validate; train it first, without --validate-only")
-        return run
+        return replace(run, recipe=for_new_run(run.recipe, options, run.device))
     old = load_json(Run, path)
     if options.validate_only:
         return old
+    recipe = make_recipe(options, old.recipe)
+    same_length = replace(recipe, **{name: getattr(old.recipe, name) for name in LENGTH})
     differing = [
         what
         for what, a, b in (
             ("plan", to_json(old.plan), to_json(run.plan)),
-            ("recipe", to_json(old.recipe), to_json(run.recipe)),
+            ("recipe", to_json(old.recipe), to_json(same_length)),
             ("data", old.data_hash, run.data_hash),
             ("cases of the fold", to_json(old.cases), to_json(run.cases)),
             ("start (--pretrained)", old.pretrained, run.pretrained),
@@ -182,22 +166,43 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
             f"{folder} was trained with another {' and '.join(differing)}; give the new run a name of its own with "
             "--run NAME, repeat the options of the old one to go on with it, or delete the folder"
         )
-    return old
+    return with_length(old, recipe, options, folder)
+
+
+def forget_validation(folder: Path) -> None:
+    """Remove the whole-case predictions of earlier weights, so that those that are there are of the present ones."""
+    shutil.rmtree(folder / "validation", ignore_errors=True)
 
 
 def make_parts(
-    run: Run, configuration: Configuration, prepared: Path, folder: Path, device: torch.device, pretrained: Path | None
+    run: Run,
+    configuration: Configuration,
+    prepared: Path,
+    folder: Path,
+    device: torch.device,
+    pretrained: Path | None,
+    priors: Mapping[str, Path] | None,
 ) -> Parts:
-    """Everything the training loop needs, with the network's weights drawn from the run's seed."""
+    """Everything the training loop needs, with the network's weights drawn from the run's seed.
+
+    priors: case -> label map of the stage before, in a cascade.
+    """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
-    network = build(configuration.network, len(plan.channels), plan.labels.heads)
+    network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads)
     if pretrained is not None:
         load_weights(network, pretrained / WEIGHTS if pretrained.is_dir() else pretrained)
     cases = PreparedCases(prepared, memory=free_memory() // 4)
     masked = tuple(channel.masked for channel in plan.channels)
 
-    def sampler(names: Iterable[str], stream: Stream, augmentation: str) -> Sampler:
+    def prior(corrupted: bool) -> Prior | None:
+        if priors is None:
+            return None
+        return Prior(
+            maps=lambda name: StoredArray(priors[name]), foreground=tuple(plan.labels.foreground), corrupted=corrupted
+        )
+
+    def sampler(names: Iterable[str], stream: Stream, augmentation: str, corrupted: bool) -> Sampler:
         return Sampler(
             cases=cases,
             case_names=tuple(names),
@@ -209,12 +214,13 @@ def make_parts(
             ),
             seed=recipe.seed,
             stream=stream,
+            prior=prior(corrupted),
         )
 
     return Parts(
         network=network,
-        training=sampler(run.cases.train, Stream.TRAINING, recipe.augmentation),
-        validation=sampler(run.cases.val, Stream.VALIDATION, "none"),
+        training=sampler(run.cases.train, Stream.TRAINING, recipe.augmentation, corrupted=True),
+        validation=sampler(run.cases.val, Stream.VALIDATION, "none", corrupted=False),
         recipe=recipe,
         labels=plan.labels,
         strides=configuration.network.strides,
@@ -232,44 +238,44 @@ def say_start(run: Run, parts: Parts) -> None:
         f"{run.dataset} {run.configuration} fold {run.fold}: {len(run.cases.train)} training cases, "
         f"{len(run.cases.val)} validation cases\n"
         f"{parts.training.batch_size} patches of {' x '.join(map(str, parts.training.patch))} a step, "
-        f"{recipe.epochs} epochs of {recipe.steps_per_epoch} steps, seed {recipe.seed}\n"
+        f"{describe_length(recipe)}, seed {recipe.seed}\n"
         f"{weights:,} weights, {run.device}, {torch.get_num_threads()} threads\n{parts.folder}",
         flush=True,
     )
 
 
-def validate_fold(folder: Path, dataset: Dataset, prepared: Path, device: torch.device) -> Summary:
+def validate_fold(
+    folder: Path,
+    dataset: Dataset,
+    prepared: Path,
+    device: torch.device,
+    priors: Mapping[str, Path] | None = None,
+    later: Sequence[NextStage] = (),
+) -> Summary:
     """Predict the fold's held-out cases whole, write them on their original grids, and score those files.
 
-    Writes `validation/<case><ending>` and `validation/summary.json`; the numbers are those of `autoseg evaluate`.
+    Writes `validation/<case><ending>` and `validation/summary.json`; the numbers are those of `autoseg evaluate`. Goes
+    on after a kill: a prediction that is there is kept, since training removes those of earlier weights.
+    priors: as in `make_parts`. later: the stages of a cascade that read these predictions; they get theirs too.
     """
     run = open_run(folder)
     model = open_model([folder], device)
     out = folder / "validation"
     out.mkdir(exist_ok=True)
-    held = PreparedCases(prepared, memory=0)
+    # The fold `all` has learnt every case by heart: its predictions are no use to a next stage.
+    maps = {stage: maps_folder(folder, stage.configuration.name) for stage in later if run.fold != "all"}
     with Progress("validate", len(run.cases.val)) as bar:
         for name in run.cases.val:
-            case = held[name]
-            export(model.logits(np.asarray(case.image[...])), case.trace, model, out / f"{name}{dataset.file_ending}")
+            path = out / f"{name}{dataset.file_ending}"
+            if not path.exists():
+                case = read_case(prepared, name)
+                prior = None if priors is None else StoredArray(priors[name])[...]
+                logits = model.logits(case, prior=prior)
+                for stage, place in maps.items():
+                    write_prior(place / f"{name}.b2nd", logits, case.trace, model.configuration, stage)
+                export(logits, case.trace, model, path)
             bar.advance(note=name)
-    summary = evaluate_pairs(held_out_pairs(folder, run, dataset), run.plan.labels)
+    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels)
     save_summary(summary, out)
     print(table(summary))
     return summary
-
-
-def held_out_pairs(folder: Path, run: Run, dataset: Dataset) -> list[tuple[str, Path, Path]]:
-    """(case, file of the truth, file of the prediction) of every held-out case of a fold."""
-    truths = {case.id: Path(case.label) for case in dataset.cases if case.label is not None}
-    return [(name, truths[name], folder / "validation" / f"{name}{dataset.file_ending}") for name in run.cases.val]
-
-
-def fit_postprocessing(folders: Sequence[Path], dataset: Dataset) -> PostProcessing:
-    """Fit post-processing on the held-out predictions of the folds in `folders`; saved beside them for predict."""
-    labels = open_run(folders[0]).plan.labels
-    files = [pair for folder in folders for pair in held_out_pairs(folder, open_run(folder), dataset)]
-    indices = ([labels.to_indices(read_labels(path)[0].array[0]) for path in pair[1:]] for pair in files)
-    rule = fit(((truth, prediction) for truth, prediction in indices), labels.count)
-    save_json(rule, folders[0].parent / POSTPROCESSING)
-    return rule

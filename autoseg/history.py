@@ -1,0 +1,52 @@
+"""The course of a training: metrics.jsonl, one line an epoch, appended as it goes."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autoseg.records import atomic_write
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One line of metrics.jsonl. Pseudo-Dice: pooled over random validation patches, so a trend and not a score."""
+
+    epoch: int
+    step: int
+    progress: float
+    """From 0 to 1, of the steps or of the time."""
+    learning_rate: float
+    """Of the epoch's last step."""
+    training_loss: float | None
+    validation_loss: float | None
+    pseudo_dice: dict[str, float | None]
+    mean_pseudo_dice: float | None
+    smooth_pseudo_dice: float | None
+    skipped_steps: int
+    seconds: float
+
+
+def append_metrics(folder: Path, epoch: Epoch) -> None:
+    """Add the line of an epoch that has ended; on disk before the checkpoint that counts it."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(asdict(epoch)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a fold's metrics.jsonl, oldest first, without one that was torn; empty if there is none yet."""
+    path = folder / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def forget_metrics_from(folder: Path, epoch: int) -> None:
+    """Drop the lines of `epoch` and later ones: they will be trained, or at least validated, again."""
+    kept = [line for line in read_metrics(folder) if line["epoch"] < epoch]
+    with atomic_write(folder / METRICS) as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)

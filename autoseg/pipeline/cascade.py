@@ -1,0 +1,141 @@
+"""What passes from one stage of a cascade to the next: held-out label maps on the grid of the next stage.
+
+A second stage that is trained on predictions of cases which the first stage had learnt by heart would trust them too
+much. So each case's map comes from the fold that held it out. It is written when that fold is validated, and made
+here where it is missing. Maps lie beside the weights they come from, in a folder named by the weights' content: a fold
+that is trained further gets new ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autoseg.model import is_finished, open_model, open_run, weights_hash
+from autoseg.preprocess import Trace, project
+from autoseg.progress import Progress
+from autoseg.records import AutosegError, to_json
+from autoseg.schema import Configuration, Fold, Plan
+from autoseg.splits import Splits
+from autoseg.store import read_case, write_map
+from autoseg.workspace import Workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextStage:
+    """A configuration that reads predictions of another, and its prepared cases."""
+
+    configuration: Configuration
+    prepared: Path
+
+
+def next_stages(workspace: Workspace, plan: Plan, configuration: Configuration) -> tuple[NextStage, ...]:
+    """The configurations of the plan whose earlier stage is `configuration`."""
+    return tuple(
+        NextStage(configuration=later, prepared=workspace.cases(plan.dataset, plan.name, later.prepared))
+        for later in plan.configurations
+        if later.previous_stage == configuration.name
+    )
+
+
+def maps_folder(fold: Path, stage: str) -> Path:
+    """Where the maps of a finished fold's weights for the configuration `stage` lie."""
+    return fold / "next_stage" / stage / weights_hash(fold)
+
+
+def write_prior(path: Path, logits: np.ndarray, trace: Trace, configuration: Configuration, later: NextStage) -> None:
+    """Write logits (K, Z, Y, X) of a prepared case as labels on the grid of the next stage, unless they are there.
+
+    A case that is not prepared for the next stage is passed over: it can be made once it is.
+    """
+    if path.exists() or not (later.prepared / trace.case).is_dir():
+        return
+    onto = read_case(later.prepared, trace.case).trace
+    write_map(path, project(logits, trace, onto, configuration), later.configuration.patch)
+
+
+def held_out_by(workspace: Workspace, plan: Plan, run: str, stage: str) -> dict[str, Path]:
+    """Case -> the finished fold of `stage` that held it out. Raises AutosegError for a fold of another plan."""
+    found: dict[str, Path] = {}
+    for fold in sorted(workspace.run(plan.dataset, run, stage).glob("fold_[0-9]*")):
+        if not is_finished(fold):
+            continue
+        facts = open_run(fold)
+        if to_json(facts.plan) != to_json(plan):
+            raise AutosegError(
+                f"{fold} was trained with another plan; train {stage} again under another --run, and the cascade too"
+            )
+        found |= dict.fromkeys(facts.cases.val, fold)
+    return found
+
+
+def find_priors(
+    workspace: Workspace,
+    plan: Plan,
+    configuration: Configuration,
+    run: str,
+    cases: Fold,
+    splits: Splits,
+    device: torch.device,
+) -> dict[str, Path] | None:
+    """Case -> file of its held-out labels for a configuration with an earlier stage; None for one without.
+
+    Missing maps are predicted first. Raises AutosegError that lists the commands for the folds still to be trained.
+    """
+    if configuration.previous_stage is None:
+        return None
+    earlier = plan.configuration(configuration.previous_stage)
+    sources = held_out_by(workspace, plan, run, earlier.name)
+    needed = (*cases.train, *cases.val)
+    refuse_untrained(plan, configuration.name, earlier.name, run, needed, sources, splits)
+    folders = {fold: maps_folder(fold, configuration.name) for fold in {sources[name] for name in needed}}
+    found = {name: folders[sources[name]] / f"{name}.b2nd" for name in needed}
+    later = NextStage(
+        configuration=configuration, prepared=workspace.cases(plan.dataset, plan.name, configuration.prepared)
+    )
+    prepared = workspace.cases(plan.dataset, plan.name, earlier.prepared)
+    predict_missing(found, sources, prepared, later, device)
+    return found
+
+
+def refuse_untrained(
+    plan: Plan,
+    stage: str,
+    earlier: str,
+    run: str,
+    needed: Sequence[str],
+    sources: Mapping[str, Path],
+    splits: Splits,
+) -> None:
+    """AutosegError if a needed case was held out by no finished fold; it lists the commands that are missing."""
+    missing = set(needed) - set(sources)
+    if not missing:
+        return
+    folds = [number for number, fold in enumerate(splits.folds) if missing & set(fold.val)]
+    named = ("" if run == "default" else f" --run {run}") + ("" if plan.name == "default" else f" --plan {plan.name}")
+    lines = "\n".join(f"  autoseg train {plan.dataset} {earlier} {number}{named}" for number in folds)
+    raise AutosegError(
+        f"{stage} learns from predictions of {earlier} for cases that the predicting fold has not seen; "
+        f"{len(folds)} folds of it are still to be trained:\n{lines}"
+    )
+
+
+def predict_missing(
+    found: Mapping[str, Path],
+    sources: Mapping[str, Path],
+    prepared: Path,
+    later: NextStage,
+    device: torch.device,
+) -> None:
+    """Predict every case whose map is not there, fold by fold."""
+    missing = [name for name, path in found.items() if not path.exists()]
+    with Progress(f"held-out predictions for {later.configuration.name}", len(missing)) as bar:
+        for fold in sorted({sources[name] for name in missing}):
+            model = open_model([fold], device)
+            for name in missing:
+                if sources[name] == fold:
+                    case = read_case(prepared, name)
+                    write_prior(found[name], model.logits(case), case.trace, model.configuration, later)
+                    bar.advance(note=name)

@@ -1,0 +1,144 @@
+"""Cross-validation of one configuration: the held-out scores of its folds put together, post-processing fitted on them.
+
+Written into the configuration's folder: `crossval/` with the scores of every case, as predicted, and where
+post-processing changes anything `crossval_postprocessed/`; `model.json`, which `predict` follows. The post-processed
+scores are those of the cases that the rule was chosen on, so they flatter it a little.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from autoseg.evaluation import Summary, save_summary, summarise, table
+from autoseg.evaluation.metrics import CaseScore, score_case
+from autoseg.labels import Labels
+from autoseg.layout import Dataset
+from autoseg.model import is_finished, open_run, weights_hash
+from autoseg.parallel import map_cases, raise_failures
+from autoseg.postprocess import Components, PostProcessing, apply, choose, find_components
+from autoseg.readers import read_labels
+from autoseg.records import SCHEMA_VERSION, load_json, record, save_json
+from autoseg.schema import Run
+from autoseg.splits import Splits
+
+MODEL = "model.json"
+SUMMARY = "summary.json"
+
+HeldOut = tuple[str, Path, Path]
+"""(case, file of the truth, file of the held-out prediction)."""
+
+
+@record
+class ModelCard:
+    """What is known of a configuration whose folds are trained: model.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    dataset: str
+    configuration: str
+    folds: dict[str, str]
+    """Fold folder -> hash of the weights that were cross-validated."""
+    cases: int
+    dice: dict[str, float | None]
+    """Class -> mean Dice of the held-out cases, as predicted; `foreground` is the mean over classes."""
+    dice_postprocessed: dict[str, float | None]
+    postprocessing: PostProcessing
+
+
+def held_out(folder: Path, run: Run, dataset: Dataset) -> list[HeldOut]:
+    """Every held-out case of the fold in `folder`."""
+    truths = {case.id: Path(case.label) for case in dataset.cases if case.label is not None}
+    return [(name, truths[name], folder / "validation" / f"{name}{dataset.file_ending}") for name in run.cases.val]
+
+
+def validated(folder: Path) -> bool:
+    """Whether a fold is trained to its end and its held-out cases are scored."""
+    return is_finished(folder) and (folder / "validation" / SUMMARY).is_file()
+
+
+def all_folds(folder: Path, splits: Splits) -> tuple[Path, ...] | None:
+    """The fold folders of a configuration if every fold of the splits is trained and validated, else None."""
+    folds = tuple(folder / f"fold_{number}" for number in range(len(splits.folds)))
+    return folds if all(validated(fold) for fold in folds) else None
+
+
+def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None = None) -> ModelCard:
+    """Merge the scores of validated folds, fit post-processing, write and print both. Does nothing twice.
+
+    Raises AutosegError if a fold is unfinished or a file of it is missing.
+    """
+    folder = folds[0].parent
+    hashes = {fold.name: weights_hash(fold) for fold in folds}
+    if (folder / MODEL).is_file() and (card := load_json(ModelCard, folder / MODEL)).folds == hashes:
+        return card
+    runs = [open_run(fold) for fold in folds]
+    labels = runs[0].plan.labels
+    summaries = [load_json(Summary, fold / "validation" / SUMMARY) for fold in folds]
+    merged = summarise(
+        (score for summary in summaries for score in summary.scores), summaries[0].labels, summaries[0].tolerance_mm
+    )
+    pairs = [pair for fold, run in zip(folds, runs) for pair in held_out(fold, run, dataset)]
+    rule = fit_postprocessing(pairs, labels, workers)
+    processed = score_processed(pairs, labels, rule, merged, workers) if rule.steps else merged
+    card = ModelCard(
+        dataset=runs[0].dataset,
+        configuration=runs[0].configuration,
+        folds=hashes,
+        cases=len(pairs),
+        dice=dice_of(merged),
+        dice_postprocessed=dice_of(processed),
+        postprocessing=rule,
+    )
+    save_summary(merged, folder / "crossval")
+    print(f"\nCross-validation of {len(folds)} folds, {len(pairs)} held-out cases, as predicted:\n{table(merged)}")
+    print(f"Post-processing: {rule.describe(labels.names)}", flush=True)
+    if rule.steps:
+        save_summary(processed, folder / "crossval_postprocessed")
+        print(f"\nThe same with post-processing:\n{table(processed)}")
+    save_json(card, folder / MODEL)
+    print(f"Model: {folder / MODEL}", flush=True)
+    return card
+
+
+def fit_postprocessing(pairs: Sequence[HeldOut], labels: Labels, workers: int | None) -> PostProcessing:
+    """The rule for held-out predictions; each case is read once and only its components are remembered."""
+
+    def measure(pair: HeldOut) -> Components:
+        truth, prediction = (labels.to_indices(read_labels(path)[0].array[0]) for path in pair[1:])
+        return find_components(truth, prediction, labels.count)
+
+    outcomes = map_cases(measure, pairs, name=lambda pair: pair[0], what="fit post-processing", workers=workers)
+    return choose(raise_failures(outcomes, "fitting post-processing"), labels.count)
+
+
+def score_processed(
+    pairs: Sequence[HeldOut], labels: Labels, rule: PostProcessing, raw: Summary, workers: int | None
+) -> Summary:
+    """Scores of the held-out predictions after `rule`; `raw` are those before it."""
+
+    def score(pair: HeldOut) -> Iterable[CaseScore]:
+        truth, _ = read_labels(pair[1])
+        prediction = apply(labels.to_indices(read_labels(pair[2])[0].array[0]), rule)
+        spacing = truth.grid.spacing_mm
+        return score_case(pair[0], truth.array[0], labels.to_values(prediction), spacing, raw.labels, raw.tolerance_mm)
+
+    outcomes = map_cases(score, pairs, name=lambda pair: pair[0], what="evaluate", workers=workers)
+    return summarise(
+        (one for scores in raise_failures(outcomes, "evaluate") for one in scores), raw.labels, raw.tolerance_mm
+    )
+
+
+def dice_of(summary: Summary) -> dict[str, float | None]:
+    """Class -> mean Dice, and `foreground`, the mean over classes."""
+    means = {entry.label: entry.means["dice"].mean for entry in summary.classes}
+    return means | {"foreground": summary.foreground["dice"].mean}
+
+
+def postprocessing_for(folds: Sequence[Path]) -> tuple[PostProcessing | None, str]:
+    """The rule that goes with the weights in `folds`, and in words what is done and why."""
+    path = folds[0].parent / MODEL
+    if not path.is_file():
+        return None, "none: it is fitted once all folds are trained"
+    card = load_json(ModelCard, path)
+    if any(card.folds.get(fold.name) != weights_hash(fold) for fold in folds):
+        return None, f"none: {path} belongs to other weights; train the missing folds to their end"
+    labels = open_run(folds[0]).plan.labels
+    return card.postprocessing, card.postprocessing.describe(labels.names)

@@ -1,0 +1,244 @@
+"""fit: everything from raw data to a cross-validated model, in one command that goes on from wherever it was stopped.
+
+Under a budget the time that is left is shared out anew before each fold: what the validation of the folds still to
+come will take is set aside, the rest is divided equally among their trainings. Validation is estimated from the folds
+that were validated, and before the first of them by predicting one case with untrained weights. All seconds are those
+of work; a night between two sessions costs nothing.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from autoseg.checkpoint import read_progress
+from autoseg.devices import choose_device
+from autoseg.layout import open_dataset
+from autoseg.model import Model
+from autoseg.networks import build
+from autoseg.pipeline.crossval import ModelCard, cross_validate, validated
+from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json
+from autoseg.schema import Configuration, Plan, Run
+from autoseg.settings import say_duration
+from autoseg.splits import Splits, read_splits
+from autoseg.store import read_case
+from autoseg.workspace import Workspace
+
+SPENT = "fit.json"
+EXPORT_SHARE = 1.3
+"""Validation also resamples, writes and scores: seconds of a case over those of its prediction alone."""
+MERGE_SHARE = 0.02
+"""Of the budget, set aside for merging the folds and fitting post-processing."""
+LEAST_TRAINING_S = 20.0
+"""A fold that can train for less than this is no fold: the budget is refused before anything is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """The options of fit. `plan` and `train` are those of the verbs that it calls."""
+
+    plan: PlanOptions
+    train: TrainOptions
+    configurations: tuple[str, ...] = ()
+    folds: tuple[int, ...] = ()
+    budget_seconds: float | None = None
+
+
+@record
+class Spent:
+    """Seconds of work that no checkpoint holds: fit.json. Training seconds are in the folds' own checkpoints."""
+
+    schema_version: int = SCHEMA_VERSION
+    preparing: float = 0.0
+    validating: dict[str, float] = field(default_factory=dict)
+    """`configuration/fold` -> seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One fold of one configuration to train and validate."""
+
+    configuration: Configuration
+    fold: int
+    folder: Path
+    cases: int
+    """How many are held out."""
+
+    @property
+    def name(self) -> str:
+        """`configuration/fold`."""
+        return f"{self.configuration.name}/{self.fold}"
+
+    def trained_seconds(self) -> float:
+        """Training time so far, over all sessions."""
+        progressed = read_progress(self.folder)
+        return 0.0 if progressed is None else progressed.seconds
+
+    def own_budget(self) -> float | None:
+        """The budget that its training was started with, None if it has not been started."""
+        path = self.folder / "run.json"
+        return load_json(Run, path).recipe.budget_seconds if path.is_file() else None
+
+
+def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[ModelCard, ...]:
+    """Plan, preprocess, train and validate all folds, merge them, fit post-processing; one ModelCard a configuration.
+
+    Does only what is not done yet. Raises AutosegError for an unknown configuration or fold, for a budget that is too
+    short, and whatever the steps raise.
+    """
+    started = time.monotonic()
+    choose = partial(stages, asked=options.configurations)
+    made = plan_and_preprocess(workspace, dataset_text, replace(options.plan, choose=choose))
+    name = made.dataset
+    _, raw = workspace.dataset(dataset_text)
+    dataset = open_dataset(raw)
+    splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
+    tasks = find_tasks(workspace, made, splits, options)
+    place = workspace.root / "runs" / name / options.train.run / SPENT
+    spent = load_json(Spent, place) if place.is_file() else Spent()
+    spent = replace(spent, preparing=spent.preparing + time.monotonic() - started)
+    save_json(spent, place)
+
+    for number, task in enumerate(tasks, 1):
+        if validated(task.folder):
+            continue
+        print(f"\n== fold {task.fold} of {task.configuration.name}, {number} of {len(tasks)} in all", flush=True)
+        train = options.train
+        if options.budget_seconds is not None:
+            budget = share(workspace, made, tasks, task, spent, options)
+            say_share(budget, task, options.budget_seconds, tasks, spent)
+            train = replace(train, budget_seconds=budget)
+        before, clock = task.trained_seconds(), time.monotonic()
+        train_fold(workspace, dataset_text, task.configuration.name, str(task.fold), train)
+        seconds = time.monotonic() - clock - (task.trained_seconds() - before)
+        spent = replace(spent, validating=spent.validating | {task.name: seconds})
+        save_json(spent, place)
+
+    cards = []
+    for configuration in dict.fromkeys(task.configuration.name for task in tasks):
+        folds = [task.folder for task in tasks if task.configuration.name == configuration]
+        cards.append(cross_validate(folds, dataset, options.plan.workers))
+    print(fit_table(cards))
+    total = spent.preparing + sum(spent.validating.values()) + sum(task.trained_seconds() for task in tasks)
+    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT -d {name} -c {best(cards)}")
+    return tuple(cards)
+
+
+def stages(plan: Plan, asked: Sequence[str]) -> tuple[str, ...]:
+    """The configurations to train, in order: those asked for, each after its earlier stage.
+
+    Without a choice: 3d_fullres, or 2d where there is no 3D configuration.
+    """
+    names = [entry.name for entry in plan.configurations]
+    order: list[str] = []
+    for name in asked or (("3d_fullres",) if "3d_fullres" in names else ("2d",)):
+        earlier = plan.configuration(name).previous_stage
+        order += [name] if earlier is None else [earlier, name]
+    return tuple(dict.fromkeys(order))
+
+
+def find_tasks(workspace: Workspace, plan: Plan, splits: Splits, options: FitOptions) -> tuple[Task, ...]:
+    """All folds of all configurations in the order of training; the earlier stage of a cascade needs every fold.
+
+    Raises AutosegError for a fold that does not exist.
+    """
+    names = stages(plan, options.configurations)
+    complete = {plan.configuration(name).previous_stage for name in names}
+    unknown = sorted(set(options.folds) - set(range(len(splits.folds))))
+    if unknown:
+        raise AutosegError(f"there is no fold {unknown[0]}; choose among 0 to {len(splits.folds) - 1}")
+    every = tuple(range(len(splits.folds)))
+    return tuple(
+        Task(
+            configuration=plan.configuration(name),
+            fold=fold,
+            folder=workspace.fold(plan.dataset, options.train.run, name, fold),
+            cases=len(splits.folds[fold].val),
+        )
+        for name in names
+        for fold in (every if name in complete else options.folds or every)
+    )
+
+
+def share(
+    workspace: Workspace, plan: Plan, tasks: Sequence[Task], task: Task, spent: Spent, options: FitOptions
+) -> float:
+    """Seconds of training for `task`, the first that is not done; a fold that was started keeps what it was given.
+
+    Raises AutosegError if that leaves no time worth training for.
+    """
+    assert options.budget_seconds is not None
+    given = task.own_budget()
+    if given is not None:
+        return given
+    todo = [other for other in tasks if not validated(other.folder)]
+    per_case = {
+        name: seconds_a_case(workspace, plan, tasks, name, spent, options)
+        for name in dict.fromkeys(other.configuration.name for other in todo)
+    }
+    validation = sum(per_case[other.configuration.name] * other.cases for other in todo)
+    used = spent.preparing + sum(spent.validating.values()) + sum(other.trained_seconds() for other in tasks)
+    left = options.budget_seconds * (1 - MERGE_SHARE) - used - validation
+    if left / len(todo) < LEAST_TRAINING_S:
+        needed = used + validation + len(todo) * max(LEAST_TRAINING_S, 60.0)
+        raise AutosegError(
+            f"--budget {say_duration(options.budget_seconds)} is too short: {say_duration(used)} are spent, validating "
+            f"{len(todo)} folds takes about {say_duration(validation)}, which leaves {say_duration(max(left, 0))} for "
+            f"their training; give at least {say_duration(needed / (1 - MERGE_SHARE))}, or fewer --folds"
+        )
+    return left / len(todo)
+
+
+def seconds_a_case(
+    workspace: Workspace, plan: Plan, tasks: Sequence[Task], name: str, spent: Spent, options: FitOptions
+) -> float:
+    """Seconds that validating one case of a configuration takes: as measured, else estimated from one prediction."""
+    measured = [t for t in tasks if t.configuration.name == name and t.name in spent.validating]
+    if measured:
+        return sum(spent.validating[t.name] for t in measured) / sum(t.cases for t in measured)
+    configuration = plan.configuration(name)
+    folder = workspace.cases(plan.dataset, plan.name, configuration.prepared)
+    task = next(t for t in tasks if t.configuration.name == name)
+    splits = load_json(Splits, workspace.prepared(plan.dataset) / "splits.json")
+    case = read_case(folder, splits.folds[task.fold].val[0])
+    device = choose_device(options.train.device)
+    network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads).to(device).eval()
+    model = Model(plan=plan, configuration=configuration, networks=(network,), device=device)
+    clock = time.monotonic()
+    model.logits(case, prior=np.zeros(case.labels.shape, np.int16))
+    return EXPORT_SHARE * (time.monotonic() - clock)
+
+
+def say_share(budget: float, task: Task, total: float, tasks: Sequence[Task], spent: Spent) -> None:
+    """What this fold gets, and when all will be over if the work goes on."""
+    used = spent.preparing + sum(spent.validating.values()) + sum(other.trained_seconds() for other in tasks)
+    end = datetime.now() + timedelta(seconds=max(total - used, 0))
+    print(
+        f"{say_duration(used)} of {say_duration(total)} are spent; this fold trains for {say_duration(budget)}; "
+        f"everything is done about {end:%a %H:%M}",
+        flush=True,
+    )
+
+
+def best(cards: Sequence[ModelCard]) -> str:
+    """The configuration of the highest cross-validated Dice, as predict will give it."""
+    return max(cards, key=lambda card: card.dice_postprocessed["foreground"] or 0.0).configuration
+
+
+def fit_table(cards: Sequence[ModelCard]) -> str:
+    """Cross-validated Dice of every configuration, as predicted and post-processed, in one table."""
+    rows = [["configuration", "folds", "cases", "class", "Dice", "post-processed"]]
+    for card in cards:
+        for label, dice in card.dice.items():
+            after = card.dice_postprocessed[label]
+            cells = ["undefined" if value is None else f"{value:.4f}" for value in (dice, after)]
+            rows.append([card.configuration, str(len(card.folds)), str(card.cases), label, *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\nCross-validation:\n" + "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -1,0 +1,127 @@
+"""Which recipe a run is trained with, and for how long: from defaults, files, options, and the run that is there.
+
+Only the length of a run may change later, and only beyond what is trained: then the schedule is recomputed and that
+is said. Everything else would silently mix two runs into one and is refused elsewhere.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autoseg import settings
+from autoseg.checkpoint import Progressed, read_progress
+from autoseg.losses import LOSSES
+from autoseg.records import AutosegError
+from autoseg.schedule import poly, progress
+from autoseg.schema import Recipe, Run
+from autoseg.settings import say_duration
+
+RECIPE_OPTIONS = {"epochs": "--epochs", "budget_seconds": "--budget", "seed": "--seed"}
+"""Recipe fields that have an option of their own."""
+LENGTH = ("epochs", "budget_seconds")
+"""Recipe fields that say how long training lasts."""
+CPU_BUDGET_SECONDS = 2 * 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options of train."""
+
+    plan: str = "default"
+    run: str = "default"
+    epochs: int | None = None
+    budget_seconds: float | None = None
+    extend_seconds: float | None = None
+    seed: int | None = None
+    device: str = "auto"
+    pretrained: Path | None = None
+    validate_only: bool = False
+    recipe: Path | None = None
+    changes: Mapping[str, Any] | None = None
+
+
+def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe:
+    """Defaults, then the TOML file, then --set, then the options. Raises AutosegError for what is not possible.
+
+    The length that nothing states is that of the recipe `existing`, if there is one: a run is gone on with by the
+    same command, also after it was extended.
+    """
+    lengths = {"--epochs": options.epochs, "--budget": options.budget_seconds, "--extend": options.extend_seconds}
+    if len(lengths) - list(lengths.values()).count(None) > 1:
+        raise AutosegError(f"{', '.join(lengths)} say how long to train; give one of them")
+    recipe = Recipe() if existing is None else replace(Recipe(), **{name: getattr(existing, name) for name in LENGTH})
+    if options.recipe is not None:
+        recipe = settings.change(recipe, settings.read_toml(options.recipe), where=str(options.recipe))
+    recipe = settings.change(recipe, options.changes or {}, taken=RECIPE_OPTIONS)
+    given = {"epochs": options.epochs, "budget_seconds": options.budget_seconds, "seed": options.seed}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if options.epochs is not None:
+        changes["budget_seconds"] = None
+    recipe = settings.change(recipe, changes, where="option")
+    if recipe.loss not in LOSSES:
+        raise AutosegError(f"unknown loss {recipe.loss!r}; choose one of {', '.join(LOSSES)}")
+    return recipe
+
+
+def for_new_run(recipe: Recipe, options: TrainOptions, device: str) -> Recipe:
+    """The recipe of a run that begins: on a CPU a budget of two hours, said with its reason, unless a length is given.
+
+    Raises AutosegError for --extend, since there is nothing to extend yet.
+    """
+    if options.extend_seconds is not None:
+        raise AutosegError("--extend goes on with a run that is there, and there is none; begin it with --budget 2h")
+    stated = options.epochs is not None or options.budget_seconds is not None
+    if options.recipe is not None:
+        stated = stated or not settings.read_toml(options.recipe).keys().isdisjoint(LENGTH)
+    if stated or device != "cpu":
+        return recipe
+    print(
+        f"training for {say_duration(CPU_BUDGET_SECONDS)}, because the default of {describe_length(recipe)} takes days "
+        f"on a CPU; choose otherwise with --budget 8h or --epochs {recipe.epochs}"
+    )
+    return replace(recipe, budget_seconds=CPU_BUDGET_SECONDS)
+
+
+def describe_length(recipe: Recipe) -> str:
+    """How long a recipe trains, in words."""
+    if recipe.budget_seconds is not None:
+        return f"{say_duration(recipe.budget_seconds)} of training"
+    return f"{recipe.epochs} epochs of {recipe.steps_per_epoch} steps"
+
+
+def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -> Run:
+    """The run `old` in `folder` with the length that `wanted` or --extend asks for; `old` itself if that is its own.
+
+    A changed length makes the run unfinished and is announced with the old and the new learning rate. Raises
+    AutosegError if that much is trained already, or if the checkpoint to go on from is gone.
+    """
+    done = read_progress(folder) or Progressed(step=0, epoch=0, epoch_start=0)
+    recipe = replace(old.recipe, epochs=wanted.epochs, budget_seconds=wanted.budget_seconds)
+    if options.extend_seconds is not None:
+        # What an unfinished run by time still has left is not taken away from it.
+        begin = done.seconds if old.finished or not recipe.budget_seconds else recipe.budget_seconds
+        recipe = replace(recipe, budget_seconds=float(math.ceil(begin + options.extend_seconds)))
+    if recipe == old.recipe:
+        return old
+    if old.finished is not None and done.step == 0:
+        raise AutosegError(f"{folder} has no checkpoint any more to go on from; train a new run with --run NAME")
+    if recipe.budget_seconds is None and old.recipe.budget_seconds is not None:
+        raise AutosegError(
+            f"{folder} is trained by time ({describe_length(old.recipe)}), not by epochs; leave out --epochs to go on "
+            "with it, or make it longer with --extend 1h"
+        )
+    now = progress(recipe, step=done.step, seconds=done.seconds)
+    if now >= 1:
+        raise AutosegError(
+            f"{folder}: {done.epoch} epochs are trained already, {say_duration(done.seconds)} in all; asked for were "
+            f"{describe_length(recipe)}. Ask for more than is there, or for --extend 1h"
+        )
+    rate = poly(old.recipe, progress(old.recipe, step=done.step, seconds=done.seconds))
+    print(
+        f"{folder}: from {describe_length(old.recipe)} to {describe_length(recipe)}; {done.step} steps are done, "
+        f"{say_duration(done.seconds)} in all; the schedule is recomputed: learning rate {rate:.2g} -> "
+        f"{poly(recipe, now):.2g}, then down to 0 at the new end"
+    )
+    return replace(old, recipe=recipe, finished=None)

@@ -1,0 +1,211 @@
+"""How long a run trains: by default, when it is given again, when it is made longer, and when it is told to stop."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_pipeline import NAME, PLAN, QUICK, VALUES, write_case
+
+import autoseg.pipeline.recipe as recipes
+from autoseg.checkpoint import read_progress
+from autoseg.history import METRICS, read_metrics
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.recipe import TrainOptions, make_recipe
+from autoseg.pipeline.train import train_fold
+from autoseg.records import AutosegError, load_json
+from autoseg.schema import Recipe, Run
+from autoseg.settings import parse_duration, say_duration
+from autoseg.workspace import Workspace
+
+CHANGES = {**QUICK, "steps_per_epoch": 3, "augmentation": "none"}
+TRAIN = TrainOptions(epochs=2, device="cpu", changes=CHANGES)
+ANY = replace(TRAIN, epochs=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("2d", 172800), ("1.5h", 5400), (" 1H 5s", 3605)],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text, "--budget") == seconds
+
+
+@pytest.mark.parametrize("text", ["2", "7200", "", "0h", "-1h", "30m1h", "2 hours", "1h30", "h", "nan", "2h2h"])
+def test_other_durations_are_refused_with_examples(text):
+    with pytest.raises(AutosegError, match=r"--budget .*for example 2h, 90m"):
+        parse_duration(text, "--budget")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 10**8))
+def test_what_is_said_is_read_back(seconds):
+    assert parse_duration(say_duration(seconds), "--budget") == seconds
+
+
+def test_only_one_length_and_none_by_set():
+    with pytest.raises(AutosegError, match="give one of them"):
+        make_recipe(replace(TRAIN, budget_seconds=9.0))
+    with pytest.raises(AutosegError, match="--budget"):
+        make_recipe(TrainOptions(changes={"budget_seconds": 5.0}))
+    assert make_recipe(TrainOptions(budget_seconds=9.0)).budget_seconds == 9.0
+    with pytest.raises(AutosegError, match="greater than 0"):
+        make_recipe(TrainOptions(budget_seconds=0.0))
+
+
+def test_a_length_that_nothing_states_is_that_of_the_run(tmp_path):
+    existing = Recipe(epochs=7, budget_seconds=50.0, learning_rate=0.5)
+    again = make_recipe(TrainOptions(), existing)
+    assert (again.epochs, again.budget_seconds, again.learning_rate) == (7, 50.0, 0.01)
+    assert make_recipe(TrainOptions(epochs=8), existing).budget_seconds is None
+    file = tmp_path / "recipe.toml"
+    file.write_text("epochs = 7\n")
+    assert make_recipe(TrainOptions(recipe=file), existing).budget_seconds == 50.0
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    place = Workspace(tmp_path_factory.mktemp("length"))
+    raw = place.raw(NAME)
+    for seed in range(4):
+        write_case(raw, f"p{seed}", seed)
+    (raw / "dataset.json").write_text(
+        json.dumps({"channel_names": {"0": "MR"}, "labels": VALUES, "numTraining": 4, "file_ending": ".nii.gz"})
+    )
+    plan_and_preprocess(place, "7", replace(PLAN, configurations=("3d_fullres",)))
+    return place
+
+
+def train(place, run, options):
+    train_fold(place, "7", "3d_fullres", "0", replace(options, run=run))
+    return place.fold(NAME, run, "3d_fullres", "0")
+
+
+def test_on_a_cpu_the_default_is_two_hours_and_says_why(prepared, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(recipes, "CPU_BUDGET_SECONDS", 1.0)
+    folder = train(prepared, "default_length", ANY)
+    said = capsys.readouterr().out
+    assert "training for 1s, because the default of 1000 epochs of 3 steps takes days on a CPU" in said
+    assert "--budget 8h or --epochs 1000" in said
+    assert load_json(Run, folder / "run.json").recipe.budget_seconds == 1.0
+    train(prepared, "default_length", ANY)
+    said = capsys.readouterr().out
+    assert "trained already (1s of training" in said
+    assert "because" not in said
+    assert recipes.for_new_run(Recipe(), ANY, "cuda") == Recipe()
+    file = tmp_path / "recipe.toml"
+    file.write_text("epochs = 9\n")
+    assert recipes.for_new_run(Recipe(epochs=9), TrainOptions(recipe=file), "cpu") == Recipe(epochs=9)
+
+
+def test_the_default_budget_is_two_hours():
+    assert recipes.CPU_BUDGET_SECONDS == 7200
+
+
+def test_a_finished_run_goes_on_with_more_epochs_or_more_time(prepared, capsys):
+    folder = train(prepared, "longer", TRAIN)
+    first = (folder / "weights.safetensors").read_bytes()
+    scored = (folder / "validation" / "summary.json").stat().st_mtime_ns
+    capsys.readouterr()
+    train(prepared, "longer", ANY)
+    assert "trained already (2 epochs of 3 steps" in capsys.readouterr().out
+    assert (folder / "validation" / "summary.json").stat().st_mtime_ns == scored
+    for fewer in (replace(TRAIN, epochs=1), replace(ANY, budget_seconds=0.001)):
+        with pytest.raises(AutosegError, match="2 epochs are trained already"):
+            train(prepared, "longer", fewer)
+    with pytest.raises(AutosegError, match="another recipe"):
+        train(prepared, "longer", replace(TRAIN, epochs=4, changes={**CHANGES, "learning_rate": 0.5}))
+
+    train(prepared, "longer", replace(TRAIN, epochs=4))
+    said = capsys.readouterr().out
+    assert "from 2 epochs of 3 steps to 4 epochs of 3 steps; 6 steps are done" in said
+    assert "learning rate 0 -> 0.011" in said
+    run = load_json(Run, folder / "run.json")
+    assert run.recipe.epochs == 4
+    assert run.finished is not None
+    assert read_progress(folder).step == 12
+    second = (folder / "weights.safetensors").read_bytes()
+    assert first != second
+    assert (folder / "validation" / "summary.json").stat().st_mtime_ns > scored
+
+    done = read_progress(folder)
+    train(prepared, "longer", replace(ANY, extend_seconds=1.0))
+    assert "of training; 12 steps are done" in capsys.readouterr().out
+    run = load_json(Run, folder / "run.json")
+    assert done.seconds + 1 <= run.recipe.budget_seconds <= done.seconds + 2
+    assert read_progress(folder).step > 12
+    assert (folder / "weights.safetensors").read_bytes() != second
+    steps = [line["step"] for line in read_metrics(folder)]
+    assert steps == sorted(set(steps))
+    train(prepared, "longer", ANY)
+    assert "trained already" in capsys.readouterr().out
+    with pytest.raises(AutosegError, match="leave out --epochs"):
+        train(prepared, "longer", replace(TRAIN, epochs=9))
+
+
+def test_an_unfinished_run_by_time_keeps_what_it_has_left(prepared, capsys):
+    folder = train(prepared, "unfinished", replace(ANY, budget_seconds=0.5))
+    run = load_json(Run, folder / "run.json")
+    longer = replace(run, finished=None, recipe=replace(run.recipe, budget_seconds=100.0))
+    extended = recipes.with_length(longer, longer.recipe, TrainOptions(extend_seconds=20.0), folder)
+    assert extended.recipe.budget_seconds == 120.0
+    assert recipes.with_length(longer, longer.recipe, TrainOptions(), folder) is longer
+    shorter = recipes.with_length(longer, replace(longer.recipe, budget_seconds=60.0), TrainOptions(), folder)
+    assert shorter.recipe.budget_seconds == 60.0
+
+
+def test_extending_needs_a_run_and_its_checkpoint(prepared):
+    with pytest.raises(AutosegError, match="there is none"):
+        train(prepared, "nothing", replace(ANY, extend_seconds=5.0))
+    folder = train(prepared, "bare", replace(TRAIN, epochs=1))
+    for checkpoint in folder.glob("checkpoint_*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(AutosegError, match="no checkpoint any more"):
+        train(prepared, "bare", replace(TRAIN, epochs=3))
+
+
+def test_a_kill_in_the_whole_case_validation_costs_no_training(prepared, monkeypatch):
+    import autoseg.pipeline.train as module
+
+    def die(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "validate_fold", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(prepared, "killed", TRAIN)
+    monkeypatch.undo()
+    folder = prepared.fold(NAME, "killed", "3d_fullres", "0")
+    before = (folder / "weights.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(module, "train", die)
+    train(prepared, "killed", TRAIN)
+    assert (folder / "weights.safetensors").stat().st_mtime_ns == before
+    assert (folder / "validation" / "summary.json").is_file()
+
+
+def test_the_command_saves_and_goes_on_after_sigterm(prepared):
+    whole = train(prepared, "whole", replace(TRAIN, epochs=8))
+    command = [sys.executable, "-P", "-m", "autoseg.cli", "train", "7", "3d_fullres", "0", "--epochs", "8"]
+    command += ["--device", "cpu", "--run", "stopped", "--workspace", str(prepared.root)]
+    command += [f"--set={name}={value}" for name, value in CHANGES.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        folder = prepared.fold(NAME, "stopped", "3d_fullres", "0")
+        metrics = folder / METRICS
+        while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.02)
+        child.send_signal(signal.SIGTERM)
+        said, errors = child.communicate()
+    assert child.returncode == 143, errors
+    assert "SIGTERM: stopped. The same command goes on from the last checkpoint" in said
+    assert "Traceback" not in errors
+    assert 3 <= read_progress(folder).step < 24
+    assert load_json(Run, folder / "run.json").finished is None
+    train(prepared, "stopped", replace(TRAIN, epochs=8))
+    assert (folder / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
