@@ -7,6 +7,7 @@ optimizer's tensors are loaded with `weights_only=True`. Nothing is ever unpickl
 
 import os
 import shutil
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class Progressed:
     """The first step of the epoch under way."""
     rhythm: Rhythm | None = None
     """The epochs that a run by time has chosen."""
+    loss_scale: dict[str, int | float] = field(default_factory=dict)
+    """State of the loss scaling of float16; empty without."""
     smooth_pseudo_dice: float | None = None
     skipped_steps: int = 0
     epoch_losses: tuple[float, ...] = ()

@@ -172,6 +172,8 @@ class Recipe:
     augmentation: str = "default"
     """`default`, `none`, `batchgenerators`, or `package.module:name` of a transform of your own."""
     loader_threads: int = 2
+    tune: bool = True
+    """Whether probes at the start may choose precision, layout and compilation; without them float32, eager."""
     checkpoint_minutes: float = 5.0
     max_bad_steps: int = 5
     """Consecutive non-finite losses after which the run stops."""

@@ -11,7 +11,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -21,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoseg.agreement import Workload
 from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, save_weights
+from autoseg.computing import apply, autocast, scaler
 from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics
 from autoseg.labels import Labels
 from autoseg.losses import LOSSES, deep_supervision, scale_targets
@@ -29,7 +30,7 @@ from autoseg.progress import Progress
 from autoseg.records import AutosegError
 from autoseg.sampling import Batch, Sampler, prefetch
 from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, poly, progress
-from autoseg.schema import Recipe
+from autoseg.schema import Recipe, Tuning
 from autoseg.settings import say_duration
 from autoseg.signals import Requests, Stopped
 
@@ -53,13 +54,8 @@ class Parts:
     batch_dice: bool
     device: torch.device
     folder: Path
-
-
-def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 where a CUDA device computes in it (no loss scaling needed), float32 elsewhere."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
+    tuning: Tuning
+    """How it computes; the process is settled for it, the network not yet."""
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -76,7 +72,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
     """(loss, logits at full resolution) of one batch."""
     loss = LOSSES[parts.recipe.loss]
-    with autocast(parts.device):
+    with autocast(parts.tuning, parts.device):
         if not parts.recipe.deep_supervision:
             logits = parts.network(batch.image)
             return loss(logits, batch.labels, batch_dice=parts.batch_dice), logits
@@ -89,20 +85,45 @@ def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
         return deep_supervision(of_scale, scales, targets), scales[0]
 
 
-def training_step(parts: Parts, optimizer: torch.optim.Optimizer, batch: Batch) -> float | None:
+def training_step(
+    parts: Parts, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batch: Batch
+) -> float | None:
     """One optimizer step; its loss, or None if loss or gradient was not finite and the step was skipped."""
     optimizer.zero_grad(set_to_none=True)
     loss, _ = batch_loss(parts, batch)
     value = loss.item()
     if not math.isfinite(value):
         return None
-    loss.backward()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parts.network.parameters(), parts.recipe.clip_norm)
-    if not torch.isfinite(norm):
+    # A scale that was too large is no bad batch: the scaler leaves the step out and tries a smaller one.
+    if not scaler.is_enabled() and not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         return None
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     return value
+
+
+def workload(parts: Parts, fresh: Callable[[], nn.Module]) -> Workload:
+    """What tuning probes: the step of this run on its first batch, with networks of its own from `fresh`."""
+    batch = parts.training.assemble(parts.training.sources(0), parts.device)
+
+    def step_of(network: nn.Module, setting: Tuning) -> Callable[[], object]:
+        own = replace(parts, network=network.train(), tuning=setting)
+        optimizer, loss_scaler = make_optimizer(network, parts.recipe), scaler(setting, parts.device)
+        return lambda: training_step(own, optimizer, loss_scaler, batch)
+
+    return Workload(
+        make_network=fresh,
+        step_of=step_of,
+        patch=parts.training.patch,
+        batch_size=parts.training.batch_size,
+        channels=batch.image.shape[1],
+        device=parts.device,
+        all_scales=parts.recipe.deep_supervision,
+    )
 
 
 def batches(sampler: Sampler, steps: Iterable[int], threads: int, device: torch.device) -> Iterator[Batch]:
@@ -175,9 +196,12 @@ def train(
     recipe, folder, device = parts.recipe, parts.folder, parts.device
     asked = requests or Requests()
     folder.mkdir(parents=True, exist_ok=True)
-    network = parts.network.to(device).train()
+    network = apply(parts.network, parts.tuning, device).train()
     optimizer = make_optimizer(network, recipe)
+    loss_scaler = scaler(parts.tuning, device)
     state = load_checkpoint(folder, network, optimizer) or Progressed(step=0, epoch=0, epoch_start=0)
+    if state.loss_scale:
+        loss_scaler.load_state_dict(state.loss_scale)
     forget_metrics_from(folder, state.epoch)
     bad: list[Batch] = []
     recent: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -188,10 +212,13 @@ def train(
     def elapsed() -> float:
         return clock() - started
 
+    def save() -> None:
+        save_checkpoint(folder, network, optimizer, replace(state, loss_scale=loss_scaler.state_dict()))
+
     def heed() -> None:
         if asked.save or asked.stop is not None:
             asked.save = False
-            save_checkpoint(folder, network, optimizer, state)
+            save()
             bar.say(f"checkpoint of step {state.step} saved")
         if asked.stop is not None:
             raise Stopped(asked.stop)
@@ -208,7 +235,7 @@ def train(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = poly(recipe, progress(recipe, step=state.epoch_start, seconds=now))
-            loss = training_step(parts, optimizer, batch)
+            loss = training_step(parts, optimizer, loss_scaler, batch)
             if loss is None:
                 bad.append(batch)
                 record_bad_step(folder, batch)
@@ -236,13 +263,13 @@ def train(
                 validating = elapsed() - state.seconds
                 state = replace(state, seconds=elapsed())
             if state.seconds - saved > recipe.checkpoint_minutes * 60:
-                save_checkpoint(folder, network, optimizer, state)
+                save()
                 saved = state.seconds
             mark = elapsed()
         if state.step > state.epoch_start:  # the budget ended within an epoch
             state = _end_epoch(parts, optimizer, state, on_epoch, heed)
             state = replace(state, seconds=elapsed())
-    save_checkpoint(folder, network, optimizer, state)
+    save()
     save_weights(network, folder / WEIGHTS)
     return state
 

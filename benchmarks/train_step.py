@@ -26,6 +26,7 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
     """One call: one training step of autoseg."""
     import torch
 
+    from autoseg.computing import safe_base, scaler
     from autoseg.labels import Labels
     from autoseg.networks import build
     from autoseg.sampling import Batch
@@ -44,10 +45,11 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
         batch_dice=configuration["batch_dice"],
         device=torch.device("cpu"),
         folder=Path(),
+        tuning=safe_base(torch.device("cpu")),
     )
-    optimizer = make_optimizer(parts.network, parts.recipe)
+    optimizer, loss_scaler = make_optimizer(parts.network, parts.recipe), scaler(parts.tuning, parts.device)
     batch = Batch(step=0, patches=(), image=image, labels=labels)
-    return lambda: training_step(parts, optimizer, batch)
+    return lambda: training_step(parts, optimizer, loss_scaler, batch)
 
 
 def peer_step(configuration: dict[str, Any], image: Any, labels: Any, classes: int) -> Callable[[], object]:

@@ -15,7 +15,7 @@ ROWS = [
     {"volume", "resample", "readers"},
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
     {"networks", "losses", "augment", "devices", "schedule", "history"},
-    {"sampling", "checkpoint", "inference", "evaluation"},
+    {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
     {"training", "tuning", "postprocess", "model"},
     {"pipeline"},
     {"cli"},

@@ -160,9 +160,19 @@ def test_from_raw_images_to_scored_predictions(place, capsys, tmp_path):
         names = {p.name for p in folder.iterdir()}
         assert {"run.json", "weights.safetensors", "metrics.jsonl", "progress.png", "validation"} <= names
 
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert "Computing: float32, eager, contiguous" in printed
+    assert "nothing was probed: training takes about" in printed
+    assert run.tuning is not None
+    assert run.tuning.precision == "float32"
     assert train_fold(place, "7", "3d_fullres", "0", TRAIN).scores
     assert "trained already" in capsys.readouterr().out
+    train_fold(place, "7", "3d_fullres", "1", replace(TRAIN, epochs=4))
+    assert "Computing as before: float32" in capsys.readouterr().out
+    changed = replace(TRAIN, run="plain", epochs=1, changes=QUICK | {"tune": False})
+    train_fold(place, "7", "3d_fullres", "1", changed)
+    assert "nothing was probed: tune=false" in capsys.readouterr().out
+    shutil.rmtree(place.fold(NAME, "plain", "3d_fullres", 1))
     with pytest.raises(AutosegError, match=r"another recipe.*--run"):
         train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, changes={**QUICK, "clip_norm": 1.0}))
     with pytest.raises(AutosegError, match="--epochs"):

@@ -1,6 +1,8 @@
 """The loop: learns, resumes bit for bit, skips what is not finite and names who did it."""
 
 import json
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import torch
 from toys import LABELS, ball, configuration, grid, network, plan
 
 from autoseg.augment import make_augmentation
+from autoseg.checkpoint import read_progress
+from autoseg.computing import safe_base
 from autoseg.evaluation.plots import training_curves
 from autoseg.history import read_metrics
 from autoseg.networks import build
@@ -15,8 +19,9 @@ from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import PreparedCases, Sampler, Stream
 from autoseg.schema import Recipe
+from autoseg.signals import Requests, Stopped
 from autoseg.store import write_case
-from autoseg.training import BAD_STEPS, Parts, train
+from autoseg.training import BAD_STEPS, Parts, make_optimizer, train, training_step
 from autoseg.volume import Volume
 
 SHAPE, PATCH = (9, 13, 15), (8, 12, 12)
@@ -36,7 +41,7 @@ def write_cases(folder, spoil=None):
         write_case(folder, case, key=name)
 
 
-def parts(tmp_path, run="run", augmentation="default", **recipe):
+def parts(tmp_path, run="run", augmentation="default", tuning=None, **recipe):
     made = Recipe(**{"epochs": 3, "steps_per_epoch": 4, "validation_steps": 2, "seed": 1, **recipe})
     cases = PreparedCases(tmp_path / "cases", 1 << 30)
     torch.manual_seed(made.seed)
@@ -58,6 +63,7 @@ def parts(tmp_path, run="run", augmentation="default", **recipe):
         batch_dice=False,
         device=torch.device("cpu"),
         folder=tmp_path / run,
+        tuning=replace(safe_base(torch.device("cpu")), **(tuning or {})),
     )
 
 
@@ -69,6 +75,43 @@ def place(tmp_path):
 
 def weights(made):
     return torch.cat([p.detach().flatten() for p in made.network.parameters()])
+
+
+@pytest.mark.parametrize("tuning", [{"precision": "bfloat16"}, {"precision": "float16"}, {"channels_last": True}])
+def test_other_settings_train_and_go_on_bit_for_bit(place, tuning):
+    """float16 with its loss scale, which is part of the checkpoint."""
+    whole = parts(place, "whole", tuning=tuning, epochs=2)
+    train(whole)
+    begun = parts(place, "begun", tuning=tuning, epochs=2)
+    requests = Requests()
+
+    def stop(lines):
+        requests.stop = signal.SIGTERM
+
+    with pytest.raises(Stopped):
+        train(begun, stop, requests)
+    scale = read_progress(place / "begun").loss_scale
+    assert bool(scale) == (tuning.get("precision") == "float16")
+    gone_on = parts(place, "begun", tuning=tuning, epochs=2)
+    train(gone_on)
+    assert torch.equal(weights(whole), weights(gone_on))
+    plain = parts(place, "plain", epochs=2)
+    train(plain)
+    assert not torch.equal(weights(whole), weights(plain)), "the setting is in force"
+    # Rounding apart the loss is the same.
+    losses = [read_metrics(place / run)[-1]["training_loss"] for run in ("whole", "plain")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
+def test_a_loss_scale_that_is_too_large_is_no_bad_step(place):
+    made = parts(place, tuning={"precision": "float16"}, epochs=1, steps_per_epoch=3)
+    optimizer = make_optimizer(made.network, made.recipe)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = weights(made)
+    batch = made.training.assemble(made.training.sources(0), made.device)
+    assert training_step(made, optimizer, scaler, batch) is not None
+    assert torch.equal(before, weights(made))
+    assert scaler.get_scale() == 2.0**59
 
 
 def test_it_learns_and_writes_what_it_should(place):

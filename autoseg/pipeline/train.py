@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,8 @@ import torch
 import autoseg
 from autoseg.augment import make_augmentation
 from autoseg.checkpoint import load_weights
-from autoseg.devices import choose_device, keep_freed_memory
+from autoseg.computing import describe, fits, safe_base, settle, untuned
+from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, evaluate_pairs, save_summary, table
 from autoseg.evaluation.plots import training_curves
 from autoseg.layout import Dataset, open_dataset
@@ -28,11 +30,12 @@ from autoseg.pipeline.recipe import LENGTH, TrainOptions, describe_length, for_n
 from autoseg.progress import Progress
 from autoseg.records import AutosegError, load_json, save_json, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
-from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run
+from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
 from autoseg.store import StoredArray, list_cases, read_case
-from autoseg.training import WEIGHTS, Parts, train
+from autoseg.training import WEIGHTS, Parts, train, workload
+from autoseg.tuning import tune
 from autoseg.workspace import Workspace
 
 
@@ -67,7 +70,6 @@ def train_fold(
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     refuse_unprepared(prepared, cases, dataset_text, options.plan)
     device = choose_device(options.device)
-    keep_freed_memory()
 
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     run = Run(
@@ -90,6 +92,8 @@ def train_fold(
     if not options.validate_only and run.finished is None:
         parts = make_parts(run, configuration, prepared, folder, device, options.pretrained, priors)
         say_start(run, parts)
+        tuning = choose_tuning(run, parts, configuration)
+        parts, run = replace(parts, tuning=tuning), replace(run, tuning=tuning)
         save_json(run, folder / "run.json")
         try:
             with heeded() as requests:
@@ -227,7 +231,27 @@ def make_parts(
         batch_dice=configuration.batch_dice,
         device=device,
         folder=folder,
+        tuning=safe_base(device),
     )
+
+
+def choose_tuning(run: Run, parts: Parts, configuration: Configuration) -> Tuning:
+    """The run's own choice if it has one that fits this machine, else a new one; printed, and settled here."""
+    if run.tuning is not None and fits(run.tuning, parts.device):
+        settle(run.tuning)
+        print(f"Computing as before: {describe(run.tuning)}", flush=True)
+        return run.tuning
+    recipe = run.recipe
+    if not recipe.tune:
+        chosen = untuned(parts.device, "tune=false")
+    else:
+        fresh = partial(build, configuration.network, run.plan.in_channels(configuration), run.plan.labels.heads)
+        work = workload(parts, fresh)
+        steps = recipe.epochs * recipe.steps_per_epoch
+        chosen = tune(work, seconds=recipe.budget_seconds, steps=None if recipe.budget_seconds else steps)
+    again = "" if run.tuning is None else f" (probed again, since it was chosen on {run.tuning.device})"
+    print(f"Computing{again}: {describe(chosen)}", flush=True)
+    return chosen
 
 
 def say_start(run: Run, parts: Parts) -> None:
