@@ -31,6 +31,13 @@ def tile_starts(size: int, patch: int, step: float) -> tuple[int, ...]:
     return tuple(round(i * (size - patch) / gaps) for i in range(gaps + 1)) if gaps else (0,)
 
 
+def count_views(size: Sequence[int], patch: Sequence[int], step: float = 0.5) -> int:
+    """How often a network is applied to an image of `size` (Z, Y, X), mirrored along all axes of `patch` included."""
+    planar, spatial = size[: 3 - len(patch)], size[3 - len(patch) :]
+    tiles = prod(len(tile_starts(max(n, edge), edge, step)) for n, edge in zip(spatial, patch))
+    return prod(planar) * tiles * 2 ** len(patch)
+
+
 def tile_weights(starts: Sequence[int], size: int, patch: int) -> Tensor:
     """Weights (tiles, patch) of all tiles along one axis: Gaussian, normalised to sum to 1 at each of `size` voxels.
 

@@ -18,7 +18,7 @@ ROWS = [
     {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
     {"training", "tuning", "postprocess", "model"},
     {"pipeline"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 """A module imports from its own row or from those above it."""
 

@@ -1,6 +1,8 @@
 """The command line: what people type, how it fails, and that its options stay few."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from test_pipeline import NAME, VALUES, write_case
@@ -118,3 +120,10 @@ def test_a_wrong_request_ends_with_code_1_and_no_traceback(tmp_path, monkeypatch
     said = capsys.readouterr().err
     assert said.startswith("error: no dataset '99'")
     assert "Traceback" not in said
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "autoseg", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"autoseg {__version__}\n"

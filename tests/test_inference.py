@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from autoseg.inference import predict_logits, tile_starts, tile_weights
+from autoseg.inference import count_views, predict_logits, tile_starts, tile_weights
 from autoseg.records import AutosegError
 
 
@@ -263,3 +263,16 @@ def test_arguments_that_do_not_fit_are_refused(change, said):
     arguments = {"networks": [constant], "image": torch.zeros(1, 5, 7, 11), "patch": (4, 4, 4), "heads": 3} | change
     with pytest.raises(ValueError, match=said):
         predict_logits(arguments.pop("networks"), arguments.pop("image"), **arguments)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((5, 7, 11), (4, 4, 4)), ((3, 9, 10), (4, 8)), ((2, 3, 3), (4, 4, 4))])
+def test_views_are_counted_as_they_are_computed(size, patch):
+    seen = []
+
+    def network(batch):
+        seen.append(len(batch))
+        return batch[:, :1]
+
+    axes = tuple(range(len(patch)))
+    predict_logits([network], torch.zeros(1, *size), patch=patch, heads=1, mirror_axes=axes)
+    assert count_views(size, patch) == sum(seen)
