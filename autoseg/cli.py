@@ -1,6 +1,7 @@
 """The command line: parses, calls the pipeline, prints. Heavy modules are imported by the verb that needs them."""
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -232,7 +233,9 @@ def predict_verb(
         list[str] | None, typer.Option("-f", "--fold", help="Use only this fold; may be repeated [all finished].")
     ] = None,
     run: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="Run or fold folder of the model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="Folder of the model: a configuration of a run, or a fold.")
+    ] = None,
     step_size: Annotated[float, typer.Option(min=0.05, max=1.0, help="Distance of tiles, share of the patch.")] = 0.5,
     no_tta: Annotated[bool, typer.Option("--no-tta", help="No mirroring: several times faster.")] = False,
     save_probabilities: Annotated[bool, typer.Option("--save-probabilities", help="Write them as NIfTI too.")] = False,
@@ -319,7 +322,7 @@ def make_verb(
 def parse_folds(text: str | None) -> tuple[int, ...]:
     """`0,1,3` -> (0, 1, 3), nothing -> (); AutosegError for anything else."""
     parts = [] if text is None else text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):
         raise AutosegError(f"--folds {text!r}: give numbers with commas, for example --folds 0,1")
     return tuple(sorted({int(part) for part in parts}))
 
@@ -351,6 +354,9 @@ def run() -> None:
     # Before torch loads OpenMP: threads that spin while they wait take the cores from whoever they wait for when other
     # programs share the machine, and gained nothing measurable when none did.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The request to save: training answers it; what has nothing to save must not end by it.
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         app()
     except AutosegError as error:

@@ -73,10 +73,12 @@ def map_cases(
     cost: Callable[[T], int] = lambda item: 0,
     memory: int | None = None,
     quiet: bool = False,
+    finishes: bool = True,
 ) -> list[Outcome[R]]:
     """Apply `function` to every item in `workers` threads; one Outcome an item, in the order given.
 
     `cost` estimates the bytes that an item needs; together they stay within `memory` (default: half of what is free).
+    finishes: whether an item that is done is a step forward; False for what is only looked at, at every start.
     In a supervised process (autoseg/supervise.py) items that ended an earlier one fail without being tried, and those
     that may have done so come first, one at a time.
     """
@@ -85,10 +87,13 @@ def map_cases(
     def guarded(item: T) -> Outcome[R]:
         if death := JOURNAL.dead.get((what, name(item))):
             return Outcome(case=name(item), error=AutosegError(death))
-        bytes_needed = cost(item)
+        try:
+            bytes_needed = cost(item)
+        except Exception as error:
+            return Outcome(case=name(item), error=error)
         gate.enter(bytes_needed)
         try:
-            with JOURNAL.working(what, name(item)):
+            with JOURNAL.working(what, name(item), last=finishes):
                 return Outcome(case=name(item), value=function(item))
         except Exception as error:
             return Outcome(case=name(item), error=error)

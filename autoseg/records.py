@@ -75,7 +75,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
     The lock is on the folder itself: it leaves no file, and ends with the process however that ends. File systems
     without locks, and Windows, go without.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise AutosegError(f"{folder} is or lies below a file; give the path of a folder") from None
     try:
         import fcntl
     except ImportError:

@@ -135,6 +135,8 @@ class Plan:
     """Plan axis i is canonical axis axis_order[i]; the coarsest axis comes first."""
     channels: tuple[ChannelNorm, ...]
     labels: Labels
+    data_hash: str = ""
+    """Of the cases that it was made from."""
     configurations: tuple[Configuration, ...]
     reasons: tuple[Reason, ...] = ()
 
@@ -225,5 +227,7 @@ class Run:
     device: str
     started: str
     finished: str | None = None
+    validation_seconds: float = 0.0
+    """What predicting and scoring the held-out cases took."""
     tuning: Tuning | None = None
     """None until the first probes have ended."""

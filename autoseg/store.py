@@ -12,6 +12,7 @@ voxels of float32: threads take turns at that, and cases that fit are better hel
 """
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,12 +124,15 @@ def write_case(folder: Path, case: PreparedCase, key: str, patch: Sequence[int] 
 
 def write_map(path: Path, labels: np.ndarray, patch: Sequence[int]) -> None:
     """Write a label map (Z, Y, X) by itself, whole or not at all; `StoredArray(path)` reads it."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_array(_smallest(labels), temporary, patch)
-    sync(temporary)
-    temporary.replace(path)
+    # The folds of a cascade may miss the same map at the same time.
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        _write_array(_smallest(labels), temporary, patch)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -147,8 +147,7 @@ def _run(work: Callable[[], None]) -> tuple[int, int, bool]:
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal told
         told = told or number != getattr(signal, "SIGUSR1", None)
-        # A terminal sends Ctrl-C to both processes by itself; to send it again would look like a second Ctrl-C.
-        if child and not (number == signal.SIGINT and _in_foreground()):
+        if child:
             with suppress(ProcessLookupError):
                 os.kill(child, number)
 
@@ -165,6 +164,8 @@ def _run(work: Callable[[], None]) -> tuple[int, int, bool]:
         signal.signal(number, forward)
     child = os.fork()
     if not child:
+        # A group of its own: the keys of a terminal reach the parent alone, which passes everything on.
+        os.setpgid(0, 0)
         os.close(held)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -182,20 +183,6 @@ def _run(work: Callable[[], None]) -> tuple[int, int, bool]:
     # Kilobytes, but bytes on a Mac.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return os.waitstatus_to_exitcode(status), peak, told
-
-
-def _in_foreground() -> bool:
-    """Whether this process belongs to the group that the keys of a terminal reach."""
-    try:
-        terminal = os.open(os.ctermid(), os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(terminal)
 
 
 def _end_with(ended: int) -> None:

@@ -8,6 +8,7 @@ answered between two steps or two validation batches; what is saved there goes o
 
 import json
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -196,6 +197,8 @@ def train(
     recipe, folder, device = parts.recipe, parts.folder, parts.device
     asked = requests or Requests()
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".checkpoint_*.tmp"):
+        shutil.rmtree(left)
     network = apply(parts.network, parts.tuning, device).train()
     optimizer = make_optimizer(network, recipe)
     loss_scaler = scaler(parts.tuning, device)
@@ -243,7 +246,7 @@ def train(
                     raise AutosegError(
                         f"the loss was not finite in {len(bad)} steps in a row (step {batch.step}); cases involved: "
                         f"{culprits(bad)}. Look at them (`autoseg check`; {folder / BAD_STEPS} has the patches), "
-                        "or lower the rate with --set learning_rate=0.001"
+                        "or lower the rate in a new run: --run NAME --set learning_rate=0.001"
                     )
             else:
                 bad = []
@@ -288,7 +291,8 @@ def _lacks_rhythm(recipe: Recipe, state: Progressed) -> bool:
 def _epoch_lengths(recipe: Recipe, state: Progressed) -> tuple[int, int]:
     """Steps of training and of validation in the epoch under way."""
     if state.rhythm is None:
-        return recipe.steps_per_epoch, recipe.validation_steps
+        # A budget too short to be timed has no room for the recipe's validation either.
+        return recipe.steps_per_epoch, recipe.validation_steps if recipe.budget_seconds is None else 1
     return state.rhythm.steps, state.rhythm.validation_steps
 
 

@@ -44,7 +44,7 @@ def tune(
     *,
     steps: int | None = None,
     seconds: float | None = None,
-    budget_seconds: float = 60.0,
+    budget_seconds: float = 120.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Tuning:
     """Probe, and return the choice, settled in this process; each decision is a line of its `notes`.

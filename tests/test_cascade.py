@@ -1,5 +1,6 @@
 """The cascade: which folds it needs, that its inputs were predicted by folds that had not seen them, both stages."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from toys import balls_dataset, write_balls
 from autoseg.augment import make_augmentation
 from autoseg.layout import open_dataset
 from autoseg.model import earlier_folds, open_model
-from autoseg.pipeline.cascade import find_priors, held_out_by, maps_folder
+from autoseg.pipeline.cascade import NextStage, find_priors, held_out_by, map_path, maps_folder
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess, preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.train import TrainOptions, train_fold
@@ -20,7 +21,7 @@ from autoseg.records import AutosegError, load_json, save_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream
 from autoseg.schema import Fingerprint, Fold
 from autoseg.splits import Splits, read_splits
-from autoseg.store import StoredArray, read_case
+from autoseg.store import StoredArray, read_case, stored_key
 from autoseg.workspace import Workspace
 
 NAME = "Dataset007_Balls"
@@ -172,6 +173,21 @@ def test_an_augmentation_from_elsewhere_is_refused_in_words(place):
             "1",
             replace(TRAIN, run="default", changes=QUICK | {"augmentation": "batchgenerators"}),
         )
+
+
+def test_maps_of_cases_that_were_prepared_anew_are_not_used(place, tmp_path):
+    """One case's first stage on another grid: its name on the disk is another."""
+    workspace, made = place
+    low = workspace.cases(NAME, "default", "3d_lowres")
+    stage = NextStage(
+        configuration=made.configuration("3d_cascade_fullres"), prepared=workspace.cases(NAME, "default", "3d_fullres")
+    )
+    first = map_path(fold(workspace, "3d_lowres", 0), stage, low, "p1_0")
+    assert first.is_file()
+    shutil.copytree(low / "p1_0", tmp_path / "p1_0")
+    card = tmp_path / "p1_0" / "case.json"
+    card.write_text(card.read_text().replace(stored_key(low, "p1_0"), "another"))
+    assert map_path(fold(workspace, "3d_lowres", 0), stage, tmp_path, "p1_0") != first
 
 
 def test_maps_of_other_weights_are_not_used(place):

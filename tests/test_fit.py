@@ -1,6 +1,7 @@
 """fit: every fold, merged cross-validation, post-processing, budgets shared out, going on after any stop."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from toys import balls_dataset, configuration, plan, write_balls
@@ -17,7 +18,7 @@ from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.readers import read_labels, write_labels
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import Fold
+from autoseg.schema import Fold, Run
 from autoseg.splits import Splits
 from autoseg.workspace import Workspace
 
@@ -131,12 +132,15 @@ def test_stages_come_in_order_and_the_earlier_one_with_every_fold():
     assert stages(made, ("3d_cascade_fullres", "2d")) == ("3d_lowres", "3d_cascade_fullres", "2d")
     with pytest.raises(AutosegError, match="has no configuration"):
         stages(made, ("4d",))
-    splits = Splits(folds=tuple(Fold(train=("a", "b"), val=("c",)) for _ in range(3)))
+    splits = Splits(folds=tuple(Fold(train=tuple({*"abc"} - {held}), val=(held,)) for held in "abc"))
     options = replace(OPTIONS, configurations=("3d_cascade_fullres",), folds=(1,))
-    tasks = find_tasks(Workspace(Workspace.find(None).root), made, splits, options)
+    nowhere = Workspace(Path("nowhere"))
+    tasks = find_tasks(nowhere, made, splits, options)
     assert [task.name for task in tasks] == ["3d_lowres/0", "3d_lowres/1", "3d_lowres/2", "3d_cascade_fullres/1"]
     with pytest.raises(AutosegError, match="no fold 3; choose among 0 to 2"):
-        find_tasks(Workspace(Workspace.find(None).root), made, splits, replace(options, folds=(3,)))
+        find_tasks(nowhere, made, splits, replace(options, folds=(3,)))
+    with pytest.raises(AutosegError, match="1 training cases are held out in no fold, for example c"):
+        find_tasks(nowhere, made, replace(splits, folds=splits.folds[:2]), options)
 
 
 def five_tasks(root) -> list[Task]:
@@ -184,3 +188,30 @@ def test_the_table_shows_undefined_values_as_such():
     lines = fit_table([card]).splitlines()
     assert lines[-2].split() == ["2d", "1", "2", "big", "undefined", "undefined"]
     assert lines[-1].split()[-2:] == ["0.5000", "0.7500"]
+
+
+def test_folds_of_other_options_are_refused_and_a_part_never_replaces_the_whole(place):
+    whole = fit(place, "7", OPTIONS)
+    folder = place.run(NAME, "default", "3d_fullres")
+    assert fit(place, "7", replace(OPTIONS, folds=(0,))) == whole
+    assert load_json(ModelCard, folder / "model.json") == whole[0]
+    other = replace(OPTIONS.train, changes=QUICK | {"learning_rate": 0.5})
+    with pytest.raises(AutosegError, match="another recipe"):
+        fit(place, "7", replace(OPTIONS, train=other))
+    run = load_json(Run, folder / "fold_1" / "run.json")
+    save_json(replace(run, recipe=other_recipe(run.recipe)), folder / "fold_1" / "run.json")
+    (folder / "model.json").unlink()
+    with pytest.raises(AutosegError, match="different plans or recipes"):
+        cross_validate([folder / "fold_0", folder / "fold_1"], open_dataset(place.raw(NAME)))
+
+
+def other_recipe(recipe):
+    return replace(recipe, learning_rate=recipe.learning_rate * 2)
+
+
+def test_work_is_booked_where_it_belongs():
+    """40 s beside the training of a fold, 30 of them its validation; later 5 more of validation in 6 s."""
+    spent = Spent(preparing=100.0).with_fold("2d/0", 30.0, 40.0)
+    assert spent == Spent(preparing=110.0, validating={"2d/0": 30.0})
+    assert spent.with_fold("2d/0", 35.0, 6.0) == Spent(preparing=111.0, validating={"2d/0": 35.0})
+    assert spent.with_fold("2d/0", 30.0, 0.0) == spent

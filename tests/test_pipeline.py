@@ -205,7 +205,7 @@ def test_from_raw_images_to_scored_predictions(place, capsys, tmp_path):
 def test_predicting_without_a_model_says_what_to_do(place, tmp_path):
     with pytest.raises(AutosegError, match=r"no finished model.*autoseg train"):
         predict(place, tmp_path, tmp_path / "out", PredictOptions())
-    with pytest.raises(AutosegError, match="holds no trained fold"):
+    with pytest.raises(AutosegError, match="holds no fold"):
         predict(place, tmp_path, tmp_path / "out", PredictOptions(model=tmp_path))
 
 
@@ -232,3 +232,60 @@ def test_pretrained_weights_are_where_training_starts(place):
     assert (fine / "weights.safetensors").read_bytes() == (first / "weights.safetensors").read_bytes()
     with pytest.raises(AutosegError, match="pretrained"):
         train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=1, run="fine", changes=still))
+
+
+def test_a_plan_is_kept_only_for_the_data_and_labels_it_was_made_from(place):
+    keeping = PlanOptions(keep=True, configurations=("2d",))
+    first = plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
+    assert plan_and_preprocess(place, "7", keeping) == first, "edited fields survive"
+    card = place.raw(NAME) / "dataset.json"
+    card.write_text(card.read_text().replace("big", "huge"))
+    renamed = plan_and_preprocess(place, "7", keeping)
+    assert renamed.labels.names == ("background", "huge", "small")
+    assert renamed != replace(first, labels=renamed.labels)
+    card.write_text(card.read_text().replace('"MR"', '"CT"'))
+    assert plan_and_preprocess(place, "7", PlanOptions(configurations=("2d",))).channels[0].scheme == "ct"
+
+
+def test_cases_in_no_fold_are_named(place, capsys):
+    plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
+    write_case(place.raw(NAME), "p9_0", 9)
+    card = place.raw(NAME) / "dataset.json"
+    card.write_text(card.read_text().replace('"numTraining": 4', '"numTraining": 5'))
+    capsys.readouterr()
+    plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
+    assert "1 cases are in no fold and will not be used, for example p9_0" in capsys.readouterr().out
+
+
+def test_cases_prepared_for_another_plan_are_not_trained_on(place):
+    plan_and_preprocess(place, "7", PLAN)
+    plan_and_preprocess(place, "7", replace(PLAN, spacing_mm=(2.0, 1.9, 1.8), configurations=("2d",)))
+    with pytest.raises(AutosegError, match=r"not prepared in .* as the plan says"):
+        train_fold(place, "7", "3d_fullres", "0", TRAIN)
+
+
+def test_validating_again_needs_the_plan_of_the_run(place):
+    plan_and_preprocess(place, "7", PLAN)
+    train_fold(place, "7", "3d_fullres", "0", TRAIN)
+    folder = place.fold(NAME, "default", "3d_fullres", 0)
+    before = tree(folder / "validation")
+    train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, validate_only=True))
+    assert tree(folder / "validation") == before
+    plan_and_preprocess(place, "7", replace(PLAN, spacing_mm=(2.0, 1.9, 1.8)))
+    with pytest.raises(AutosegError, match="another plan"):
+        train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, validate_only=True))
+    assert tree(folder / "validation") == before
+
+
+def test_an_image_is_never_overwritten_by_its_labels(place, tmp_path):
+    plan_and_preprocess(place, "7", PLAN)
+    train_fold(place, "7", "3d_fullres", "0", TRAIN)
+    write_case(tmp_path, "x", seed=11, split="Ts")
+    image = tmp_path / "imagesTs" / "scan.nii.gz"
+    (tmp_path / "imagesTs" / "x_0000.nii.gz").rename(image)
+    before = image.read_bytes()
+    with pytest.raises(AutosegError, match="would be overwritten; give another -o"):
+        predict(place, image, tmp_path / "imagesTs", PredictOptions())
+    assert image.read_bytes() == before
+    with pytest.raises(AutosegError, match="below a file"):
+        predict(place, image, image, PredictOptions())

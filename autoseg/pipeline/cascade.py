@@ -2,24 +2,25 @@
 
 A second stage that is trained on predictions of cases which the first stage had learnt by heart would trust them too
 much. So each case's map comes from the fold that held it out. It is written when that fold is validated, and made
-here where it is missing. Maps lie beside the weights they come from, in a folder named by the weights' content: a fold
-that is trained further gets new ones.
+here where it is missing. Maps lie beside the weights they come from, in a folder named by the weights' content, and in
+files named by how the case is prepared for both stages: what has changed since is made anew.
 """
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from autoseg.model import is_finished, open_model, open_run, weights_hash
+from autoseg.model import Model, is_finished, open_model, open_run, weights_hash
 from autoseg.preprocess import Trace, project
 from autoseg.progress import Progress
-from autoseg.records import AutosegError, to_json
+from autoseg.records import AutosegError, hash_text, to_json
 from autoseg.schema import Configuration, Fold, Plan
 from autoseg.splits import Splits
-from autoseg.store import read_case, write_map
+from autoseg.store import read_case, stored_key, write_map
 from autoseg.workspace import Workspace
 
 
@@ -40,20 +41,34 @@ def next_stages(workspace: Workspace, plan: Plan, configuration: Configuration) 
     )
 
 
+def map_path(fold: Path, stage: NextStage, prepared: Path, case: str) -> Path:
+    """The file of one case's map: named by the weights of `fold`, and by what the case was prepared from and onto."""
+    grids = hash_text(stored_key(prepared, case) or "", stored_key(stage.prepared, case) or "")
+    return maps_folder(fold, stage.configuration.name) / f"{case}.{grids[:8]}.b2nd"
+
+
 def maps_folder(fold: Path, stage: str) -> Path:
     """Where the maps of a finished fold's weights for the configuration `stage` lie."""
     return fold / "next_stage" / stage / weights_hash(fold)
 
 
-def write_prior(path: Path, logits: np.ndarray, trace: Trace, configuration: Configuration, later: NextStage) -> None:
+def forget_maps(fold: Path, stage: str) -> None:
+    """Remove the maps of earlier weights of a fold."""
+    kept = maps_folder(fold, stage)
+    for other in kept.parent.glob("*"):
+        if other != kept:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def write_prior(path: Path, logits: np.ndarray, trace: Trace, model: Model, later: NextStage) -> None:
     """Write logits (K, Z, Y, X) of a prepared case as labels on the grid of the next stage, unless they are there.
 
     A case that is not prepared for the next stage is passed over: it can be made once it is.
     """
-    if path.exists() or not (later.prepared / trace.case).is_dir():
+    if path.exists() or stored_key(later.prepared, trace.case) is None:
         return
     onto = read_case(later.prepared, trace.case).trace
-    write_map(path, project(logits, trace, onto, configuration), later.configuration.patch)
+    write_map(path, project(logits, trace, onto, model.configuration), later.configuration.patch)
 
 
 def held_out_by(workspace: Workspace, plan: Plan, run: str, stage: str) -> dict[str, Path]:
@@ -90,12 +105,11 @@ def find_priors(
     sources = held_out_by(workspace, plan, run, earlier.name)
     needed = (*cases.train, *cases.val)
     refuse_untrained(plan, configuration.name, earlier.name, run, needed, sources, splits)
-    folders = {fold: maps_folder(fold, configuration.name) for fold in {sources[name] for name in needed}}
-    found = {name: folders[sources[name]] / f"{name}.b2nd" for name in needed}
     later = NextStage(
         configuration=configuration, prepared=workspace.cases(plan.dataset, plan.name, configuration.prepared)
     )
     prepared = workspace.cases(plan.dataset, plan.name, earlier.prepared)
+    found = {name: map_path(sources[name], later, prepared, name) for name in needed}
     predict_missing(found, sources, prepared, later, device)
     return found
 
@@ -113,6 +127,7 @@ def refuse_untrained(
     missing = set(needed) - set(sources)
     if not missing:
         return
+    refuse_incomplete(stage, needed, splits)
     folds = [number for number, fold in enumerate(splits.folds) if missing & set(fold.val)]
     named = ("" if run == "default" else f" --run {run}") + ("" if plan.name == "default" else f" --plan {plan.name}")
     lines = "\n".join(f"  autoseg train {plan.dataset} {earlier} {number}{named}" for number in folds)
@@ -120,6 +135,16 @@ def refuse_untrained(
         f"{stage} learns from predictions of {earlier} for cases that the predicting fold has not seen; "
         f"{len(folds)} folds of it are still to be trained:\n{lines}"
     )
+
+
+def refuse_incomplete(stage: str, needed: Iterable[str], splits: Splits) -> None:
+    """AutosegError if the splits hold out some case in no fold: nothing unseen can then be predicted for it."""
+    never = sorted(set(needed) - {case for fold in splits.folds for case in fold.val})
+    if never:
+        raise AutosegError(
+            f"{stage} learns from held-out predictions, and {len(never)} training cases are held out in no fold, for "
+            f"example {never[0]}; give folds that hold out every case once, or train 3d_fullres instead"
+        )
 
 
 def predict_missing(
@@ -137,5 +162,5 @@ def predict_missing(
             for name in missing:
                 if sources[name] == fold:
                     case = read_case(prepared, name)
-                    write_prior(found[name], model.logits(case), case.trace, model.configuration, later)
+                    write_prior(found[name], model.logits(case), case.trace, model, later)
                     bar.advance(note=name)

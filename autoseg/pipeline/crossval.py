@@ -6,6 +6,7 @@ scores are those of the cases that the rule was chosen on, so they flatter it a 
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from autoseg.evaluation import Summary, save_summary, summarise, table
@@ -16,7 +17,7 @@ from autoseg.model import is_finished, open_run, weights_hash
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.postprocess import Components, PostProcessing, apply, choose, find_components
 from autoseg.readers import read_labels
-from autoseg.records import SCHEMA_VERSION, load_json, record, save_json
+from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json, to_json
 from autoseg.schema import Run
 from autoseg.splits import Splits
 
@@ -70,6 +71,7 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     if (folder / MODEL).is_file() and (card := load_json(ModelCard, folder / MODEL)).folds == hashes:
         return card
     runs = [open_run(fold) for fold in folds]
+    refuse_mixture(folds, runs)
     labels = runs[0].plan.labels
     summaries = [load_json(Summary, fold / "validation" / SUMMARY) for fold in folds]
     merged = summarise(
@@ -96,6 +98,21 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     save_json(card, folder / MODEL)
     print(f"Model: {folder / MODEL}", flush=True)
     return card
+
+
+def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
+    """AutosegError if the folds were trained with different plans or recipes, their lengths and seeds apart."""
+
+    def essence(run: Run) -> str:
+        recipe = replace(run.recipe, epochs=1, budget_seconds=None, seed=0)
+        return to_json(run.plan) + to_json(recipe)
+
+    for fold, run in zip(folds, runs):
+        if essence(run) != essence(runs[0]):
+            raise AutosegError(
+                f"{fold} and {folds[0]} were trained with different plans or recipes, so they make no common "
+                "cross-validation; train one of them again under another --run"
+            )
 
 
 def fit_postprocessing(pairs: Sequence[HeldOut], labels: Labels, workers: int | None) -> PostProcessing:
@@ -138,7 +155,9 @@ def postprocessing_for(folds: Sequence[Path]) -> tuple[PostProcessing | None, st
     if not path.is_file():
         return None, "none: it is fitted once all folds are trained"
     card = load_json(ModelCard, path)
-    if any(card.folds.get(fold.name) != weights_hash(fold) for fold in folds):
-        return None, f"none: {path} belongs to other weights; train the missing folds to their end"
+    if left_out := [fold.name for fold in folds if fold.name not in card.folds]:
+        return None, f"none: {', '.join(left_out)} had no part in the cross-validation that it was fitted on"
+    if changed := [fold.name for fold in folds if card.folds[fold.name] != weights_hash(fold)]:
+        return None, f"none: {', '.join(changed)} was trained further since it was fitted"
     labels = open_run(folds[0]).plan.labels
     return card.postprocessing, card.postprocessing.describe(labels.names)

@@ -152,7 +152,6 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     dataset = open_dataset(folder)
     prepared = workspace.prepared(name)
     fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
-    unchanged = fingerprint is not None
     cropped: dict[str, Cropped] = {}
     if fingerprint is None:
         outcomes = examine(dataset, options.workers, Kept(free_memory() // 4))
@@ -164,16 +163,15 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         print(f"{name}: raw data unchanged since the last run, fingerprint reused")
 
     planned = workspace.plan_folder(name, options.name)
-    if options.keep and unchanged and (planned / "plan.json").is_file():
-        made = load_json(Plan, planned / "plan.json")
-    else:
+    made = kept_plan(planned / "plan.json", fingerprint, dataset) if options.keep else None
+    if made is None:
         made = make_plan(fingerprint, dataset, options)
     every = tuple(c.name for c in made.configurations)
     wanted = options.configurations or (every if options.choose is None else options.choose(made))
     chosen = [made.configuration(entry) for entry in wanted]
-    splits = choose_splits(dataset, folder, prepared, options)
 
     with sole_writer(prepared):
+        splits = choose_splits(dataset, folder, prepared, options)
         planned.mkdir(exist_ok=True)
         records.remove_leftovers(prepared, ("fingerprint.json", "splits.json"))
         records.remove_leftovers(planned, ("plan.json",))
@@ -182,6 +180,11 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         save_json(made, planned / "plan.json")
         print(explain(made))
         print(f"\nPlan: {planned / 'plan.json'}")
+        if left_out := sorted({case.id for case in dataset.cases} - set(splits.fold("all").train) - set(splits.test)):
+            print(
+                f"warning: {len(left_out)} cases are in no fold and will not be used, for example {left_out[0]}; "
+                "complete the folds that were given, or delete the file below for new ones"
+            )
         print(f"Folds: {len(splits.folds)}, locked test cases: {len(splits.test)} ({prepared / 'splits.json'})")
         preprocess(workspace, dataset, made, chosen, fingerprint, cropped, options.workers)
     return made
@@ -194,14 +197,25 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     old = load_json(Fingerprint, path)
     if [case.case for case in old.cases] != [case.id for case in dataset.cases]:
         return None
+    if old.channel_names != dataset.channel_names:
+        return None
     outcomes = map_cases(
         lambda case: hash_case(dataset, case),
         dataset.cases,
         name=lambda case: case.id,
         what="look for changes",
+        finishes=False,
         workers=workers,
     )
     return old if [outcome.value for outcome in outcomes] == [case.content_hash for case in old.cases] else None
+
+
+def kept_plan(path: Path, fingerprint: Fingerprint, dataset: Dataset) -> Plan | None:
+    """The plan at `path` if it was made from these very data and labels."""
+    if not path.is_file():
+        return None
+    old = load_json(Plan, path)
+    return old if old.data_hash == fingerprint.data_hash() and old.labels == dataset.labels else None
 
 
 def make_plan(fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions) -> Plan:
@@ -216,6 +230,7 @@ def make_plan(fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions) 
         spacing_mm=options.spacing_mm,
         name=options.name,
     )
+    made = replace(made, data_hash=fingerprint.data_hash())
     return settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
 
 

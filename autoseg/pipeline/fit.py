@@ -19,7 +19,9 @@ from autoseg.checkpoint import read_progress
 from autoseg.devices import choose_device
 from autoseg.inference import count_views
 from autoseg.layout import open_dataset
+from autoseg.model import open_run
 from autoseg.networks import build
+from autoseg.pipeline.cascade import refuse_incomplete
 from autoseg.pipeline.crossval import ModelCard, cross_validate, validated
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.train import TrainOptions, train_fold
@@ -56,8 +58,14 @@ class Spent:
 
     schema_version: int = SCHEMA_VERSION
     preparing: float = 0.0
+    """Checking, planning, preprocessing, probing, predicting for a next stage."""
     validating: dict[str, float] = field(default_factory=dict)
     """`configuration/fold` -> seconds."""
+
+    def with_fold(self, name: str, validation: float, seconds: float) -> "Spent":
+        """After a fold: `validation` seconds of it in all, and `seconds` now without its training."""
+        more = max(seconds - (validation - self.validating.get(name, 0.0)), 0.0)
+        return replace(self, preparing=self.preparing + more, validating=self.validating | {name: validation})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +97,11 @@ class Task:
 def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[ModelCard, ...]:
     """Plan, preprocess, train and validate all folds, merge them, fit post-processing; one ModelCard a configuration.
 
-    Does only what is not done yet. Raises AutosegError for an unknown configuration or fold, for a budget that is too
-    short, and whatever the steps raise.
+    Does only what is not done yet; a fold that is there must have been trained with the same plan, recipe and data.
+    Raises AutosegError for an unknown configuration or fold, for a budget that is too short (once the folds that are
+    done are merged), and whatever the steps raise.
     """
-    started = time.monotonic()
+    started, threads = time.monotonic(), torch.get_num_threads()
     choose = partial(stages, asked=options.configurations)
     made = plan_and_preprocess(workspace, dataset_text, replace(options.plan, choose=choose))
     name = made.dataset
@@ -105,28 +114,41 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     spent = replace(spent, preparing=spent.preparing + time.monotonic() - started)
     save_json(spent, place)
 
+    short: AutosegError | None = None
     for number, task in enumerate(tasks, 1):
-        if validated(task.folder):
-            continue
-        print(f"\n== fold {task.fold} of {task.configuration.name}, {number} of {len(tasks)} in all", flush=True)
         train = options.train
         if options.budget_seconds is not None:
-            budget = share(workspace, made, tasks, task, spent, options)
-            say_share(budget, task, options.budget_seconds, tasks, spent)
+            try:
+                budget = share(workspace, made, tasks, task, spent, options)
+            except AutosegError as error:
+                short = error
+                break
             train = replace(train, budget_seconds=budget)
+        if not validated(task.folder):
+            print(f"\n== fold {task.fold} of {task.configuration.name}, {number} of {len(tasks)} in all", flush=True)
+            if options.budget_seconds is not None:
+                say_share(budget, options.budget_seconds, tasks, spent)
         before, clock = task.trained_seconds(), time.monotonic()
+        # Each fold chooses its threads anew, from all that there were at the start.
+        torch.set_num_threads(threads)
         train_fold(workspace, dataset_text, task.configuration.name, str(task.fold), train)
         seconds = time.monotonic() - clock - (task.trained_seconds() - before)
-        spent = replace(spent, validating=spent.validating | {task.name: seconds})
+        spent = spent.with_fold(task.name, open_run(task.folder).validation_seconds, seconds)
         save_json(spent, place)
 
     cards = []
     for configuration in dict.fromkeys(task.configuration.name for task in tasks):
-        folds = [task.folder for task in tasks if task.configuration.name == configuration]
-        cards.append(cross_validate(folds, dataset, options.plan.workers))
-    print(fit_table(cards))
+        folder = workspace.run(name, options.train.run, configuration)
+        # All that are there, not only those that were asked for now: a part never takes the place of the whole.
+        if folds := [fold for fold in sorted(folder.glob("fold_[0-9]*")) if validated(fold)]:
+            cards.append(cross_validate(folds, dataset, options.plan.workers))
+    if cards:
+        print(fit_table(cards))
+    if short is not None:
+        raise short
     total = spent.preparing + sum(spent.validating.values()) + sum(task.trained_seconds() for task in tasks)
-    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT -d {name} -c {best(cards)}")
+    named = "" if options.train.run == "default" else f" --run {options.train.run}"
+    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT -d {name} -c {best(cards)}{named}")
     return tuple(cards)
 
 
@@ -146,7 +168,7 @@ def stages(plan: Plan, asked: Sequence[str]) -> tuple[str, ...]:
 def find_tasks(workspace: Workspace, plan: Plan, splits: Splits, options: FitOptions) -> tuple[Task, ...]:
     """All folds of all configurations in the order of training; the earlier stage of a cascade needs every fold.
 
-    Raises AutosegError for a fold that does not exist.
+    Raises AutosegError for a fold that does not exist, and for a cascade if some case is held out in no fold.
     """
     names = stages(plan, options.configurations)
     complete = {plan.configuration(name).previous_stage for name in names}
@@ -154,6 +176,9 @@ def find_tasks(workspace: Workspace, plan: Plan, splits: Splits, options: FitOpt
     if unknown:
         raise AutosegError(f"there is no fold {unknown[0]}; choose among 0 to {len(splits.folds) - 1}")
     every = tuple(range(len(splits.folds)))
+    for name in names:
+        if plan.configuration(name).previous_stage is not None:
+            refuse_incomplete(name, splits.fold("all").train, splits)
     return tuple(
         Task(
             configuration=plan.configuration(name),
@@ -177,6 +202,8 @@ def share(
     given = task.own_budget()
     if given is not None:
         return given
+    if validated(task.folder):
+        raise AutosegError(f"{task.folder} was trained by epochs; leave out --budget, or begin anew with --run NAME")
     todo = [other for other in tasks if not validated(other.folder)]
     per_case = {
         name: seconds_a_case(workspace, plan, tasks, name, spent, options)
@@ -210,14 +237,14 @@ def seconds_a_case(
     network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads).to(device).eval()
     tile = torch.zeros(1, plan.in_channels(configuration), *configuration.patch, device=device)
     with torch.inference_mode():
-        network(tile)  # the first time is slower
+        network(tile).sum().item()  # the first time is slower
         clock = time.monotonic()
         network(tile).sum().item()
     view = time.monotonic() - clock
     return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch)
 
 
-def say_share(budget: float, task: Task, total: float, tasks: Sequence[Task], spent: Spent) -> None:
+def say_share(budget: float, total: float, tasks: Sequence[Task], spent: Spent) -> None:
     """What this fold gets, and when all will be over if the work goes on."""
     used = spent.preparing + sum(spent.validating.values()) + sum(other.trained_seconds() for other in tasks)
     end = datetime.now() + timedelta(seconds=max(total - used, 0))

@@ -15,7 +15,7 @@ import numpy as np
 
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.layout import Case, ending_of, find_cases
-from autoseg.model import Model, earlier_folds, open_model, open_run, weights_hash
+from autoseg.model import Model, earlier_folds, is_finished, open_model, open_run, weights_hash
 from autoseg.parallel import Outcome, map_cases, raise_failures
 from autoseg.pipeline.crossval import postprocessing_for
 from autoseg.pipeline.status import NAME, Row, Status
@@ -88,10 +88,13 @@ def choose_folds(workspace: Workspace, options: PredictOptions) -> tuple[Path, .
         folds = (
             (folder,)
             if (folder / "run.json").is_file()
-            else tuple(sorted(p.parent for p in folder.glob("fold_*/run.json")))
+            else tuple(path for path in sorted(folder.glob("fold_*")) if is_finished(path))
         )
         if not folds:
-            raise AutosegError(f"-m {folder} holds no trained fold; give a folder such as runs/DATASET/RUN/3d_fullres")
+            raise AutosegError(
+                f"-m {folder} holds no fold that is trained to its end; "
+                "give a folder such as runs/DATASET/RUN/3d_fullres"
+            )
         found = [Candidate(folder=folder, folds=folds)]
     else:
         found = candidates(workspace, options)
@@ -184,6 +187,7 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     model = open_model(folds, device, before)
     key = model_key((*folds, *before), run, rule, options)
     cases = find_cases(source, channels=len(run.plan.channels))
+    refuse_overwriting(cases, target)
     with sole_writer(target):
         written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]
         remove_leftovers(target, (NAME, *(path.name for path in written)))
@@ -203,6 +207,15 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     return listed
 
 
+def refuse_overwriting(cases: Sequence[Case], target: Path) -> None:
+    """AutosegError if a result would stand where an image is."""
+    for case in cases:
+        images = {Path(image).resolve() for image in case.images}
+        for path in (labels_of(target, case), probabilities_of(target, case.id)):
+            if path.resolve() in images:
+                raise AutosegError(f"{path} is an image of case {case.id} and would be overwritten; give another -o")
+
+
 def settled_before(
     cases: Sequence[Case], status: Status, model: str, options: PredictOptions
 ) -> dict[str, Outcome[Path]]:
@@ -212,6 +225,7 @@ def settled_before(
         [case for case in cases if case.id in status.rows],
         name=lambda case: case.id,
         what="look for changes",
+        finishes=False,
     )
     found: dict[str, Outcome[Path]] = {}
     for case, key in ((outcome.case, outcome.value) for outcome in keys):
@@ -325,6 +339,7 @@ def remove_former(case: Case, status: Status) -> None:
 
     So no label file ever stands beside a line that speaks of another one, also when the case fails or is killed now.
     """
+    labels_of(status.folder, case).unlink(missing_ok=True)
     row = status.rows.get(case.id)
     if row is not None and row.file:
         (status.folder / Path(row.file).name).unlink(missing_ok=True)

@@ -100,6 +100,11 @@ def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -
     done = read_progress(folder) or Progressed(step=0, epoch=0, epoch_start=0)
     recipe = replace(old.recipe, epochs=wanted.epochs, budget_seconds=wanted.budget_seconds)
     if options.extend_seconds is not None:
+        if old.finished is None and not recipe.budget_seconds:
+            raise AutosegError(
+                f"{folder} is not trained to its end ({describe_length(old.recipe)}) and goes on without --extend; "
+                "to end it by time give --budget"
+            )
         # What an unfinished run by time still has left is not taken away from it.
         begin = done.seconds if old.finished or not recipe.budget_seconds else recipe.budget_seconds
         recipe = replace(recipe, budget_seconds=float(math.ceil(begin + options.extend_seconds)))

@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,26 +15,29 @@ import torch
 
 import autoseg
 from autoseg.augment import make_augmentation
-from autoseg.checkpoint import load_weights
+from autoseg.checkpoint import checkpoints, load_weights
 from autoseg.computing import describe, fits, safe_base, settle, untuned
 from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, evaluate_pairs, save_summary, table
 from autoseg.evaluation.plots import training_curves
+from autoseg.history import METRICS
 from autoseg.layout import Dataset, open_dataset
 from autoseg.model import open_model, open_run
 from autoseg.networks import build
 from autoseg.parallel import free_memory
-from autoseg.pipeline.cascade import NextStage, find_priors, maps_folder, next_stages, write_prior
-from autoseg.pipeline.crossval import all_folds, cross_validate, held_out, validated
+from autoseg.pipeline.cascade import NextStage, find_priors, forget_maps, map_path, next_stages, write_prior
+from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, held_out, validated
+from autoseg.pipeline.data import case_key
 from autoseg.pipeline.predict import export
 from autoseg.pipeline.recipe import LENGTH, TrainOptions, describe_length, for_new_run, make_recipe, with_length
 from autoseg.progress import Progress
-from autoseg.records import AutosegError, load_json, save_json, to_json
+from autoseg.records import AutosegError, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
-from autoseg.store import StoredArray, list_cases, read_case
+from autoseg.store import StoredArray, read_case, stored_key
+from autoseg.supervise import JOURNAL
 from autoseg.training import WEIGHTS, Parts, train, workload
 from autoseg.tuning import tune
 from autoseg.workspace import Workspace
@@ -43,7 +47,7 @@ def parse_fold(text: str) -> int | Literal["all"]:
     """`0` to `4`, or `all`."""
     if text == "all":
         return "all"
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     raise AutosegError(f"fold {text!r}: give a number, or `all` to train on every case")
 
@@ -68,10 +72,10 @@ def train_fold(
     cases = splits.fold(fold)
     folder = workspace.fold(name, options.run, configuration_name, fold)
     prepared = workspace.cases(name, options.plan, configuration.prepared)
-    refuse_unprepared(prepared, cases, dataset_text, options.plan)
+    fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
+    refuse_unprepared(prepared, cases, plan, configuration, fingerprint, dataset_text)
     device = choose_device(options.device)
 
-    fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     run = Run(
         autoseg_version=autoseg.__version__,
         versions={package: version(package) for package in ("torch", "numpy", "simpleitk")}
@@ -87,39 +91,60 @@ def train_fold(
         device=str(device),
         started=now(),
     )
-    run = agree_with_existing(folder, run, options)
-    priors = find_priors(workspace, plan, configuration, options.run, cases, splits, device)
-    if not options.validate_only and run.finished is None:
-        parts = make_parts(run, configuration, prepared, folder, device, options.pretrained, priors)
-        say_start(run, parts)
-        tuning = choose_tuning(run, parts, configuration)
-        parts, run = replace(parts, tuning=tuning), replace(run, tuning=tuning)
-        save_json(run, folder / "run.json")
-        try:
-            with heeded() as requests:
-                train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
-        except Stopped as stop:
-            extended = "" if options.extend_seconds is None else ", without --extend,"
-            print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
-            raise
-        forget_validation(folder)
-        run = replace(run, finished=now())
-        save_json(run, folder / "run.json")
-    elif options.validate_only:
-        forget_validation(folder)
-    else:
-        print(
-            f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
-            "longer give more --epochs, or --extend 1h"
-        )
-    if run.finished is not None and validated(folder) and not options.validate_only:
-        summary = load_json(Summary, folder / "validation" / "summary.json")
-        print(table(summary))
-    else:
-        summary = validate_fold(folder, dataset, prepared, device, priors, next_stages(workspace, plan, configuration))
-    if (folds := all_folds(folder.parent, splits)) is not None:
-        cross_validate(folds, dataset)
+    later = next_stages(workspace, plan, configuration)
+    with sole_writer(folder):
+        remove_leftovers(folder, ("run.json", METRICS, "progress.png"))
+        run = agree_with_existing(folder, run, options)
+        priors = find_priors(workspace, plan, configuration, options.run, cases, splits, device)
+        if options.validate_only:
+            open_run(folder)
+            forget_validation(folder)
+        elif run.finished is None:
+            run = train_to_the_end(folder, run, configuration, prepared, device, options, priors)
+        else:
+            print(
+                f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
+                "longer give more --epochs, or --extend 1h"
+            )
+        if validated(folder):
+            summary = load_json(Summary, folder / "validation" / SUMMARY)
+            print(table(summary))
+        else:
+            started = time.monotonic()
+            summary = validate_fold(folder, dataset, prepared, device, priors, later)
+            seconds = run.validation_seconds + time.monotonic() - started
+            save_json(replace(open_run(folder), validation_seconds=seconds), folder / "run.json")
+        if (folds := all_folds(folder.parent, splits)) is not None:
+            cross_validate(folds, dataset)
     return summary
+
+
+def train_to_the_end(
+    folder: Path,
+    run: Run,
+    configuration: Configuration,
+    prepared: Path,
+    device: torch.device,
+    options: TrainOptions,
+    priors: Mapping[str, Path] | None,
+) -> Run:
+    """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
+    parts = make_parts(run, configuration, prepared, folder, device, priors)
+    say_start(run, parts)
+    tuning = choose_tuning(run, parts, configuration)
+    parts, run = replace(parts, tuning=tuning), replace(run, tuning=tuning)
+    save_json(run, folder / "run.json")
+    try:
+        with heeded() as requests:
+            train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
+    except Stopped as stop:
+        extended = "" if options.extend_seconds is None else ", without --extend,"
+        print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
+        raise
+    forget_validation(folder)
+    run = replace(run, finished=now(), validation_seconds=0.0)
+    save_json(run, folder / "run.json")
+    return run
 
 
 def now() -> str:
@@ -127,13 +152,21 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def refuse_unprepared(prepared: Path, cases: Fold, dataset_text: str, plan: str) -> None:
-    """AutosegError if a case of the fold has not been prepared."""
-    missing = sorted({*cases.train, *cases.val} - set(list_cases(prepared)))
+def refuse_unprepared(
+    prepared: Path, cases: Fold, plan: Plan, configuration: Configuration, fingerprint: Fingerprint, dataset_text: str
+) -> None:
+    """AutosegError if a case of the fold has not been prepared, or not as this plan says."""
+    facts = {entry.case: entry for entry in fingerprint.cases}
+    own = plan.configuration(configuration.prepared)
+    missing = [
+        name
+        for name in sorted({*cases.train, *cases.val})
+        if name not in facts or stored_key(prepared, name) != case_key(plan, own, facts[name])
+    ]
     if missing:
-        named = "" if plan == "default" else f" --plan {plan}"
+        named = "" if plan.name == "default" else f" --plan {plan.name}"
         raise AutosegError(
-            f"{len(missing)} cases are not prepared in {prepared}, for example {missing[0]}; "
+            f"{len(missing)} cases are not prepared in {prepared} as the plan says, for example {missing[0]}; "
             f"run: autoseg plan_and_preprocess -d {dataset_text}{named}"
         )
 
@@ -150,9 +183,7 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
             raise AutosegError(f"{folder} holds no trained fold to validate; train it first, without --validate-only")
         return replace(run, recipe=for_new_run(run.recipe, options, run.device))
     old = load_json(Run, path)
-    if options.validate_only:
-        return old
-    recipe = make_recipe(options, old.recipe)
+    recipe = old.recipe if options.validate_only else make_recipe(options, old.recipe)
     same_length = replace(recipe, **{name: getattr(old.recipe, name) for name in LENGTH})
     differing = [
         what
@@ -161,7 +192,7 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
             ("recipe", to_json(old.recipe), to_json(same_length)),
             ("data", old.data_hash, run.data_hash),
             ("cases of the fold", to_json(old.cases), to_json(run.cases)),
-            ("start (--pretrained)", old.pretrained, run.pretrained),
+            ("start (--pretrained)", old.pretrained, old.pretrained if options.validate_only else run.pretrained),
         )
         if a != b
     ]
@@ -170,7 +201,7 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
             f"{folder} was trained with another {' and '.join(differing)}; give the new run a name of its own with "
             "--run NAME, repeat the options of the old one to go on with it, or delete the folder"
         )
-    return with_length(old, recipe, options, folder)
+    return old if options.validate_only else with_length(old, recipe, options, folder)
 
 
 def forget_validation(folder: Path) -> None:
@@ -184,7 +215,6 @@ def make_parts(
     prepared: Path,
     folder: Path,
     device: torch.device,
-    pretrained: Path | None,
     priors: Mapping[str, Path] | None,
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
@@ -194,7 +224,9 @@ def make_parts(
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
     network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads)
-    if pretrained is not None:
+    # A checkpoint holds what became of them.
+    if run.pretrained is not None and not checkpoints(folder):
+        pretrained = Path(run.pretrained)
         load_weights(network, pretrained / WEIGHTS if pretrained.is_dir() else pretrained)
     cases = PreparedCases(prepared, memory=free_memory() // 4)
     masked = tuple(channel.masked for channel in plan.channels)
@@ -263,7 +295,7 @@ def say_start(run: Run, parts: Parts) -> None:
         f"{len(run.cases.val)} validation cases\n"
         f"{parts.training.batch_size} patches of {' x '.join(map(str, parts.training.patch))} a step, "
         f"{describe_length(recipe)}, seed {recipe.seed}\n"
-        f"{weights:,} weights, {run.device}, {torch.get_num_threads()} threads\n{parts.folder}",
+        f"{weights:,} weights, {parts.device}, {torch.get_num_threads()} threads\n{parts.folder}",
         flush=True,
     )
 
@@ -287,17 +319,22 @@ def validate_fold(
     out = folder / "validation"
     out.mkdir(exist_ok=True)
     # The fold `all` has learnt every case by heart: its predictions are no use to a next stage.
-    maps = {stage: maps_folder(folder, stage.configuration.name) for stage in later if run.fold != "all"}
+    stages = later if run.fold != "all" else ()
+    for stage in stages:
+        forget_maps(folder, stage.configuration.name)
     with Progress("validate", len(run.cases.val)) as bar:
         for name in run.cases.val:
             path = out / f"{name}{dataset.file_ending}"
+            if death := JOURNAL.dead.get(("validate", name)):
+                raise AutosegError(f"case {name} cannot be validated: {death}")
             if not path.exists():
-                case = read_case(prepared, name)
-                prior = None if priors is None else StoredArray(priors[name])[...]
-                logits = model.logits(case, prior=prior)
-                for stage, place in maps.items():
-                    write_prior(place / f"{name}.b2nd", logits, case.trace, model.configuration, stage)
-                export(logits, case.trace, model, path)
+                with JOURNAL.working("validate", name):
+                    case = read_case(prepared, name)
+                    prior = None if priors is None else StoredArray(priors[name])[...]
+                    logits = model.logits(case, prior=prior)
+                    for stage in stages:
+                        write_prior(map_path(folder, stage, prepared, name), logits, case.trace, model, stage)
+                    export(logits, case.trace, model, path)
             bar.advance(note=name)
     summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels)
     save_summary(summary, out)
