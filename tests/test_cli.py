@@ -1,11 +1,11 @@
 """The command line: what people type, how it fails, and that its options stay few."""
 
-import json
 import subprocess
 import sys
 
 import pytest
-from test_pipeline import NAME, VALUES, write_case
+from test_pipeline import NAME
+from toys import balls_dataset
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -87,11 +87,7 @@ def test_fields_of_recipe_plan_and_source_are_listed(tmp_path):
 def test_make_plan_train_predict_evaluate_by_hand(tmp_path):
     """The lines of the README, one after the other."""
     raw = tmp_path / "raw" / NAME
-    for seed in range(3):
-        write_case(raw, f"c{seed}", seed)
-    (raw / "dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "MR"}, "labels": VALUES, "numTraining": 3, "file_ending": ".nii.gz"})
-    )
+    balls_dataset(raw, cases=3, prefix="c")
     place = ["--workspace", str(tmp_path)]
     small = ["--set", "configurations.2d.batch_size=2", "--set", "configurations.2d.network.features=[4, 6, 8]"]
     lines = [

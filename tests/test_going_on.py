@@ -1,7 +1,6 @@
 """Prediction and preprocessing that are cut short, by one bad case or by kill -9, and the same command again."""
 
 import csv
-import json
 import os
 import re
 import signal
@@ -11,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_pipeline import NAME, PLAN, VALUES, tree, write_case
+from test_pipeline import NAME, PLAN, tree
 from test_predict import finished_run
-from toys import grid
+from toys import balls_dataset, grid
 
 from autoseg.model import weights_hash
 from autoseg.pipeline.crossval import MODEL, ModelCard
@@ -335,11 +334,7 @@ QUICK = replace(PLAN, workers=1, configurations=("3d_fullres",))
 
 def make_raw(root):
     raw = root / "raw" / NAME
-    for seed in range(4):
-        write_case(raw, f"p{seed}", seed)
-    (raw / "dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "MR"}, "labels": VALUES, "numTraining": 4, "file_ending": ".nii.gz"})
-    )
+    balls_dataset(raw, cases=4, prefix="p")
     return Workspace(root)
 
 

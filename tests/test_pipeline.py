@@ -8,22 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from toys import ball
+from toys import balls_dataset, write_balls
 
 from autoseg.layout import open_dataset
 from autoseg.pipeline.crossval import cross_validate
 from autoseg.pipeline.data import PlanOptions, check, plan_and_preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.train import TrainOptions, train_fold
-from autoseg.readers import write_image, write_labels
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import Run
 from autoseg.store import list_cases
-from autoseg.volume import Grid
 from autoseg.workspace import Workspace
 
 NAME = "Dataset007_Balls"
-VALUES = {"background": 0, "big": 7, "small": 300}
 QUICK = {"steps_per_epoch": 6, "validation_steps": 1, "learning_rate": 0.02}
 PLAN = PlanOptions(
     changes={
@@ -35,29 +32,9 @@ PLAN = PlanOptions(
 TRAIN = TrainOptions(epochs=3, device="cpu", changes=QUICK)
 
 
-def write_case(folder: Path, name: str, seed: int, split: str = "Tr", channels: int = 1) -> None:
-    rng = np.random.default_rng(seed)
-    shape = (13 + seed % 3, 17, 19)
-    labels = np.zeros(shape, np.int16)
-    labels[ball(shape, (6, 8, 6 + seed % 2), 4.5)] = 7
-    labels[ball(shape, (7, 8, 14), 2.5)] = 300
-    image = np.select([labels == 7, labels == 300], [4.0, 8.0]) + rng.normal(2, 0.2, shape)
-    grid = Grid(shape=shape, spacing_mm=(1.1, 1.0, 0.9), origin_mm=(5.0, -3.0, 2.0))
-    for channel in range(channels):
-        write_image(
-            image.astype(np.float32) + channel, grid, folder / f"images{split}" / f"{name}_{channel:04d}.nii.gz"
-        )
-    write_labels(labels, grid, folder / f"labels{split}" / f"{name}.nii.gz")
-
-
 @pytest.fixture
 def place(tmp_path):
-    raw = tmp_path / "raw" / NAME
-    for seed in range(4):
-        write_case(raw, f"p{seed // 2}_{seed % 2}", seed)
-    (raw / "dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "MR"}, "labels": VALUES, "numTraining": 4, "file_ending": ".nii.gz"})
-    )
+    balls_dataset(tmp_path / "raw" / NAME)
     return Workspace(tmp_path)
 
 
@@ -95,7 +72,7 @@ def test_a_second_run_does_only_what_is_missing_or_changed(place, capsys):
     assert "3 of 4 cases are prepared already" in capsys.readouterr().out
     assert tree(place.prepared(NAME)) == before
     assert {p for p in stamps if p.stat().st_mtime_ns != stamps[p]} == set((prepared / "p0_1").glob("*.b2nd"))
-    write_case(place.raw(NAME), "p0_0", seed=9)
+    write_balls(place.raw(NAME), "p0_0", seed=9)
     plan_and_preprocess(place, "7", PLAN)
     assert tree(place.prepared(NAME)) != before
     assert len(list_cases(prepared)) == 4
@@ -180,7 +157,7 @@ def test_from_raw_images_to_scored_predictions(place, capsys, tmp_path):
 
     cross_validate([place.fold(NAME, "default", "3d_fullres", fold) for fold in (0, 1)], open_dataset(place.raw(NAME)))
     unseen = tmp_path / "new"
-    write_case(unseen, "x", seed=11, split="Ts")
+    write_balls(unseen, "x", seed=11, split="Ts")
     outcomes = predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions(save_probabilities=True))
     printed = capsys.readouterr().out
     assert f"Model: {NAME} 3d_fullres, fold 0, 1" in printed
@@ -214,7 +191,7 @@ def test_one_bad_image_harms_only_itself(place, tmp_path):
     train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=1))
     unseen = tmp_path / "new"
     for seed, name in enumerate(("a", "b", "c")):
-        write_case(unseen, name, seed, "Ts")
+        write_balls(unseen, name, seed, "Ts")
     bad = unseen / "imagesTs" / "b_0000.nii.gz"
     bad.write_bytes(bad.read_bytes()[:200])
     with pytest.raises(AutosegError, match=r"1 of 3 cases:\n  b: "):
@@ -249,7 +226,7 @@ def test_a_plan_is_kept_only_for_the_data_and_labels_it_was_made_from(place):
 
 def test_cases_in_no_fold_are_named(place, capsys):
     plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
-    write_case(place.raw(NAME), "p9_0", 9)
+    write_balls(place.raw(NAME), "p9_0", 9)
     card = place.raw(NAME) / "dataset.json"
     card.write_text(card.read_text().replace('"numTraining": 4', '"numTraining": 5'))
     capsys.readouterr()
@@ -280,7 +257,7 @@ def test_validating_again_needs_the_plan_of_the_run(place):
 def test_an_image_is_never_overwritten_by_its_labels(place, tmp_path):
     plan_and_preprocess(place, "7", PLAN)
     train_fold(place, "7", "3d_fullres", "0", TRAIN)
-    write_case(tmp_path, "x", seed=11, split="Ts")
+    write_balls(tmp_path, "x", seed=11, split="Ts")
     image = tmp_path / "imagesTs" / "scan.nii.gz"
     (tmp_path / "imagesTs" / "x_0000.nii.gz").rename(image)
     before = image.read_bytes()

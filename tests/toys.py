@@ -86,9 +86,9 @@ def write_balls(folder: Path, name: str, seed: int, split: str = "Tr", channels:
     write_labels(labels, stored, folder / f"labels{split}" / f"{name}.nii.gz")
 
 
-def balls_dataset(raw: Path, cases: int = 4) -> None:
-    """A raw dataset of `cases` cases, two a patient: p0_0, p0_1, p1_0, ..."""
+def balls_dataset(raw: Path, cases: int = 4, prefix: str = "") -> None:
+    """A raw dataset of `cases` cases, two a patient: p0_0, p0_1, p1_0, ...; with a prefix c: c0, c1, c2, ..."""
     for seed in range(cases):
-        write_balls(raw, f"p{seed // 2}_{seed % 2}", seed)
+        write_balls(raw, f"{prefix}{seed}" if prefix else f"p{seed // 2}_{seed % 2}", seed)
     facts = {"channel_names": {"0": "MR"}, "labels": BALLS, "numTraining": cases, "file_ending": ".nii.gz"}
     (raw / "dataset.json").write_text(json.dumps(facts))
