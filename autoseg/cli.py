@@ -319,6 +319,75 @@ def make_verb(
     make_dataset(Workspace.find(workspace), source, output, cases, test_cases, seed, settings.parse(set_ or ()))
 
 
+@dataset_app.command("import")
+def import_verb(
+    kind: Annotated[str, typer.Argument(help="msd, nnunet, folders, masks, split or hdf5.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder, archive or quoted pattern ('data/*/t1.nii.gz') of the images.")
+    ],
+    masks: Annotated[
+        str | None, typer.Argument(help="Folder or quoted pattern of the masks, for folders, masks and hdf5.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Name in the workspace, Dataset001_Name, or path [from the source]."),
+    ] = None,
+    channels: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Names of the channels: CT or T1,T2.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(metavar="NAME=VALUE,...", help="Names of the label values.")] = None,
+    order: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Order of overlapping structures: the last one wins.")
+    ] = None,
+    spacing: Annotated[str | None, typer.Option(metavar="Z,Y,X", help="Voxel size in mm, for hdf5.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Names, patients, licence of a known dataset.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether the pairs are right.")] = False,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Turn images and masks as they come into a raw dataset: copied without loss, then checked.
+
+    For example: autoseg dataset import folders scans/ segmentations/ -d Dataset001_Knee --channels MR
+    """
+    from autoseg.pipeline.importing import import_dataset
+
+    import_dataset(
+        Workspace.find(workspace),
+        kind,
+        source,
+        masks,
+        name=dataset,
+        channels=parse_names(channels),
+        labels=parse_labels(labels),
+        order=parse_names(order),
+        spacing_mm=parse_spacing(spacing),
+        profile=profile,
+        yes=yes,
+        workers=workers,
+    )
+
+
+@dataset_app.command("profiles")
+def profiles_verb() -> None:
+    """List what is known about public datasets, for `dataset import --profile NAME`."""
+    from autoseg.pipeline.importing import profiles
+
+    print(profiles())
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """`T1, T2` -> ("T1", "T2"), nothing -> ()."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
+def parse_labels(text: str | None) -> dict[str, int]:
+    """`liver=1,lesion=255` -> {"liver": 1, "lesion": 255}; AutosegError for anything else."""
+    parts = [part.rpartition("=") for part in parse_names(text)]
+    if not all(name.strip() and value.strip().lstrip("-").isdecimal() for name, _, value in parts):
+        raise AutosegError(f"--labels {text!r}: write names and values, for example --labels liver=1,lesion=2")
+    return {name.strip(): int(value) for name, _, value in parts}
+
+
 def parse_folds(text: str | None) -> tuple[int, ...]:
     """`0,1,3` -> (0, 1, 3), nothing -> (); AutosegError for anything else."""
     parts = [] if text is None else text.split(",")

@@ -42,7 +42,7 @@ OPTIONS = {
 def test_the_options_of_each_verb_are_these_and_no_more():
     verbs = dict(get_command(app).commands)
     assert set(verbs) == {*OPTIONS, "dataset"}
-    assert set(verbs.pop("dataset").commands) == {"make"}
+    assert set(verbs.pop("dataset").commands) == {"make", "import", "profiles"}
     for name, verb in verbs.items():
         assert {parameter.name for parameter in verb.params} == OPTIONS[name], name
 

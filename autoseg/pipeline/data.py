@@ -252,17 +252,18 @@ def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOpti
     Raises AutosegError if folds exist and the options ask for others: runs may already rest on them.
     """
     cases = [case.id for case in dataset.cases]
+    group_by = options.group_by or dataset.group_by
     for given in (raw / "splits.json", raw / "splits_final.json", prepared / "splits_final.json"):
         if given.is_file():
             if options.test_fraction:
                 raise AutosegError(f"{given} already says which cases are held out; leave out --test-fraction")
-            return read_splits(given, cases, options.group_by)
-    wanted = make_splits(cases, group_by=options.group_by, test_fraction=options.test_fraction)
+            return read_splits(given, cases, group_by)
+    wanted = make_splits(cases, group_by=group_by, test_fraction=options.test_fraction)
     existing = prepared / "splits.json"
     if not existing.is_file():
         return wanted
     old = read_splits(existing, cases)
-    asked = options.group_by is not None or options.test_fraction > 0
+    asked = options.group_by is not None or options.test_fraction > 0 or old.group_by != group_by
     if asked and to_json(old) != to_json(wanted):
         raise AutosegError(f"{existing} holds other folds, which runs may rest on; delete it to make new ones")
     return old
