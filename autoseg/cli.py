@@ -78,6 +78,9 @@ def plan_and_preprocess_verb(
     plan: PlanOption = "default",
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
+    discard_edits: Annotated[
+        bool, typer.Option("--discard-edits", help="Plan anew what was edited in plan.json by hand.")
+    ] = False,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
     set_: SetOption = None,
@@ -102,10 +105,35 @@ def plan_and_preprocess_verb(
             configurations=tuple(configurations or ()),
             group_by=group_by,
             test_fraction=test_fraction,
+            discard_edits=discard_edits,
             workers=workers,
             changes=settings.parse(set_ or ()),
         ),
     )
+
+
+@app.command("plan")
+def plan_verb(
+    dataset: DatasetOption,
+    plan: PlanOption = "default",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the plan with the reason of each decision.")
+    ] = False,
+    diff: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="PLAN PLAN", help="What differs between two plans.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Show the plans of a dataset side by side, the reasons of one, or what differs between two. Changes nothing."""
+    from autoseg.pipeline.plans import show_difference, show_plan, show_plans
+
+    place = Workspace.find(workspace)
+    if explain:
+        show_plan(place, dataset, plan)
+    if diff is not None:
+        show_difference(place, dataset, *diff)
+    if not explain and diff is None:
+        show_plans(place, dataset)
 
 
 @app.command("train")

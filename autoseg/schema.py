@@ -4,6 +4,7 @@ Spatial tuples run in array order: (Z, Y, X) for 3D, (Y, X) for 2D configuration
 order*, which is canonical order permuted by `Plan.axis_order`. Lengths are millimetres.
 """
 
+from dataclasses import field
 from typing import Literal
 
 from pydantic import PositiveFloat
@@ -139,6 +140,8 @@ class Plan:
     """Of the cases that it was made from."""
     configurations: tuple[Configuration, ...]
     reasons: tuple[Reason, ...] = ()
+    planned: dict[str, str] = field(default_factory=dict)
+    """Configuration (and `channels`) -> hash as it was planned; what has another one was edited by hand."""
 
     def in_channels(self, configuration: Configuration) -> int:
         """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class."""

@@ -18,9 +18,10 @@ RUNNER = CliRunner()
 OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
-        "dataset", "configurations", "preset", "gpu_memory", "spacing", "plan", "group_by", "test_fraction", "workers",
-        "workspace", "set_", "help_fields",
+        "dataset", "configurations", "preset", "gpu_memory", "spacing", "plan", "group_by", "test_fraction",
+        "discard_edits", "workers", "workspace", "set_", "help_fields",
     },
+    "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
         "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "device", "pretrained",
         "validate_only", "plan", "run", "recipe", "workspace", "set_", "help_fields",

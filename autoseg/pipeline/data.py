@@ -15,7 +15,7 @@ from autoseg import records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
-from autoseg.planners import PLANNERS, explain, plan
+from autoseg.planners import PLANNERS, explain, keep_edits, plan, stamped
 from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
@@ -24,7 +24,12 @@ from autoseg.splits import Splits, make_splits, read_splits
 from autoseg.store import stored_key, write_case
 from autoseg.workspace import Workspace
 
-PLAN_OPTIONS = {"name": "--plan", "preset": "--preset", "gpu_memory_gb": "--gpu-memory"}
+PLAN_OPTIONS = {
+    "name": "--plan",
+    "preset": "--preset",
+    "gpu_memory_gb": "--gpu-memory",
+    "planned": "--discard-edits",
+}
 """Plan fields that have an option of their own."""
 
 PEAK_PER_BYTE = 16
@@ -51,6 +56,8 @@ class PlanOptions:
     configurations: tuple[str, ...] = ()
     """What to preprocess; empty: what `choose` says, or all."""
     choose: Callable[[Plan], Sequence[str]] | None = None
+    discard_edits: bool = False
+    """Whether what was edited in plan.json by hand gives way to the new plan."""
     keep: bool = False
     """Whether a plan of that name stays as it is, if the data have not changed since."""
     group_by: str | None = None
@@ -164,8 +171,9 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
 
     planned = workspace.plan_folder(name, options.name)
     made = kept_plan(planned / "plan.json", fingerprint, dataset) if options.keep else None
+    kept: dict[str, str] = {}
     if made is None:
-        made = make_plan(fingerprint, dataset, options)
+        made, kept = make_plan(fingerprint, dataset, options, None if options.discard_edits else planned / "plan.json")
     every = tuple(c.name for c in made.configurations)
     wanted = options.configurations or (every if options.choose is None else options.choose(made))
     chosen = [made.configuration(entry) for entry in wanted]
@@ -180,6 +188,8 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         save_json(made, planned / "plan.json")
         print(explain(made))
         print(f"\nPlan: {planned / 'plan.json'}")
+        for line in kept.values():
+            print(f"{line}; --discard-edits lets the planner decide")
         if left_out := sorted({case.id for case in dataset.cases} - set(splits.fold("all").train) - set(splits.test)):
             print(
                 f"warning: {len(left_out)} cases are in no fold and will not be used, for example {left_out[0]}; "
@@ -218,8 +228,13 @@ def kept_plan(path: Path, fingerprint: Fingerprint, dataset: Dataset) -> Plan | 
     return old if old.data_hash == fingerprint.data_hash() and old.labels == dataset.labels else None
 
 
-def make_plan(fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions) -> Plan:
-    """The plan for a fingerprint, with the changes of --set made and validated."""
+def make_plan(
+    fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions, before: Path | None
+) -> tuple[Plan, dict[str, str]]:
+    """The plan for a fingerprint with the changes of --set made and validated, and name -> line for each edit kept.
+
+    `before`: the file of an earlier plan, whose edits by hand are kept.
+    """
     if options.preset not in PLANNERS:
         raise AutosegError(f"unknown preset {options.preset!r}; choose one of {', '.join(PLANNERS)}")
     made = plan(
@@ -230,8 +245,12 @@ def make_plan(fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions) 
         spacing_mm=options.spacing_mm,
         name=options.name,
     )
-    made = replace(made, data_hash=fingerprint.data_hash())
-    return settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
+    made = fresh = replace(made, data_hash=fingerprint.data_hash())
+    kept: dict[str, str] = {}
+    if before is not None and before.is_file():
+        made, kept = keep_edits(load_json(Plan, before), fresh)
+    made = settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
+    return stamped(made, fresh, kept), kept
 
 
 def describe_plan_fields(workspace: Workspace, dataset_text: str, plan_name: str) -> None:
