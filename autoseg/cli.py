@@ -313,6 +313,23 @@ def evaluate_verb(
     print(f"\nScores: {(output or prediction) / 'summary.json'}")
 
 
+@app.command("overlay")
+def overlay_verb(
+    images: Annotated[Path, typer.Argument(help="Folder of images, or one image file.")],
+    prediction: Annotated[Path, typer.Argument(help="Folder of label files, or one of them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures, one PNG a case.")],
+    truth: Annotated[
+        Path | None, typer.Option(help="True label files: right is green, too much blue, missing red.")
+    ] = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Draw segmentations onto the slices that show most of them: one PNG a case."""
+    from autoseg.evaluation.overlay import overlay_folders
+
+    drawn = overlay_folders(images, prediction, output, truth=truth, workers=workers)
+    print(f"Drawn: {len(drawn)} pictures in {output}")
+
+
 @app.command("demo")
 def demo_verb(
     workspace: Annotated[Path, typer.Option("--workspace", help="Where to put everything.")] = Path("autoseg_demo"),

@@ -35,6 +35,7 @@ OPTIONS = {
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
     "evaluate": {"truth", "prediction", "output", "tolerance", "partial", "workers"},
+    "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""

@@ -1,0 +1,304 @@
+"""Pictures of segmentations: the slices of each case that show most of it, without and with the labels on them.
+
+Slices lie in the plane of best resolution, else axial, as radiologists see them: the patient's right on the left, front
+or head on top, in true proportions. Grey values are spread over what surrounds the foreground. Without a truth each
+class has a colour; with one, green is right, blue is too much, red is missing, orange is another class.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from autoseg.parallel import map_cases, raise_failures
+from autoseg.readers import ENDINGS, Stored, read_labels, read_stored, reader_for
+from autoseg.records import AutosegError, atomic_write, load_json
+from autoseg.volume import Grid, canonical_grid, mismatch, to_canonical
+
+SLICES = 3
+OPACITY = 0.5
+COARSE = 1.5
+"""An axis this many times coarser than both others is the one that slices are stacked along."""
+NAMED = 12
+"""Classes that the legend names before it only counts."""
+
+AXES = ("axial", "coronal", "sagittal")
+EDGES = (("R", "A"), ("R", "S"), ("A", "S"))
+"""What lies at the left and at the upper edge of a slice across each canonical axis."""
+
+RIGHT, TOO_MUCH, MISSING, OTHER_CLASS = 1, 2, 3, 4
+VERDICTS: dict[int, tuple[str, tuple[float, float, float]]] = {
+    RIGHT: ("right (TP)", (0.1, 0.75, 0.2)),
+    TOO_MUCH: ("too much (FP)", (0.15, 0.35, 1.0)),
+    MISSING: ("missing (FN)", (0.95, 0.1, 0.1)),
+    OTHER_CLASS: ("another class", (1.0, 0.6, 0.0)),
+}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scene:
+    """What is drawn of one case: canonical arrays (Z, Y, X), the image also (Z, Y, X, 3) in colour."""
+
+    case: str
+    image: np.ndarray
+    prediction: np.ndarray
+    truth: np.ndarray | None
+    grid: Grid
+    names: Mapping[int, str]
+    ignored: int | None = None
+    """Value of the truth where nobody knows; no verdict there."""
+
+
+def overlay_folders(
+    images: Path, prediction: Path, target: Path, *, truth: Path | None = None, workers: int | None = None
+) -> list[Path]:
+    """Draw every case of `prediction` that has an image to `target`/CASE.png; folders, or single files of one case.
+
+    Images are CASE_0000 or CASE with any known ending, truths CASE. Raises AutosegError if no prediction has an image,
+    or for cases whose files lie on different grids (the others are drawn).
+    """
+    files, predictions = files_by_stem(images), files_by_stem(prediction)
+    truths = files_by_stem(truth) if truth is not None else {}
+    if images.is_file() and prediction.is_file():
+        files = {next(iter(predictions)): images}
+        truths = {next(iter(predictions)): truth} if truth is not None and truth.is_file() else truths
+    cases = [case for case in predictions if f"{case}_0000" in files or case in files]
+    if not cases:
+        raise AutosegError(f"no file of {prediction} has an image in {images}; for CASE.nii.gz it is CASE_0000.nii.gz")
+    if passed := sorted(set(predictions) - set(cases)):
+        print(f"without image, not drawn: {', '.join(passed[:5])}{' ...' if len(passed) > 5 else ''}")
+    if lacking := [case for case in cases if truth is not None and case not in truths]:
+        print(f"{len(lacking)} cases have no truth and are drawn by class, for example {lacking[0]}")
+    folders = [path if path.is_dir() else path.parent for path in (prediction, *([truth] if truth else []), images)]
+    values = named_values(folders)
+    names = {value: name for name, value in values.items() if name != "ignore"}
+
+    def one(case: str) -> Path:
+        image = files.get(f"{case}_0000", files.get(case))
+        assert image is not None
+        scene = load(case, image, predictions[case], truths.get(case), names, values.get("ignore"))
+        draw(scene, target / f"{case}.png")
+        return target / f"{case}.png"
+
+    outcomes = map_cases(one, cases, name=lambda case: case, what="draw", workers=workers)
+    return raise_failures(outcomes, "drawing")
+
+
+def files_by_stem(path: Path) -> dict[str, Path]:
+    """File name without ending -> file, of a folder or a single file. Raises AutosegError if there is none."""
+    if path.is_file():
+        reader_for(path)
+    found = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    stems: dict[str, Path] = {}
+    for file in found:
+        ending = next((ending for ending in ENDINGS if file.name.lower().endswith(ending)), None)
+        if ending is not None and file.is_file() and not file.name.startswith("."):
+            stems[file.name[: -len(ending)]] = file
+    if not stems:
+        raise AutosegError(f"{path} is no folder or file with images ({', '.join(ENDINGS)})")
+    return stems
+
+
+def named_values(folders: Sequence[Path]) -> dict[str, int]:
+    """Label name -> value, of the first dataset.json in or just above the folders; without regions, which are lists."""
+    for folder in folders:
+        for place in (folder, folder.resolve().parent):
+            if (place / "dataset.json").is_file():
+                labels = load_json(dict[str, Any], place / "dataset.json").get("labels", {})
+                return {name: value for name, value in labels.items() if isinstance(value, int)}
+    return {}
+
+
+def load(
+    case: str, image: Path, prediction: Path, truth: Path | None, names: Mapping[int, str], ignored: int | None
+) -> Scene:
+    """Read the files of one case. Raises AutosegError if they lie on different grids."""
+    stored = read_stored(image)
+    grid = canonical_grid(stored.grid)
+    maps: list[np.ndarray | None] = []
+    for path in (prediction, truth):
+        if path is None:
+            maps.append(None)
+            continue
+        volume, _ = read_labels(path)
+        if (difference := mismatch(grid, volume.grid)) and stored.sized:
+            raise AutosegError(f"{path} and {image} differ in {difference}; give the image that was segmented")
+        if volume.grid.shape != grid.shape:
+            raise AutosegError(f"{path} and {image} have other shapes: {volume.grid.shape} and {grid.shape}")
+        maps.append(volume.array[0])
+    assert maps[0] is not None
+    return Scene(
+        case=case,
+        image=picture_of(stored),
+        prediction=maps[0],
+        truth=maps[1],
+        grid=grid,
+        names=names,
+        ignored=ignored,
+    )
+
+
+def picture_of(stored: Stored) -> np.ndarray:
+    """The first channel (Z, Y, X), canonical; of a colour picture all three, last."""
+    if stored.picture and len(stored.array) >= 3:
+        return np.moveaxis(to_canonical(stored.array[:3], stored.grid), 0, -1)
+    return to_canonical(stored.array[:1], stored.grid)[0]
+
+
+def plane(grid: Grid) -> int:
+    """The canonical axis that slices are stacked along: the clearly coarsest, else from feet to head."""
+    coarse = int(np.argmax(grid.spacing_mm))
+    others = [spacing for axis, spacing in enumerate(grid.spacing_mm) if axis != coarse]
+    return coarse if grid.dimension == 3 and grid.spacing_mm[coarse] > COARSE * max(others) else 0
+
+
+def pick(areas: np.ndarray, count: int = SLICES) -> tuple[int, ...]:
+    """Positions of `count` slices with much foreground that lie apart, in order; the middle one if there is none.
+
+    areas: foreground of each slice. After the largest, the next largest that is at least 1 / (`count` + 1) of the
+    extent of the foreground away from those chosen, so that neighbours that look alike are not all there is to see.
+    """
+    filled = np.flatnonzero(areas)
+    if not filled.size:
+        return (len(areas) // 2,)
+    apart = max(1, int(filled[-1] - filled[0] + 1) // (count + 1))
+    chosen: list[int] = []
+    for position in filled[np.argsort(-areas[filled], kind="stable")].tolist():
+        if all(abs(position - other) >= apart for other in chosen):
+            chosen.append(position)
+    return tuple(sorted(chosen[:count]))
+
+
+def window(shown: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
+    """Grey values to show from black to white: those of the foreground, widened on both sides by their range.
+
+    shown: the slices drawn, inside: foreground of the same shape. Without foreground the 1st to 99th percentile.
+    """
+    finite = shown[np.isfinite(shown)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = np.percentile(finite, (0.5, 99.5)).tolist()
+    values = shown[inside & np.isfinite(shown)]
+    if values.size:
+        first, last = np.percentile(values, (1, 99)).tolist()
+        low, high = max(low, first - (last - first)), min(high, last + (last - first))
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def verdicts(truth: np.ndarray, prediction: np.ndarray, ignored: int | None = None) -> np.ndarray:
+    """RIGHT, TOO_MUCH, MISSING or OTHER_CLASS for every voxel with foreground in either, 0 elsewhere; same shape."""
+    marks = np.zeros(truth.shape, np.uint8)
+    marks[(prediction != 0) & (truth == 0)] = TOO_MUCH
+    marks[(prediction == 0) & (truth != 0)] = MISSING
+    marks[(prediction != 0) & (truth != 0)] = OTHER_CLASS
+    marks[(prediction != 0) & (truth == prediction)] = RIGHT
+    if ignored is not None:
+        marks[truth == ignored] = 0
+    return marks
+
+
+def upright(array: np.ndarray, axis: int, position: int) -> np.ndarray:
+    """One slice as it is drawn, first row on top: head or front on top, the patient's right or front on the left."""
+    cut = np.take(array, position, axis)
+    return cut if axis == 0 else cut[::-1]
+
+
+def draw(scene: Scene, path: Path) -> None:
+    """Draw one case to the PNG `path`: above the slices as they are, below with the labels on them.
+
+    Without matplotlib's global state, so that it may be called from any thread and needs no display.
+    """
+    axis = plane(scene.grid)
+    foreground = scene.prediction != 0
+    if scene.truth is not None:
+        foreground = foreground | (scene.truth != 0)
+    positions = pick(foreground.sum(tuple(a for a in range(3) if a != axis)))
+    shown, inside = (np.take(array, positions, axis) for array in (scene.image, foreground))
+    low, high = window(shown.astype(np.float64), inside) if scene.image.ndim == 3 else (0.0, float(max(1, shown.max())))
+    colours, legend = colouring(scene)
+    marks = scene.prediction if scene.truth is None else verdicts(scene.truth, scene.prediction, scene.ignored)
+    rows, columns = [edge for a, edge in enumerate(scene.grid.spacing_mm) if a != axis]
+    height = scene.grid.shape[1 if axis == 0 else 0] * rows / (scene.grid.shape[1 if axis == 2 else 2] * columns)
+    flat = len(positions) == 1
+    size = (8.0, 4.0 * height + 0.9) if flat else (3.2 * len(positions), 6.4 * height + 0.9)
+    figure = Figure(figsize=(size[0], min(max(size[1], 2.5), 16.0)), layout="constrained", facecolor="black")
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.subplots(1 if flat else 2, 2 if flat else len(positions), squeeze=False)
+    for number, position in enumerate(positions):
+        below = grid[0, 1] if flat else grid[1, number]
+        for axes in (grid[0, number], below):
+            axes.set_axis_off()
+            grey = upright(scene.image, axis, position)
+            grey = grey if grey.ndim == 2 else np.clip(grey / high, 0, 1)
+            axes.imshow(grey, cmap="gray", vmin=low, vmax=high, aspect=rows / columns, interpolation="nearest")
+        below.imshow(colours(upright(marks, axis, position)), aspect=rows / columns, interpolation="nearest")
+        if scene.grid.dimension == 3:
+            count = scene.grid.shape[axis]
+            grid[0, number].set_title(f"{AXES[axis]} {position + 1} of {count}", color="white", fontsize="small")
+            for (x, y), letter in zip(((0.02, 0.5), (0.5, 0.95)), EDGES[axis]):
+                style = {"color": "yellow", "fontsize": "small", "ha": "center", "va": "center"}
+                grid[0, number].text(x, y, letter, transform=grid[0, number].transAxes, **style)
+    figure.suptitle(heading(scene), color="white", fontsize="medium", wrap=True)
+    if legend:
+        figure.legend(
+            handles=[Patch(color=colour, label=name) for name, colour in legend],
+            loc="outside lower center",
+            ncols=min(4, len(legend)),
+            fontsize="small",
+            labelcolor="white",
+            frameon=False,
+        )
+    with atomic_write(path, "wb") as file:
+        canvas.print_png(file)
+
+
+def called(scene: Scene, value: int) -> str:
+    """The class of a value in words."""
+    return scene.names.get(value, f"label {value}")
+
+
+def heading(scene: Scene) -> str:
+    """The case and, where a truth is given, the Dice of each class that is in either map."""
+    if scene.truth is None:
+        return scene.case if scene.prediction.any() else f"{scene.case}: nothing was found"
+    known = True if scene.ignored is None else scene.truth != scene.ignored
+    dice = []
+    for value in sorted({*np.unique(scene.truth).tolist(), *np.unique(scene.prediction).tolist()} - {0, scene.ignored}):
+        a, b = (scene.truth == value) & known, (scene.prediction == value) & known
+        total = int(a.sum()) + int(b.sum())
+        if total:
+            dice.append(f"{called(scene, value)} {2 * int((a & b).sum()) / total:.3f}")
+    return f"{scene.case}: Dice " + ", ".join(dice[:NAMED]) if dice else f"{scene.case}: nothing to find, nothing found"
+
+
+def colouring(scene: Scene) -> tuple[Any, list[tuple[str, Any]]]:
+    """What turns marks (Y, X) into colours (Y, X, 4), and (name, colour) of each mark in the case, for the legend."""
+    if scene.truth is not None:
+        marks = {value: colour for value, (_, colour) in VERDICTS.items()}
+        several = len(set(np.unique(scene.truth).tolist()) - {0, scene.ignored}) > 1
+        legend: list[tuple[str, Any]] = [
+            (name, colour) for value, (name, colour) in VERDICTS.items() if several or value != OTHER_CLASS
+        ]
+    else:
+        present = [value for value in np.unique(scene.prediction).tolist() if value != 0]
+        palette = colormaps["tab10" if len(present) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+        # By its place among the names, so that a class has one colour in all cases.
+        order = [value for value in scene.names if value != 0] + [v for v in present if v not in scene.names]
+        marks = {value: palette[order.index(value) % len(palette)] for value in present}
+        legend = [(called(scene, value), marks[value]) for value in present[:NAMED]]
+        if len(present) > NAMED:
+            legend.append((f"and {len(present) - NAMED} more", (0.5, 0.5, 0.5)))
+
+    def colours(cut: np.ndarray) -> np.ndarray:
+        painted = np.zeros((*cut.shape, 4))
+        for value, colour in marks.items():
+            painted[cut == value] = (*colour, OPACITY)
+        return painted
+
+    return colours, legend
