@@ -1,17 +1,20 @@
 """Images and masks in two folders, in any naming; or in data/{train,val,test}/{images,masks}, whose split is kept.
 
 The pairs are guessed from the names (see pairing) and shown before anything is written. Label values are those that the
-masks hold, called class_<value> unless names are given; channels are those of the first image.
+masks hold, called class_<value> unless names are given; channels are those of the first image, or one file each where
+their names are given and the files are called after them.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from autoseg.datasets.importing import Draft, Entry, Part, Place, Request, common_ending, ending_of, files_at, put
-from autoseg.datasets.pairing import case_names, pair, stems
+from autoseg.datasets.pairing import case_names, pair, stems, within, words
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import read_labels, read_stored
 from autoseg.records import AutosegError
@@ -61,32 +64,41 @@ def one_of(folder: Path, names: Sequence[str]) -> Path:
 
 def draft_of(request: Request, parts: Sequence[tuple[str, Part, list[Path], list[Path]]]) -> Draft:
     """The draft of several (name, part, images, masks), each paired by itself; names are "" where there is but one."""
-    images = [path for *_, some, _ in parts for path in some]
-    masks = [path for *_, some in parts for path in some]
-    ending = common_ending(images, masks)
     entries: list[Entry] = []
     left_over: list[str] = []
-    paired: list[tuple[str, Part, Path, Path]] = []
-    for name, part, some_images, some_masks in parts:
-        image_names, mask_names = (
-            stems(files, [len(ending_of(f)) for f in files]) for files in (some_images, some_masks)
-        )
+    paired: list[tuple[tuple[Path, ...], Path]] = []
+    ending = common_ending(
+        [path for *_, images, masks in parts for path in set(images) - set(masks)],
+        [path for *_, masks in parts for path in masks],
+    )
+    for name, part, images, masks in parts:
+        images = [path for path in images if path not in set(masks)]
+        if not images:
+            raise AutosegError("all images are masks too; give patterns that tell them apart, like 'data/*/t1.nii.gz'")
+        whole = len(request.channels) < 2 or len(read_stored(images[0]).array) == len(request.channels)
+        cases = by_channel(images, () if whole else request.channels)
+        image_names, mask_names = list(cases), names_of(masks)
         pairs = pair(image_names, mask_names)
         left_over += [f"{name}: {line}" if name else line for line in pairs.left_over]
-        cases = case_names(image_names)
-        paired += [(cases[i], part, some_images[i], some_masks[m]) for i, m in pairs.found]
-        shown = [(f"{name}: {image_names[i]}" if name else image_names[i], mask_names[m]) for i, m in pairs.found]
-        entries += [
-            Entry(case=cases[i], part=part, shown=row, write=pair_writer(some_images[i], some_masks[m]))
-            for row, (i, m) in zip(shown, pairs.found)
-        ]
+        ids = case_names(image_names)
+        for i, m in pairs.found:
+            files = cases[image_names[i]]
+            paired.append((files, masks[m]))
+            entries.append(
+                Entry(
+                    case=ids[i],
+                    part=part,
+                    shown=(f"{name}: {image_names[i]}" if name else image_names[i], mask_names[m]),
+                    write=partial(write_pair, files, masks[m]),
+                )
+            )
     if not entries:
         raise AutosegError("no image has a mask:\n" + "\n".join(f"  {line}" for line in left_over[:20]))
-    if len({entry.case for entry in entries}) < len(entries):
-        prefixed = (e.shown[0].split(": ")[0] for e in entries)
-        entries = [replace(entry, case=f"{prefix}_{entry.case}") for entry, prefix in zip(entries, prefixed)]
-    values = label_values([mask for *_, mask in paired], request)
-    channels, notes = channels_of(paired[0][2], request)
+    if len(parts) > 1 and len({entry.case for entry in entries}) < len(entries):
+        # The same names in train and val: the part tells them apart.
+        entries = [replace(entry, case=f"{entry.shown[0].split(': ')[0]}_{entry.case}") for entry in entries]
+    values = label_values([mask for _, mask in paired], request)
+    channels, notes = channels_of(paired[0][0], request)
     return Draft(
         entries=tuple(entries),
         channels=channels,
@@ -98,14 +110,55 @@ def draft_of(request: Request, parts: Sequence[tuple[str, Part, list[Path], list
     )
 
 
-def pair_writer(image: Path, mask: Path) -> Callable[[Place], None]:
-    """What writes one pair of files."""
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Names of files to be paired: the path without its ending, from where they part."""
+    return stems(paths, [len(ending_of(path)) for path in paths])
 
-    def write(place: Place) -> None:
-        put(image, place.image())
-        put(mask, place.label, like=image)
 
-    return write
+def by_channel(images: Sequence[Path], channels: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Name of a case -> its files, one a channel where names end in _0000, _0001, ... or hold the channels' names.
+
+    Without channels each file is a case. Raises AutosegError if a case lacks a channel or has two files for one.
+    """
+    names = names_of(images)
+    marks = [[n for n, channel in enumerate(channels) if within(words(channel), words(name))] for name in names]
+    if len(channels) < 2:
+        return dict(zip(names, ((image,) for image in images)))
+    if all(re.search(r"_\d{4}$", name) and int(name[-4:]) < len(channels) for name in names):
+        marks = [[int(name[-4:])] for name in names]
+        bare = [name[:-5] for name in names]
+    elif any(marks):
+        # Of several names that fit, such as T1 and T1 ce, the longest is meant.
+        marks = [sorted(found, key=lambda n: -len(words(channels[n])))[:1] for found in marks]
+        bare = [without(name, channels[found[0]]) if found else name for name, found in zip(names, marks)]
+    else:
+        return dict(zip(names, ((image,) for image in images)))
+    cases: dict[str, dict[int, Path]] = {}
+    for name, case, found, image in zip(names, bare, marks, images):
+        if not found:
+            raise AutosegError(f"image {name} names none of the channels {', '.join(channels)}; leave it out")
+        if (other := cases.setdefault(case, {}).setdefault(found[0], image)) is not image:
+            raise AutosegError(f"{image} and {other} are both channel {channels[found[0]]} of case {case}")
+    for case, files in cases.items():
+        if lacking := [channel for n, channel in enumerate(channels) if n not in files]:
+            raise AutosegError(f"case {case} has no image of {', '.join(lacking)}")
+    return {case: tuple(files[n] for n in range(len(channels))) for case, files in cases.items()}
+
+
+def without(name: str, channel: str) -> str:
+    """A name without the words of a channel where it names it last, and without what joined them."""
+    sought = r"[\W_]*".join(re.escape(word) for word in re.findall(r"\d+|[^\W\d_]+", channel))
+    found = list(re.finditer(rf"[ _.-]*(?<![^\W_]){sought}(?![^\W_])", name, re.IGNORECASE))
+    if not found:
+        return name
+    return (name[: found[-1].start()] + name[found[-1].end() :]).strip(" _.-/")
+
+
+def write_pair(images: Sequence[Path], mask: Path, place: Place) -> None:
+    """Put the files of one case in their places."""
+    for channel, image in enumerate(images):
+        put(image, place.image(channel))
+    put(mask, place.label, like=images[0])
 
 
 def label_values(masks: Sequence[Path], request: Request) -> set[int]:
@@ -134,10 +187,10 @@ def name_values(found: set[int], given: dict[str, int]) -> dict[str, int]:
     return named
 
 
-def channels_of(image: Path, request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names for the channels of `image`, and what a person should know about them."""
-    given = request.channels
-    stored = read_stored(image, channels=len(given) or None)
+def channels_of(images: Sequence[Path], request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names for the channels of a case, and what a person should know about them."""
+    image, given = images[0], request.channels
+    stored = read_stored(image, channels=(1 if len(images) > 1 else len(given)) or None)
     count = len(stored.array)
     if given:
         return given, ()

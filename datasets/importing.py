@@ -92,6 +92,8 @@ class Draft:
     left_over: tuple[str, ...] = ()
     guessed: bool = False
     """Whether the pairs were found by their names, so that a person should look at them."""
+    unit: str = "cases"
+    """What an entry is."""
     ordered: bool = True
     """Whether an order of overlap was given; without one, overlaps are refused."""
 

@@ -48,7 +48,7 @@ def find(request: Request) -> Draft:
     values = {"background": 0} | {name: given.get(name, n + 1) for n, name in enumerate(structures)}
     ids = case_names(image_names)
     absent = {name: sum(name not in groups[cases[m]] for _, m in pairs.found) for name in structures}
-    channels, notes = channels_of(images[0], request)
+    channels, notes = channels_of(images[:1], request)
     return Draft(
         entries=tuple(
             Entry(

@@ -47,6 +47,7 @@ def find(request: Request) -> Draft:
             for file in files
             if not file.name.startswith(".")
         ),
+        unit="files",
         channels=request.channels or channels,
         labels=dict(request.labels) or labels,
         ending=ending,

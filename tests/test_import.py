@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from autoseg.cli import app, parse_labels, parse_names
 from autoseg.datasets import IMPORTS, PROFILES
+from autoseg.datasets.folders import by_channel
 from autoseg.datasets.hdf5 import Array, layout_of
 from autoseg.datasets.importing import common_ending, encode, merge, put
 from autoseg.datasets.pairing import case_names, keys_of, pair, words
@@ -218,6 +219,29 @@ def test_masks_without_voxel_size_take_the_grid_of_their_image(place, tmp_path):
     assert stored.agrees(flat, 1e-5)
     assert set(np.unique(volume.array)) == {0, 255}
     assert open_dataset(made).labels.values == (0, 255)
+
+
+@pytest.mark.parametrize("layout", ["{}_{}.nii.gz", "{}/{}.nii.gz", "{} {} scan.nii.gz"])
+def test_channels_in_files_of_their_own(place, tmp_path, layout):
+    for n, case in enumerate(("p01", "p02")):
+        for c, channel in enumerate(("t1", "t1-ce")):
+            write_image(noise(2 * n + c), grid(), tmp_path / "i" / layout.format(case, channel))
+        write_labels(some_labels(n), grid(), tmp_path / "m" / f"{case}_seg.nii.gz")
+    folders = str(tmp_path / "i"), str(tmp_path / "m")
+    made = import_dataset(place, "folders", *folders, name=NAME, channels=("T1", "T1 CE"), yes=True)
+    image, _ = read_image([Path(p) for p in open_dataset(made).cases[1].images])
+    assert np.array_equal(image.array, np.concatenate([noise(2), noise(3)]))
+    with pytest.raises(AutosegError, match=r"names none of the channels T1 CE, FLAIR"):
+        import_dataset(place, "folders", *folders, name="Dataset004_B", channels=("T1 CE", "FLAIR"), yes=True)
+
+
+def test_numbered_channels():
+    paths = [Path(f"/d/{case}_{n:04d}.nii.gz") for case in ("a", "b") for n in range(2)]
+    assert list(by_channel(paths, ("T1", "T2"))) == ["a", "b"]
+    assert list(by_channel(paths[::2], ("MR",))) == ["a_0000", "b_0000"]
+    assert by_channel(paths[:1], ()) == {"a_0000": (paths[0],)}
+    with pytest.raises(AutosegError, match="case a has no image of T2"):
+        by_channel(paths[:1] + paths[2:], ("T1", "T2"))
 
 
 def test_nothing_is_written_unless_the_pairs_are_confirmed(tmp_path):

@@ -70,7 +70,10 @@ def import_dataset(
             confirm()
         overlaps = write_draft(draft, folder, workers)
         shutil.rmtree(scratch)
-        open_dataset(folder)
+        try:
+            open_dataset(folder)
+        except AutosegError as error:
+            raise AutosegError(f"this makes no dataset: {error}".replace(str(folder), target.name)) from None
     dataset = open_dataset(target)
     print(f"Imported: {len(dataset.cases)} training cases in {target}")
     if overlaps:
@@ -153,7 +156,7 @@ def with_profile(draft: Draft, known: Profile) -> Draft:
 
 def show(draft: Draft, target: Path) -> None:
     """Print what is about to be written."""
-    print(f"{target.name}: {len(draft.entries)} cases or files; channels {', '.join(draft.channels)}")
+    print(f"{target.name}: {len(draft.entries)} {draft.unit}; channels {', '.join(draft.channels)}")
     print(f"labels {listed(draft.labels)}")
     if draft.guessed:
         rows = [("case", *(("image", "mask")[: len(draft.entries[0].shown)]))]
