@@ -13,7 +13,7 @@ from autoseg.checkpoint import load_weights
 from autoseg.inference import predict_logits
 from autoseg.networks import build
 from autoseg.preprocess import PreparedCase, prepare, project
-from autoseg.records import AutosegError, load_json, to_json
+from autoseg.records import AutosegError, load_json
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.training import WEIGHTS
 from autoseg.volume import Grid, Volume
@@ -99,7 +99,8 @@ def open_model(folders: Sequence[Path], device: torch.device, before: Sequence[P
     runs = [open_run(folder) for folder in folders]
     first = runs[0]
     for run, folder in zip(runs, folders):
-        if to_json(run.plan) != to_json(first.plan) or run.configuration != first.configuration:
+        name = run.configuration
+        if name != first.configuration or run.plan.concerning(name) != first.plan.concerning(name):
             raise AutosegError(f"{folder} was trained with another plan than {folders[0]}; they cannot be averaged")
     configuration = first.plan.configuration(first.configuration)
     networks = []
@@ -108,7 +109,8 @@ def open_model(folders: Sequence[Path], device: torch.device, before: Sequence[P
         load_weights(network, folder / WEIGHTS)
         networks.append(network.to(device).eval())
     earlier = open_model(before, device) if before else None
-    if earlier is not None and to_json(earlier.plan) != to_json(first.plan):
+    name = first.configuration
+    if earlier is not None and earlier.plan.concerning(name) != first.plan.concerning(name):
         raise AutosegError(f"{before[0]} was trained with another plan than {folders[0]}; they make no cascade")
     return Model(plan=first.plan, configuration=configuration, networks=tuple(networks), device=device, before=earlier)
 

@@ -29,6 +29,9 @@ from autoseg.readers import read_labels, read_stored, write_labels
 from autoseg.records import AutosegError
 from autoseg.volume import canonical_grid, mismatch
 
+SHOWN = 8
+"""Structures of a case that the table names."""
+
 ByCase = dict[str, dict[str, Path]]
 """Case -> structure -> file."""
 
@@ -53,7 +56,7 @@ def find(request: Request) -> Draft:
         entries=tuple(
             Entry(
                 case=ids[i],
-                shown=(image_names[i], f"{cases[m]}: {', '.join(sorted(groups[cases[m]]))}"),
+                shown=(image_names[i], f"{cases[m]}: {', '.join(sorted(groups[cases[m]])[:SHOWN])}".removeprefix(": ")),
                 write=masks_writer(images[i], groups[cases[m]], values, structures),
             )
             for i, m in pairs.found

@@ -155,6 +155,19 @@ def test_a_plan_that_was_broken_by_hand_is_not_overwritten(tmp_path):
     assert plan_and_preprocess(place, "7", PlanOptions(configurations=("2d",), discard_edits=True)) == made
 
 
+def test_a_run_minds_only_what_its_configuration_reads():
+    low = configuration("3d_lowres")
+    cascade = replace(configuration("3d_cascade_fullres"), prepared="3d_fullres", previous_stage="3d_lowres")
+    made = planned(FLAT, FULL, low, cascade)
+    more = replace(made, configurations=(*made.configurations, configuration("mine")))
+    for name in ("2d", "3d_fullres", "3d_cascade_fullres"):
+        assert more.concerning(name) == made.concerning(name)
+    other = with_batch(made, "3d_lowres", 9)
+    assert other.concerning("3d_fullres") == made.concerning("3d_fullres")
+    assert other.concerning("3d_cascade_fullres") != made.concerning("3d_cascade_fullres")
+    assert replace(made, gpu_memory_gb=9.0).concerning("2d") != made.concerning("2d")
+
+
 def test_no_plan_yet_says_what_to_run(tmp_path):
     balls_dataset(tmp_path / "raw" / NAME)
     with pytest.raises(AutosegError, match="no plan yet; run: autoseg plan_and_preprocess -d 7"):
