@@ -6,7 +6,7 @@ order*, which is canonical order permuted by `Plan.axis_order`. Lengths are mill
 
 from typing import Literal
 
-from pydantic import PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 from autoseg.labels import Labels
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
@@ -165,8 +165,13 @@ class Recipe:
     seed: int = 0
     loss: str = "dice_ce"
     deep_supervision: bool = True
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` has Nesterov momentum. A short run takes `adamw` unless told otherwise: `pipeline.recipe.for_length`."""
     learning_rate: float = 0.01
     momentum: float = 0.99
+    """Of `sgd` only."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises from near 0 to the schedule's."""
     weight_decay: float = 3e-5
     poly_exponent: float = 0.9
     clip_norm: float = 12.0

@@ -2,6 +2,7 @@
 
 The recipe's defaults are nnU-Net's (Isensee et al., Nature Methods 2021): SGD with Nesterov momentum, a polynomial
 decay stepped once an epoch, gradients clipped by norm, pseudo-Dice on random validation patches after each epoch.
+AdamW (Loshchilov and Hutter, ICLR 2019) with a linear warm-up is the other choice.
 Under a budget the decay follows the time instead, at every step. Requests to save or to end (`autoseg.signals`) are
 answered between two steps or two validation batches; what is saved there goes on as if nothing had happened.
 """
@@ -30,7 +31,7 @@ from autoseg.losses import LOSSES, deep_supervision, scale_targets
 from autoseg.progress import Progress
 from autoseg.records import AutosegError
 from autoseg.sampling import Batch, Sampler, prefetch
-from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, poly, progress
+from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, learning_rate, progress
 from autoseg.schema import Recipe, Tuning
 from autoseg.settings import say_duration
 from autoseg.signals import Requests, Stopped
@@ -60,7 +61,9 @@ class Parts:
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum over all parameters."""
+    """The recipe's optimizer over all parameters: SGD with Nesterov momentum, or AdamW with its usual betas."""
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
         network.parameters(),
         lr=recipe.learning_rate,
@@ -237,7 +240,9 @@ def train(
             if is_over(recipe, step=state.step, seconds=now, recent=recent, closing=closing):
                 break
             for group in optimizer.param_groups:
-                group["lr"] = poly(recipe, progress(recipe, step=state.epoch_start, seconds=now))
+                group["lr"] = learning_rate(
+                    recipe, step=batch.step, progress=progress(recipe, step=state.epoch_start, seconds=now)
+                )
             loss = training_step(parts, optimizer, loss_scaler, batch)
             if loss is None:
                 bad.append(batch)

@@ -29,7 +29,15 @@ from autoseg.pipeline.cascade import NextStage, find_priors, forget_maps, map_pa
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, held_out, validated
 from autoseg.pipeline.data import case_key
 from autoseg.pipeline.predict import export
-from autoseg.pipeline.recipe import LENGTH, TrainOptions, describe_length, for_new_run, make_recipe, with_length
+from autoseg.pipeline.recipe import (
+    LENGTH,
+    TrainOptions,
+    describe_length,
+    for_length,
+    for_new_run,
+    make_recipe,
+    with_length,
+)
 from autoseg.progress import Progress
 from autoseg.records import AutosegError, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
@@ -132,7 +140,9 @@ def train_to_the_end(
     parts = make_parts(run, configuration, prepared, folder, device, priors)
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
-    parts, run = replace(parts, tuning=tuning), replace(run, tuning=tuning)
+    if run.tuning is None:  # it begins
+        run = replace(run, recipe=for_length(run.recipe, options, device.type, tuning.seconds_a_step))
+    parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
     try:
         with heeded() as requests:
