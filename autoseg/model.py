@@ -47,9 +47,9 @@ class Model:
         """Prepared case -> mean logits (K, Z, Y, X) of all folds on the prepared grid, float32.
 
         prior: labels (Z, Y, X) of the earlier stage on the same grid; left out, `before` predicts them.
-        step: distance of tiles as a share of the patch; mirror: average over all flips too.
+        step: distance of tiles as a share of the patch; mirror: average over the flips of `mirror_axes` too.
         """
-        patch = self.configuration.patch
+        patch, flips = self.configuration.patch, self.configuration.mirror_axes
         image = np.asarray(case.image[...])
         if self.configuration.previous_stage is not None:
             if prior is None:
@@ -65,7 +65,7 @@ class Model:
             patch=patch,
             heads=self.plan.labels.heads,
             step=step,
-            mirror_axes=tuple(range(len(patch))) if mirror else (),
+            mirror_axes=(tuple(range(len(patch))) if flips is None else flips) if mirror else (),
             device=self.device,
             progress=progress,
         ).numpy()

@@ -14,8 +14,8 @@ import numpy as np
 from autoseg.labels import UNSEEN, Labels
 from autoseg.records import record
 from autoseg.resample import resample_argmax, resample_image, resample_labels, resample_logits
-from autoseg.schema import ChannelNorm, Configuration, Plan
-from autoseg.volume import Box, Grid, Volume, bounding_box, canonical_grid, cut, paste
+from autoseg.schema import ChannelNorm, Configuration, Orientation, Plan
+from autoseg.volume import Box, Grid, Volume, bounding_box, canonical_axes, canonical_grid, cut, paste
 
 LOCATION_SEED = 1234
 MOST_LOCATIONS = 10_000
@@ -27,25 +27,59 @@ PREPROCESS_VERSION = 1
 
 @record
 class Trace:
-    """All that leads from a prepared case back to its file. `axis_order`, `spacing_mm` and `shape` as in the plan."""
+    """All that leads from a prepared case back to its file. `axis_order`, `spacing_mm` and `shape` as in the plan.
+
+    `crop` is a box of the canonical grid.
+    """
 
     case: str
     stored: Grid
     crop: Box
     axis_order: tuple[int, int, int]
+    orientation: Orientation = "canonical"
     spacing_mm: tuple[float, float, float]
     shape: tuple[int, int, int]
 
     @property
     def cropped_shape(self) -> tuple[int, int, int]:
         """Shape after the crop and before resampling, in plan order."""
-        return tuple(self.crop.shape[axis] for axis in self.axis_order)  # type: ignore[return-value]
+        return tuple(self.crop.shape[axis] for axis in self.axes[0])  # type: ignore[return-value]
 
     @property
     def original_spacing_mm(self) -> tuple[float, float, float]:
         """Spacing before resampling, in plan order."""
         spacing = canonical_grid(self.stored).spacing_mm
-        return tuple(spacing[axis] for axis in self.axis_order)  # type: ignore[return-value]
+        return tuple(spacing[axis] for axis in self.axes[0])  # type: ignore[return-value]
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """See `plan_axes`."""
+        return plan_axes(self.stored, self.orientation, self.axis_order)
+
+
+def plan_axes(
+    stored: Grid, orientation: Orientation, axis_order: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """How a canonical array of a case gets to plan order: (order, flips).
+
+    Plan axis i is canonical axis order[i], reversed where flips[i]. 2D images are never turned.
+    """
+    order, flips = (0, 1, 2), (False, False, False)
+    if orientation == "file":
+        back, reversed_ = canonical_axes(stored)
+        order = (back.index(0), back.index(1), back.index(2))
+        flips = (reversed_[order[0]], reversed_[order[1]], reversed_[order[2]])
+    elif orientation == "ras" and stored.dimension == 3:
+        flips = (False, True, True)
+    return tuple(order[axis] for axis in axis_order), tuple(flips[axis] for axis in axis_order)
+
+
+def _turn(array: np.ndarray, axes: tuple[tuple[int, ...], tuple[bool, ...]]) -> np.ndarray:
+    """The trailing canonical axes of `array` in plan order; contiguous."""
+    order, flips = axes
+    lead = array.ndim - 3
+    moved = array.transpose(*range(lead), *(lead + axis for axis in order))
+    return np.ascontiguousarray(np.flip(moved, tuple(lead + axis for axis, flip in enumerate(flips) if flip)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -182,12 +216,12 @@ def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configur
     """
     if len(plan.channels) != cropped.image.shape[0]:
         raise ValueError(f"the image has {cropped.image.shape[0]} channels, the plan expects {len(plan.channels)}")
-    order = plan.axis_order
+    axes = plan_axes(cropped.stored, plan.orientation, plan.axis_order)
     image = np.stack([normalise_channel(x, norm, cropped.content) for x, norm in zip(cropped.image, plan.channels)])
-    image = np.ascontiguousarray(image.transpose(0, *(1 + axis for axis in order)), dtype=np.float32)
-    labels = np.ascontiguousarray(cropped.labels.transpose(order))
+    image = _turn(image.astype(np.float32, copy=False), axes)
+    labels = _turn(cropped.labels, axes)
     spacing = canonical_grid(cropped.stored).spacing_mm
-    current = tuple(spacing[axis] for axis in order)
+    current = tuple(spacing[axis] for axis in axes[0])
     for configuration in configurations:
         target = target_spacing_mm(configuration, current)
         shape = new_shape(labels.shape, current, target)
@@ -201,7 +235,8 @@ def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configur
                 case=cropped.case,
                 stored=cropped.stored,
                 crop=cropped.crop,
-                axis_order=order,
+                axis_order=plan.axis_order,
+                orientation=plan.orientation,
                 spacing_mm=target,
                 shape=shape,  # type: ignore[arg-type]
             ),
@@ -246,6 +281,8 @@ def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, conf
 
 def _uncrop(array: np.ndarray, trace: Trace, fill: float) -> np.ndarray:
     """Trailing axes from cropped plan order back to the whole canonical grid."""
+    order, flips = trace.axes
     lead = array.ndim - 3
-    back = array.transpose(*range(lead), *(lead + trace.axis_order.index(axis) for axis in range(3)))
+    array = np.flip(array, tuple(lead + axis for axis, flip in enumerate(flips) if flip))
+    back = array.transpose(*range(lead), *(lead + order.index(axis) for axis in range(3)))
     return paste(back, trace.crop, canonical_grid(trace.stored).shape, fill)

@@ -16,7 +16,7 @@ ROWS = [
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
     {"networks", "losses", "augment", "devices", "schedule", "history"},
     {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
-    {"training", "tuning", "postprocess", "model"},
+    {"training", "tuning", "postprocess", "model", "interop"},
     {"pipeline"},
     {"cli", "__main__"},
 ]

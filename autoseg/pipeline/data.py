@@ -272,7 +272,8 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
     """Hash of all that decides how one case is prepared: its content, the plan's say in it, the code's version."""
     said = (
         PREPROCESS_VERSION,
-        plan.axis_order,
+        # As it always was for canonical plans, so that their cases need not be prepared again.
+        plan.axis_order if plan.orientation == "canonical" else (plan.orientation, *plan.axis_order),
         [to_json(channel) for channel in plan.channels],
         plan.labels.values,
         configuration.dimension,
