@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from toys import balls_dataset, configuration, plan, write_balls
 
+from autoseg.bundle import ModelCard
 from autoseg.evaluation import evaluate_pairs, save_summary
 from autoseg.layout import open_dataset
 from autoseg.model import open_run
 from autoseg.pipeline import fit as module
-from autoseg.pipeline.crossval import ModelCard, all_folds, cross_validate, held_out, postprocessing_for
+from autoseg.pipeline.crossval import all_folds, cross_validate, held_out, postprocessing_for
 from autoseg.pipeline.data import PlanOptions
 from autoseg.pipeline.fit import FitOptions, Spent, Task, find_tasks, fit, fit_table, share, stages
 from autoseg.pipeline.predict import PredictOptions, predict

@@ -14,8 +14,9 @@ from test_pipeline import NAME, PLAN, tree
 from test_predict import finished_run
 from toys import balls_dataset, grid
 
+from autoseg.bundle import ModelCard
 from autoseg.model import weights_hash
-from autoseg.pipeline.crossval import MODEL, ModelCard
+from autoseg.pipeline.crossval import MODEL
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.postprocess import PostProcessing, Step

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from autoseg.bundle import ModelCard
 from autoseg.evaluation import Summary, save_summary, summarise, table
 from autoseg.evaluation.metrics import CaseScore, score_case
 from autoseg.labels import Labels
@@ -17,7 +18,7 @@ from autoseg.model import is_finished, open_run, weights_hash
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.postprocess import Components, PostProcessing, apply, choose, find_components
 from autoseg.readers import read_labels
-from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json, to_json
+from autoseg.records import AutosegError, load_json, save_json, to_json
 from autoseg.schema import Run
 from autoseg.splits import Splits
 
@@ -26,22 +27,6 @@ SUMMARY = "summary.json"
 
 HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
-
-
-@record
-class ModelCard:
-    """What is known of a configuration whose folds are trained: model.json."""
-
-    schema_version: int = SCHEMA_VERSION
-    dataset: str
-    configuration: str
-    folds: dict[str, str]
-    """Fold folder -> hash of the weights that were cross-validated."""
-    cases: int
-    dice: dict[str, float | None]
-    """Class -> mean Dice of the held-out cases, as predicted; `foreground` is the mean over classes."""
-    dice_postprocessed: dict[str, float | None]
-    postprocessing: PostProcessing
 
 
 def held_out(folder: Path, run: Run, dataset: Dataset) -> list[HeldOut]:
@@ -154,10 +139,5 @@ def postprocessing_for(folds: Sequence[Path]) -> tuple[PostProcessing | None, st
     path = folds[0].parent / MODEL
     if not path.is_file():
         return None, "none: it is fitted once all folds are trained"
-    card = load_json(ModelCard, path)
-    if left_out := [fold.name for fold in folds if fold.name not in card.folds]:
-        return None, f"none: {', '.join(left_out)} had no part in the cross-validation that it was fitted on"
-    if changed := [fold.name for fold in folds if card.folds[fold.name] != weights_hash(fold)]:
-        return None, f"none: {', '.join(changed)} was trained further since it was fitted"
-    labels = open_run(folds[0]).plan.labels
-    return card.postprocessing, card.postprocessing.describe(labels.names)
+    names = open_run(folds[0]).plan.labels.names
+    return load_json(ModelCard, path).rule_for({fold.name: weights_hash(fold) for fold in folds}, names)
