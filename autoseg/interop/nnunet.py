@@ -6,62 +6,49 @@ unpacked to a name that the file says. Checkpoints are read as data (autoseg/int
 post-processing is taken from postprocessing.json, never from the pickle beside it.
 """
 
+import hashlib
 import json
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+from safetensors.torch import save
 
+from autoseg import __version__
+from autoseg.bundle import ModelCard, ModelFile, Stage, write
 from autoseg.interop.nnunet_plans import chain_of, need, to_plan
 from autoseg.interop.nnunet_weights import Checkpoint, read_checkpoint, rename
-from autoseg.model import Model
-from autoseg.networks import build
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.records import AutosegError
 from autoseg.schema import Plan
 
 PLANS, DATASET, CHECKPOINT, RULES = "plans.json", "dataset.json", "checkpoint_final.pth", "postprocessing.json"
+SUMMARY = "summary.json"
+HASH = 16
 MOST_JSON_BYTES = 256 << 20
 KEEP_LARGEST = "remove_all_but_largest_component_from_segmentation"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Imported:
-    """A model as it was read: the plan of its configuration, in a cascade of the earlier ones too, and its weights."""
+    """A model as it was read. Of a cascade it holds the earlier stages too, the first stage first."""
 
-    source: str
-    plan: Plan
-    configuration: str
-    folds: dict[str, tuple[str, ...]]
-    """Configuration -> names of its folds, as `weights`."""
-    weights: dict[str, tuple[dict[str, Tensor], ...]]
-    """Configuration, the first stage first -> tensors by our names, one entry a fold."""
-    rule: PostProcessing | None
-    notes: tuple[str, ...] = field(default=())
+    content: ModelFile
+    weights: dict[str, bytes]
+    """Safetensors by our names, one for each member that `content` names."""
+    notes: tuple[str, ...]
+    """What was found, one line each, for a person."""
 
-    def model(self, device: torch.device) -> Model:
-        """Ready to predict on `device`."""
-        made: Model | None = None
-        for name, folds in self.weights.items():
-            configuration = self.plan.configuration(name)
-            networks = []
-            for weights in folds:
-                with torch.device("meta"):
-                    network = build(configuration.network, self.plan.in_channels(configuration), self.plan.labels.heads)
-                network.load_state_dict(weights, assign=True)
-                networks.append(network.requires_grad_(False).to(device).eval())
-            made = Model(
-                plan=self.plan, configuration=configuration, networks=tuple(networks), device=device, before=made
-            )
-        assert made is not None
-        return made
+    def write(self, path: Path) -> None:
+        """Write the model file, whole or not at all."""
+        write(path, self.content, self.weights)
 
 
 class Files(Protocol):
@@ -162,6 +149,24 @@ def open_nnunet(source: Path, configuration: str | None = None, folds: Sequence[
             f"{source} holds no model of nnU-Net v2: no folder with {PLANS}, {DATASET} and fold_*/{CHECKPOINT}"
         )
     place = choose(source, models, configuration)
+    with understood(source):
+        return _assemble(source, files, place, folds)
+
+
+@contextmanager
+def understood(source: Path) -> Iterator[None]:
+    """Says that the files in `source` are not what nnU-Net writes where one holds values of unexpected kinds."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AutosegError(
+            f"{source} is no complete model of nnU-Net v2: a value is missing or of an unexpected kind "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _assemble(source: Path, files: Files, place: str, folds: Sequence[str]) -> Imported:
     plans, dataset = read_json(files, place, PLANS), read_json(files, place, DATASET)
 
     chosen = folds_of(files, place, folds)
@@ -178,22 +183,27 @@ def open_nnunet(source: Path, configuration: str | None = None, folds: Sequence[
     order = (*earlier, name)
     flips = {stage: checkpoints[places[stage]][0].mirror_axes for stage in order}
     plan = to_plan(plans, dataset, order, flips)
-    weights = {}
+    stages: list[Stage] = []
+    weights: dict[str, bytes] = {}
     for stage in order:
         spec = plan.configuration(stage)
         sizes = (plan.in_channels(spec), plan.labels.heads)
-        weights[stage] = tuple(rename(point.weights, spec.network, *sizes) for point in checkpoints[places[stage]])
-    notes = [f"{s}: folds {', '.join(names[s])}, trained by {checkpoints[places[s]][0].trainer}" for s in order]
-    rule, said = read_rule(files, place, plan, names[name])
-    return Imported(
-        source=str(source),
+        made = Stage(configuration=stage, folds=tuple("all" if f == "all" else int(f) for f in names[stage]))
+        packed = [save(rename(point.weights, spec.network, *sizes)) for point in checkpoints[places[stage]]]
+        weights |= {made.member(fold): content for fold, content in zip(made.folds, packed)}
+        stages.append(made)
+    card, said = read_card(files, place, plan, name, {f"fold_{f}": w for f, w in zip(names[name], packed)})
+    stages[-1] = replace(stages[-1], card=card)
+    trained = [f"{s}: fold {', '.join(names[s])}, trained by {checkpoints[places[s]][0].trainer}" for s in order]
+    stated = f" Its dataset.json states the licence {dataset['licence']!r}." if "licence" in dataset else ""
+    content = ModelFile(
+        autoseg_version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         plan=plan,
-        configuration=name,
-        folds={stage: names[stage] for stage in order},
-        weights=weights,
-        rule=rule,
-        notes=(*notes, said),
+        stages=tuple(stages),
+        note=f"Imported from a model of nnU-Net v2 ({'; '.join(trained)}).{stated}",
     )
+    return Imported(content=content, weights=weights, notes=(*trained, f"post-processing: {said}"))
 
 
 def find_models(files: Files) -> dict[str, str]:
@@ -282,31 +292,54 @@ def read_json(files: Files, place: str, name: str) -> dict[str, Any]:
     return content
 
 
-def read_rule(files: Files, place: str, plan: Plan, folds: Sequence[str]) -> tuple[PostProcessing | None, str]:
-    """The post-processing that nnU-Net has found for these folds, and a line that says what was taken.
+def read_card(
+    files: Files, place: str, plan: Plan, name: str, weights: Mapping[str, bytes]
+) -> tuple[ModelCard | None, str]:
+    """The cross-validated scores and the post-processing that nnU-Net has found for these very folds, and in words.
 
-    Raises AutosegError for a function other than keeping the largest component.
+    weights: of each fold, by its folder. Raises AutosegError for a function other than keeping the largest component.
     """
-    below = f"{place}/" if place else ""
-    fitting = _join(place, f"crossval_results_folds_{'_'.join(folds)}/{RULES}")
-    if fitting not in files.names():
-        others = [
-            name for name in files.names() if name.startswith(f"{below}crossval_results") and name.endswith(RULES)
-        ]
-        seen = f"; there is one for other folds ({', '.join(others)})" if others else ""
-        return None, f"post-processing: none found for these folds{seen}"
-    content = read_json(files, fitting.rpartition("/")[0], RULES)
-    functions = need(content, "postprocessing_fns", fitting)
-    arguments = need(content, "postprocessing_kwargs", fitting)
+    folds = "_".join(fold.removeprefix("fold_") for fold in weights)
+    folder = _join(place, f"crossval_results_folds_{folds}")
+    if _join(folder, RULES) not in files.names():
+        below = f"{place}/" if place else ""
+        others = [n for n in files.names() if n.startswith(f"{below}crossval_results") and n.endswith(RULES)]
+        seen = f"; what there is belongs to others: {', '.join(others)}" if others else ""
+        return None, f"none was fitted for these folds{seen}"
+    content = read_json(files, folder, RULES)
+    where = _join(folder, RULES)
+    values = plan.labels.values
     steps = []
-    for function, given in zip(functions, arguments, strict=True):
+    for function, given in zip(
+        need(content, "postprocessing_fns", where), need(content, "postprocessing_kwargs", where)
+    ):
         if function != KEEP_LARGEST:
-            raise AutosegError(f"{fitting} asks for {function!r}; only {KEEP_LARGEST} is known")
-        values = need(given, "labels_or_regions", fitting)
-        members = tuple(plan.labels.values.index(value) for value in ([values] if isinstance(values, int) else values))
-        steps.append(Step(members=members, dice_before=None, dice_after=None))
-    rule = PostProcessing(cases=0, steps=tuple(steps))
-    return rule, f"post-processing: {rule.describe(plan.labels.names)}"
+            raise AutosegError(f"{where} asks for {function!r}; only {KEEP_LARGEST} is known")
+        chosen = need(given, "labels_or_regions", where)
+        members = [chosen] if isinstance(chosen, int) else chosen
+        if unknown := [value for value in members if value not in values]:
+            raise AutosegError(f"{where} speaks of labels {unknown}, dataset.json of {list(values)}")
+        steps.append(Step(members=tuple(values.index(v) for v in members), dice_before=None, dice_after=None))
+
+    def dice(part: str) -> dict[str, float | None]:
+        scores = need(content, part, where)
+        means = {"foreground": scores["foreground_mean"]["Dice"]}
+        means |= {plan.labels.names[values.index(int(key))]: mean["Dice"] for key, mean in scores["mean"].items()}
+        return {key: mean if mean is not None and isfinite(mean) else None for key, mean in means.items()}
+
+    summary = read_json(files, folder, SUMMARY) if _join(folder, SUMMARY) in files.names() else {}
+    cases = len(summary.get("metric_per_case", ()))
+    rule = PostProcessing(cases=cases, steps=tuple(steps))
+    card = ModelCard(
+        dataset=plan.dataset,
+        configuration=name,
+        folds={fold: hashlib.sha256(packed).hexdigest()[:HASH] for fold, packed in weights.items()},
+        cases=cases,
+        dice=dice("input_folder"),
+        dice_postprocessed=dice("postprocessed"),
+        postprocessing=rule,
+    )
+    return card, rule.describe(plan.labels.names)
 
 
 def _join(place: str, name: str) -> str:
