@@ -265,6 +265,26 @@ def predict_verb(
     predict(Workspace.find(workspace), source, target, options)
 
 
+@app.command("import-nnunet")
+def import_nnunet_verb(
+    source: Annotated[Path, typer.Argument(help="Folder of trained models of nnU-Net v2, or a zip exported by it.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="The file to write, NAME.autoseg.")],
+    configuration: Annotated[
+        str | None, typer.Option("-c", "--configuration", help="Configuration [the only one there is].")
+    ] = None,
+    folds: Annotated[
+        list[str] | None, typer.Option("-f", "--fold", help="Only this fold; may be repeated [all finished].")
+    ] = None,
+) -> None:
+    """Make a model file of a model that nnU-Net v2 has trained. Nothing in its files is executed."""
+    from autoseg.interop.nnunet import open_nnunet
+
+    model = open_nnunet(source, configuration, tuple(folds or ()))
+    model.write(target)
+    print("\n".join(model.notes))
+    print(f"Model: {target}")
+
+
 @app.command("evaluate")
 def evaluate_verb(
     truth: Annotated[Path, typer.Argument(help="Folder of true label files.")],

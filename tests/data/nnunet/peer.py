@@ -78,6 +78,9 @@ def shrink(configuration: dict, args: argparse.Namespace) -> None:
     if "n_blocks_per_stage" in network:
         network["n_blocks_per_stage"] = [min(blocks, 2) for blocks in network["n_blocks_per_stage"]]
     network["n_conv_per_stage_decoder"] = network["n_conv_per_stage_decoder"][: stages - 1]
+    if args.thin:
+        for key in network.keys() & {"n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder"}:
+            network[key] = [1] * len(network[key])
     divisor = np.prod(network["strides"], axis=0)
     wanted = args.patch[-dimension:] or configuration["patch_size"]
     configuration["patch_size"] = [int(-(-edge // unit) * unit) for edge, unit in zip(wanted, divisor)]
@@ -174,6 +177,114 @@ def take_steps(trainer, cases, configuration, steps: int, rng: np.random.Generat
             print(f"step {step + 1} loss {loss.item():.3f}", flush=True)
 
 
+TOY_ORIENTATION = (0, 0, 1, -1, 0, 0, 0, 1, 0)
+"""Of the toys' files: no axis lies as in the canonical orientation."""
+
+
+def write_toy(folder: Path, case: str, seed: int, split: str) -> None:
+    """A CT-like and an MR-like channel of a core within a shell, in a border of zeros; the middle axis is coarse."""
+    import SimpleITK as sitk
+
+    rng = np.random.default_rng(seed)
+    shape, spacing = (40 + seed % 3, 13, 44), np.array([1.0, 3.6, 0.9])
+    at = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1) * spacing
+    middle = np.array(shape) * spacing / 2 + rng.uniform(-2, 2, 3)
+    distance = np.sqrt((((at - middle) / np.array([1.0, 1.1, 0.9])) ** 2).sum(-1))
+    labels = np.select([distance < 7.5, distance < 13], [1, 2], 0)
+    body = ((at > 4) & (at < np.array(shape) * spacing - 4)).all(-1)
+    for channel, levels in enumerate(([-60, 90, 30], [10, 12, 24])):
+        image = np.asarray(levels)[labels] + np.rint(rng.normal(0, [14, 2][channel], shape))
+        stored = sitk.GetImageFromArray((image * body).astype(np.int16))
+        stored.SetSpacing([float(edge) for edge in spacing[::-1]])
+        stored.SetOrigin((12.0, -30.0, 4.5))
+        stored.SetDirection(TOY_ORIENTATION)
+        path = folder / f"images{split}" / f"{case}_{channel:04d}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(stored, str(path), True)
+    if split == "Tr":
+        stored = sitk.GetImageFromArray((labels * body).astype(np.uint8))
+        stored.CopyInformation(sitk.ReadImage(str(path)))
+        (folder / "labelsTr").mkdir(exist_ok=True)
+        sitk.WriteImage(stored, str(folder / "labelsTr" / f"{case}.nii.gz"), True)
+
+
+TOYS = {
+    # A plain U-Net in two stages; the labels are not listed in the order of their values.
+    "Dataset001_Cascade": (
+        {"labels": {"background": 0, "shell": 2, "core": 1}},
+        ["--configurations", "3d_lowres,3d_cascade_fullres", "--folds", "0,1", "--patch", "8,24,24"],
+    ),
+    "Dataset002_Residual": (
+        {"labels": {"background": 0, "core": 1, "shell": 2}},
+        ["--configurations", "2d", "--network", "residual", "--patch", "24,32"],
+    ),
+    "Dataset003_Regions": (
+        {"labels": {"background": 0, "whole": [1, 2], "core": 1}, "regions_class_order": [2, 1]},
+        ["--configurations", "3d_fullres", "--patch", "8,24,24"],
+    ),
+}
+
+
+def toys(work: Path) -> None:
+    """Everything beside this file, under work/fixture: the zips that nnU-Net exports, an image, and its predictions."""
+    for name, (facts, options) in TOYS.items():
+        raw = work / "toys" / name
+        for seed in range(4):
+            write_toy(raw, f"toy_{seed}", seed, "Tr")
+        write_toy(raw, "toy", 9, "Ts")
+        content = {"channel_names": {"0": "CT", "1": "MR"}, "numTraining": 4, "file_ending": ".nii.gz", **facts}
+        (raw / "dataset.json").write_text(json.dumps(content))
+        small = ["--features", "4,6,6", "--thin", "--steps", "150", "--spacing", "3.2,1.3,1.2"]
+        main(["train", str(raw), str(work), *options, *small])
+        models = sorted((work / "results" / name).glob("*__*__*"))
+        export_toy(work, raw, models)
+        predict_toy(work, raw, {model.name.rpartition("__")[2]: model for model in models})
+
+
+def export_toy(work: Path, raw: Path, models: list[Path]) -> None:
+    """Fit nnU-Net's post-processing, on the training cases, and let it export the models of one dataset."""
+    from nnunetv2.model_sharing.model_export import export_pretrained_model
+    from nnunetv2.postprocessing.remove_connected_components import determine_postprocessing
+
+    trainer, plans = models[0].name.split("__")[:2]
+    folds = tuple(int(path.name.removeprefix("fold_")) for path in sorted(models[0].glob("fold_*")))
+    for model in models:
+        for fold in folds:
+            # The export asks for these, whatever is in them.
+            (model / f"fold_{fold}" / "progress.png").touch()
+            (model / f"fold_{fold}" / "validation").mkdir(exist_ok=True)
+            (model / f"fold_{fold}" / "validation" / "summary.json").write_text("{}")
+        crossed = model / f"crossval_results_folds_{'_'.join(map(str, folds))}"
+        options = ["--folds", ",".join(map(str, folds)), "--mirror", "0", "--work", str(work)]
+        if "cascade" in model.name:
+            options += ["--earlier", str(crossed).replace("3d_cascade_fullres", "3d_lowres")]
+        main(["predict", str(model), str(raw / "imagesTr"), str(crossed), *options])
+        determine_postprocessing(str(crossed), str(raw / "labelsTr"), None, None, 1, False)
+    (work / "fixture").mkdir(exist_ok=True)
+    names = tuple(model.name.split("__")[2] for model in models)
+    export_pretrained_model(raw.name, str(work / "fixture" / f"{raw.name}.zip"), names, trainer, plans, folds)
+
+
+def predict_toy(work: Path, raw: Path, models: dict[str, Path]) -> None:
+    """What nnU-Net predicts of the test image: each configuration, some folds, with and without mirroring."""
+    for image in sorted((raw / "imagesTs").glob("*.nii.gz")):
+        shutil.copy(image, work / "fixture" / image.name)
+    for configuration in sorted(models, key=lambda name: "cascade" in name):
+        for folds, mirror in (("0", 0), ("0,1", 1)) if "Cascade" in raw.name else (("0", 0), ("0", 1)):
+            named = f"{raw.name}_{{}}_f{folds.replace(',', '')}_m{mirror}"
+            target = work / "predicted" / named.format(configuration)
+            options = ["--folds", folds, "--mirror", str(mirror), "--work", str(work)]
+            if "cascade" in configuration:
+                # autoseg takes all folds of the earlier stage.
+                every = f"{raw.name}_3d_lowres_all_m{mirror}"
+                earlier = work / "predicted" / every
+                first = str(models["3d_lowres"]), str(raw / "imagesTs"), str(earlier)
+                main(["predict", *first, "--folds", "0,1", "--mirror", str(mirror), "--work", str(work)])
+                options += ["--earlier", str(earlier)]
+            main(["predict", str(models[configuration]), str(raw / "imagesTs"), str(target), *options])
+            shutil.copy(target / "toy.nii.gz", work / "fixture" / f"{named.format(configuration)}.nii.gz")
+
+
 def predict(model: Path, source: Path, target: Path, args: argparse.Namespace) -> None:
     """Predict a folder by nnU-Net."""
     environment(Path(args.work or target / ".work"))
@@ -196,7 +307,7 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("train")
@@ -212,6 +323,7 @@ def main() -> None:
     verb.add_argument("--reader", default="")
     verb.add_argument("--steps", type=int, default=40)
     verb.add_argument("--cases", type=int, default=6)
+    verb.add_argument("--thin", action="store_true", help="one block a stage")
     verb = verbs.add_parser("predict")
     verb.add_argument("model", type=Path)
     verb.add_argument("source", type=Path)
@@ -220,8 +332,12 @@ def main() -> None:
     verb.add_argument("--mirror", type=int, default=1)
     verb.add_argument("--earlier", type=Path)
     verb.add_argument("--work")
-    args = parser.parse_args()
-    if args.verb == "train":
+    verbs.add_parser("toys").add_argument("work", type=Path)
+    args = parser.parse_args(arguments)
+    if args.verb == "toys":
+        environment(args.work.absolute())
+        toys(args.work.absolute())
+    elif args.verb == "train":
         train(args.raw.absolute(), args.work.absolute(), args)
     else:
         predict(args.model.absolute(), args.source.absolute(), args.target.absolute(), args)
