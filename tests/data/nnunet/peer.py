@@ -236,7 +236,7 @@ def toys(work: Path) -> None:
         (raw / "dataset.json").write_text(json.dumps(content))
         small = ["--features", "4,6,6", "--thin", "--steps", "150", "--spacing", "3.2,1.3,1.2"]
         main(["train", str(raw), str(work), *options, *small])
-        models = sorted((work / "results" / name).glob("*__*__*"))
+        models = sorted((work / "results" / name).glob("*__*__*"), key=lambda path: "cascade" in path.name)
         export_toy(work, raw, models)
         predict_toy(work, raw, {model.name.rpartition("__")[2]: model for model in models})
 
