@@ -114,7 +114,7 @@ class Trained:
         """The rule that goes with these very weights, and in words what is done and why."""
         if self.card is None:
             return None, "none: it is fitted once all folds are trained"
-        return self.card.rule_for(self.folds, self.plan.labels.names)
+        return self.card.rule_for(self.folds, self.plan.labels)
 
     def hashes(self) -> tuple[str, ...]:
         """Of all weights, those of the earlier stage last."""
@@ -209,6 +209,8 @@ def at(path: Path, folds: Sequence[str] = ()) -> Trained:
 
     All finished folds of a cascade's earlier stage come with it. Raises AutosegError if there is none.
     """
+    if not path.exists():
+        raise AutosegError(f"{path} does not exist; give a model file, or a folder such as runs/DATASET/RUN/3d_fullres")
     if not path.is_dir():
         return in_file(path, folds)
     if (path / "run.json").is_file():

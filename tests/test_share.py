@@ -1,5 +1,6 @@
 """A trained model leaves its workspace as one file: it predicts as before, says what it is, and loads in Python."""
 
+import re
 import threading
 from dataclasses import replace
 
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save, save_file
 from test_bundle import SOUND, content
 from test_predict import SHAPE, finished_run
 from toys import LABELS, OBLIQUE, configuration, grid, network, plan
+from typer.testing import CliRunner
 
 import autoseg
 from autoseg.bundle import ModelCard, Stage, read, write
+from autoseg.cli import app
 from autoseg.fingerprint import Fingerprint
 from autoseg.model import weights_hash
 from autoseg.networks import build
@@ -25,6 +28,7 @@ from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import CaseFingerprint, Run
 from autoseg.workspace import Workspace
 
+RUNNER = CliRunner()
 NAME = "Dataset001_Toy"
 RULE = PostProcessing(cases=2, steps=(Step(members=(1, 2), dice_before=0.5, dice_after=0.6),))
 CPU = PredictOptions(device="cpu", mirror=False)
@@ -139,6 +143,29 @@ def test_damaged_weights_are_not_exported(place, tmp_path):
     with pytest.raises(AutosegError, match="damaged"):
         exported(place, tmp_path)
     assert not (tmp_path / "toy.autoseg").exists()
+
+
+def test_by_hand(place, tmp_path):
+    """As people type it: export, info and predict, and a folder or a damaged file in the place of a model."""
+    path, root = str(tmp_path / "x.autoseg"), str(place.root)
+    text = tmp_path / "LICENCE"
+    text.write_text("Do as you like.\nNobody is liable.\n")
+    run = ["export", "-d", "1", "-o", path, "--licence", str(text), "--workspace", root]
+    assert RUNNER.invoke(app, run, catch_exceptions=False).exit_code == 0
+    assert "Do as you like.\nNobody is liable." in RUNNER.invoke(app, ["info", path]).output
+    images = ["predict", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--no-tta", "--device", "cpu", "-m"]
+    assert RUNNER.invoke(app, [*images, path], catch_exceptions=False).exit_code == 0
+    assert set(tree(tmp_path / "out")) == {"a.nii.gz", "b.nii.gz", "status.csv"}
+    (tmp_path / "cut.autoseg").write_bytes((tmp_path / "x.autoseg").read_bytes()[:-7])
+    for verb in (["info"], images):
+        for name, reason in (
+            ("cut.autoseg", "is refused"),
+            ("no.autoseg", "does not exist"),
+            ("in", "is no f|no fold"),
+        ):
+            failed = RUNNER.invoke(app, [*verb, str(tmp_path / name)]).exception
+            assert isinstance(failed, AutosegError)
+            assert re.search(rf"{name} .*({reason})", str(failed))
 
 
 def test_info_says_what_one_needs_to_know(place, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 
 import autoseg
 from autoseg.bundle import ENDING, ModelCard, ModelFile, Stage, printable, read, unsound, write
+from autoseg.labels import Labels
 from autoseg.model import Trained, in_file, open_run
 from autoseg.pipeline.predict import PredictOptions, choose_model
 from autoseg.records import AutosegError, load_json
@@ -121,7 +122,7 @@ def describe(path: Path, content: ModelFile, counts: dict[str, int]) -> str:
             f"  patch     {_by(here.patch)} voxels",
             f"  network   {here.network.name}, {len(here.network.features)} stages, {counts[here.name]:,} weights",
             f"  folds     {', '.join(str(fold) for fold in stage.folds)}",
-            *_scores(stage.card, labels.names),
+            *_scores(stage.card, labels),
         ]
     versions = ", ".join(f"{package} {version}" for package, version in sorted(content.versions.items()))
     lines += ["", f"Trained with {versions or 'versions that are not stated'}"]
@@ -130,7 +131,7 @@ def describe(path: Path, content: ModelFile, counts: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _scores(card: ModelCard | None, names: Iterable[str]) -> list[str]:
+def _scores(card: ModelCard | None, labels: Labels) -> list[str]:
     """Cross-validated Dice, as predicted and post-processed, and the post-processing."""
     if card is None:
         return ["  Dice      not known: it was not cross-validated"]
@@ -143,7 +144,7 @@ def _scores(card: ModelCard | None, names: Iterable[str]) -> list[str]:
     return [
         *lines,
         f"  of {card.cases} held-out cases",
-        f"  post-processing: {card.postprocessing.describe(tuple(names))}",
+        f"  post-processing: {card.postprocessing.describe(labels.names)}",
     ]
 
 
