@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import IO, Annotated, Literal
@@ -23,6 +24,7 @@ from typing import IO, Annotated, Literal
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from autoseg.labels import Labels
 from autoseg.postprocess import PostProcessing
 from autoseg.records import SCHEMA_VERSION, AutosegError, atomic_write, problems, record, to_json
 from autoseg.schema import Configuration, Fingerprint, Plan
@@ -57,7 +59,7 @@ class ModelCard:
     dice_postprocessed: dict[str, float | None]
     postprocessing: PostProcessing
 
-    def rule_for(self, hashes: Mapping[str, str], names: tuple[str, ...]) -> tuple[PostProcessing | None, str]:
+    def rule_for(self, hashes: Mapping[str, str], labels: Labels) -> tuple[PostProcessing | None, str]:
         """The post-processing for the folds in `hashes` (name -> hash of the weights), and in words what and why.
 
         It belongs to the very weights whose predictions it was fitted on, and is None for others.
@@ -66,7 +68,7 @@ class ModelCard:
             return None, f"none: {', '.join(left_out)} had no part in the cross-validation that it was fitted on"
         if changed := [fold for fold, found in hashes.items() if self.folds[fold] != found]:
             return None, f"none: {', '.join(changed)} was trained further since it was fitted"
-        return self.postprocessing, self.postprocessing.describe(names)
+        return self.postprocessing, self.postprocessing.describe(labels.names)
 
 
 @record
@@ -333,12 +335,10 @@ def _small(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
 
 def _read(file: IO[bytes], size: int) -> bytes:
     """Exactly `size` bytes, in pieces; the zip's own checksum is compared at the end."""
-    content = bytearray()
-    while piece := file.read(min(PIECE, size - len(content) + 1)):
-        content += piece
+    content = b"".join(iter(partial(file.read, PIECE), b""))
     if len(content) != size:
         raise _Unsound("a member is shorter than stated: the file was cut short")
-    return bytes(content)
+    return content
 
 
 def _new_member(archive: zipfile.ZipFile, name: str, size: int) -> IO[bytes]:

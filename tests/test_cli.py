@@ -18,8 +18,8 @@ RUNNER = CliRunner()
 OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
-        "dataset", "configurations", "preset", "gpu_memory", "spacing", "plan", "group_by", "test_fraction", "workers",
-        "workspace", "set_", "help_fields",
+        "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
+        "workers", "workspace", "set_", "help_fields",
     },
     "train": {
         "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "device", "pretrained",
@@ -33,6 +33,8 @@ OPTIONS = {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
+    "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
+    "info": {"file"},
     "evaluate": {"truth", "prediction", "output", "tolerance", "partial", "workers"},
     "demo": {"workspace", "device"},
 }  # fmt: skip

@@ -14,7 +14,7 @@ from autoseg.evaluation import Summary, save_summary, summarise, table
 from autoseg.evaluation.metrics import CaseScore, score_case
 from autoseg.labels import Labels
 from autoseg.layout import Dataset
-from autoseg.model import is_finished, open_run, weights_hash
+from autoseg.model import CARD, is_finished, open_run, weights_hash
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.postprocess import Components, PostProcessing, apply, choose, find_components
 from autoseg.readers import read_labels
@@ -22,7 +22,6 @@ from autoseg.records import AutosegError, load_json, save_json, to_json
 from autoseg.schema import Run
 from autoseg.splits import Splits
 
-MODEL = "model.json"
 SUMMARY = "summary.json"
 
 HeldOut = tuple[str, Path, Path]
@@ -53,7 +52,7 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     """
     folder = folds[0].parent
     hashes = {fold.name: weights_hash(fold) for fold in folds}
-    if (folder / MODEL).is_file() and (card := load_json(ModelCard, folder / MODEL)).folds == hashes:
+    if (folder / CARD).is_file() and (card := load_json(ModelCard, folder / CARD)).folds == hashes:
         return card
     runs = [open_run(fold) for fold in folds]
     refuse_mixture(folds, runs)
@@ -80,8 +79,8 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     if rule.steps:
         save_summary(processed, folder / "crossval_postprocessed")
         print(f"\nThe same with post-processing:\n{table(processed)}")
-    save_json(card, folder / MODEL)
-    print(f"Model: {folder / MODEL}", flush=True)
+    save_json(card, folder / CARD)
+    print(f"Model: {folder / CARD}", flush=True)
     return card
 
 
@@ -132,12 +131,3 @@ def dice_of(summary: Summary) -> dict[str, float | None]:
     """Class -> mean Dice, and `foreground`, the mean over classes."""
     means = {entry.label: entry.means["dice"].mean for entry in summary.classes}
     return means | {"foreground": summary.foreground["dice"].mean}
-
-
-def postprocessing_for(folds: Sequence[Path]) -> tuple[PostProcessing | None, str]:
-    """The rule that goes with the weights in `folds`, and in words what is done and why."""
-    path = folds[0].parent / MODEL
-    if not path.is_file():
-        return None, "none: it is fitted once all folds are trained"
-    names = open_run(folds[0]).plan.labels.names
-    return load_json(ModelCard, path).rule_for({fold.name: weights_hash(fold) for fold in folds}, names)
