@@ -56,7 +56,7 @@ class Model:
                 if self.before is None or case.before is None:
                     raise ValueError(f"{self.configuration.name} needs the labels of the stage before, or its model")
                 earlier = self.before.logits(case.before, step=step, mirror=mirror)
-                prior = project(earlier, case.before.trace, case.trace, self.before.configuration)
+                prior = project(earlier, case.before.trace, case.trace, self.plan.labels, self.before.configuration)
             masks = [prior == index for index in self.plan.labels.foreground]
             image = np.concatenate([image, np.stack(masks).astype(np.float32)])
         return predict_logits(

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from toys import LABELS
 
 from autoseg.postprocess import PostProcessing, Step, apply, find_components, fit, keep_largest, keep_largest_each
 from autoseg.records import load_json, save_json
@@ -152,9 +153,7 @@ def test_the_mean_over_cases_decides():
 def test_words_say_what_is_done():
     assert "nothing" in PostProcessing(cases=3).describe()
     rule = PostProcessing(cases=3, steps=(Step(members=(1, 2), dice_before=0.5, dice_after=0.75),))
-    assert rule.describe(["background", "liver", "lesion"]) == (
-        "keep the largest component of liver, lesion (mean Dice 0.5000 to 0.7500)"
-    )
+    assert rule.describe(LABELS) == ("keep the largest component of liver, lesion (mean Dice 0.5000 to 0.7500)")
     assert "class 1, class 2" in rule.describe()
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from toys import LABELS, OBLIQUE, ball, configuration, grid, plan
 
-from autoseg.labels import UNSEEN
+from autoseg.labels import UNSEEN, Labels
 from autoseg.preprocess import (
     content_mask,
     crop_to_content,
@@ -133,7 +133,7 @@ def test_restore_undoes_prepare_where_nothing_is_interpolated(shape, order, axes
     here = configuration(spacing_mm=spacing)
     case = prepare("a", Volume(array=image[None], grid=canonical), labels, stored, made, here)
     logits = one_hot(np.maximum(np.asarray(case.labels), 0))
-    assert np.array_equal(restore(logits, case.trace, here), labels)
+    assert np.array_equal(restore(logits, case.trace, LABELS, here), labels)
     maps = restore_probabilities(100 * logits, case.trace, LABELS, here)
     assert np.array_equal(maps.argmax(0), labels)
     assert np.allclose(maps.sum(0), 1)
@@ -146,7 +146,7 @@ def test_restore_comes_close_where_spacing_changes():
     here, stored = configuration(spacing_mm=(1.7, 1.3, 0.8)), grid(shape, (3.0, 1.0, 1.0))
     case = prepare("a", Volume(array=image, grid=stored), labels, stored, plan(), here)
     assert case.image.shape == (1, 21, 24, 41)
-    back = restore(one_hot(np.asarray(case.labels)), case.trace, here)
+    back = restore(one_hot(np.asarray(case.labels)), case.trace, LABELS, here)
     dice = 2 * (back & labels).sum() / (back.sum() + labels.sum())
     assert dice > 0.97
 
@@ -168,14 +168,17 @@ def test_several_configurations_from_one_crop_equal_one_by_one():
         next(prepare_each(cropped, plan(), [fine]))
 
 
+THREE = Labels.from_dataset({"background": 0, "a": 1, "b": 2, "c": 3})
+
+
 def test_locations_are_of_their_class_distinct_and_bounded():
     labels = np.zeros((40, 40, 40), np.int16)
     labels[:30] = 1
     labels[35, 3, 4:9] = 2
-    found = find_locations(labels, [1, 2, 3])
+    found = find_locations(labels, THREE)
     assert sorted(found) == [1, 2]
     assert len(found[1]) == 10_000
     assert len(np.unique(found[1], axis=0)) == 10_000
     assert (labels[tuple(found[1].T)] == 1).all()
     assert found[2].tolist() == [[35, 3, x] for x in range(4, 9)]
-    assert np.array_equal(find_locations(labels, [1])[1], found[1])
+    assert np.array_equal(find_locations(labels, LABELS)[1], found[1])

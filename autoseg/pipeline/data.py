@@ -98,7 +98,7 @@ def examine(dataset: Dataset, workers: int | None, keep: Kept) -> list[Outcome[E
         if loaded.image is None or loaded.labels is None or loaded.stored is None:
             return Examined(findings=loaded.findings, measured=None, cropped=None)
         cropped = crop_to_content(case.id, loaded.image, loaded.labels, loaded.stored)
-        measured = measure_case(cropped, loaded.content_hash, len(dataset.cases))
+        measured = measure_case(cropped, dataset.labels, loaded.content_hash, len(dataset.cases))
         return Examined(findings=loaded.findings, measured=measured, cropped=keep.offer(cropped))
 
     return map_cases(
@@ -138,6 +138,8 @@ def check(workspace: Workspace, dataset_text: str, workers: int | None = None) -
     """Decode and check every case, print a table of all findings. Raises AutosegError on errors; writes nothing."""
     _, folder = workspace.dataset(dataset_text)
     dataset = open_dataset(folder)
+    for remark in dataset.labels.remarks():
+        print(f"Labels: {remark}")
     findings = findings_of(dataset, examine(dataset, workers, Kept(0)))
     refuse_errors(findings)
     print(f"{dataset.name}: {len(dataset.cases)} cases checked, no errors, {len(findings)} warnings")
@@ -274,7 +276,7 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
         PREPROCESS_VERSION,
         plan.axis_order,
         [to_json(channel) for channel in plan.channels],
-        plan.labels.values,
+        plan.labels.meaning,
         configuration.dimension,
         configuration.spacing_mm,
         to_json(configuration.resampling),

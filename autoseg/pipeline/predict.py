@@ -129,9 +129,9 @@ def export(
 ) -> None:
     """Write logits of a prepared case as labels on the grid of its file, with the original values, to `path`.
 
-    With `probabilities` one image with a channel a class stands beside it, see `probabilities_of`.
+    With `probabilities` one image with a channel a head of the network stands beside it, see `probabilities_of`.
     """
-    indices = restore(logits, trace, model.configuration)
+    indices = restore(logits, trace, model.plan.labels, model.configuration)
     if rule is not None:
         indices = apply(indices, rule)
     write_labels(model.plan.labels.to_values(indices), trace.stored, path)
