@@ -188,16 +188,18 @@ def _table(members: tuple[tuple[int, ...], ...], indices: int, device: torch.dev
     return torch.tensor([[index in own for index in range(indices)] for own in members], device=device)
 
 
-def _merge(logits: Tensor, annotated: Tensor) -> Tensor:
-    """Logits (B, K, R, X) whose softmax gives the background the shares of classes that are not `annotated`, (B, K-1).
+def _merge(logits: Tensor, target: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
+    """Put classes that are not `annotated`, (B, K-1), to the background: in logits (B, K, R, X), target (B, R, X).
 
     log(exp(a) + exp(b)) of the logits is the logit of the sum of two shares; a class that is merged has share 0.
     """
-    merged = F.pad(~annotated, (1, 0), value=False)[..., None, None]
+    merged = F.pad(~annotated, (1, 1), value=False)  # as many columns as a label map can have indices, ignored too
     apart = F.pad(annotated, (1, 0), value=False)[..., None, None]
     whole = logits.to(torch.promote_types(logits.dtype, torch.float32))
     first = whole.masked_fill(apart, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.cat([first, whole.masked_fill(merged, -torch.inf)[:, 1:]], 1)
+    others = whole.masked_fill(merged[:, :-1, None, None], -torch.inf)[:, 1:]
+    hidden = merged.gather(1, target.flatten(1)).view_as(target)
+    return torch.cat([first, others], 1), target.masked_fill(hidden, 0)
 
 
 def _loss(
@@ -227,7 +229,8 @@ def _loss(
         if ignored is not None:
             counted *= ~ignored.flatten(1).all(1, keepdim=True)
     if exclusive:
-        shaped = shaped if annotated is None else _merge(shaped, annotated)
+        if annotated is not None:
+            shaped, rows = _merge(shaped, rows, annotated)
         return _DiceCrossEntropy.apply(shaped, rows, ignored, counted, dice_share, ce_share, batch_dice)
     assert labels is not None
     table = _table(labels.members, len(labels.known), logits.device)
