@@ -282,9 +282,10 @@ def evaluate_verb(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Score predictions: Dice, IoU, volume error, HD95, ASSD and surface Dice, per case and class."""
-    from autoseg.evaluation import evaluate_folders, labels_of, save_summary, table
+    from autoseg.evaluation import evaluate_folders, save_summary, table
+    from autoseg.layout import labels_in
 
-    labels, annotated = (None, None) if dataset is None else labels_of(Workspace.find(workspace).dataset(dataset)[1])
+    labels, annotated = (None, None) if dataset is None else labels_in(Workspace.find(workspace).dataset(dataset)[1])
     summary = evaluate_folders(
         truth,
         prediction,

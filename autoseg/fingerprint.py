@@ -29,7 +29,9 @@ class Measured:
     dimension: Dimension
 
 
-def measure_case(cropped: Cropped, labels: Labels, content_hash: str, case_count: int) -> Measured:
+def measure_case(
+    cropped: Cropped, labels: Labels, content_hash: str, case_count: int, annotated: tuple[str, ...] | None = None
+) -> Measured:
     """Measure one cropped case of a dataset of `case_count` cases. Ignored voxels are no foreground."""
     foreground = np.flatnonzero(labels.is_foreground(cropped.labels))
     channels = cropped.image.shape[0]
@@ -44,6 +46,7 @@ def measure_case(cropped: Cropped, labels: Labels, content_hash: str, case_count
         spacing_mm=canonical_grid(cropped.stored).spacing_mm,
         crop_ratio=cropped.ratio,
         content_hash=content_hash,
+        annotated=annotated,
     )
     return Measured(facts=facts, samples=samples, dimension=cropped.stored.dimension)
 

@@ -47,6 +47,16 @@ class Dataset:
         """Case -> classes that were annotated in it; only of cases where not all were."""
         return {case.id: case.annotated for case in self.cases if case.annotated is not None}
 
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of the labels, one line each; nothing for plain classes annotated everywhere."""
+        partly, lines = self.annotated(), self.labels.remarks()
+        if not partly:
+            return lines
+        whole = len(self.cases) - len(partly)
+        counts = {name: whole + sum(name in listed for listed in partly.values()) for name in self.labels.names[1:]}
+        in_words = ", ".join(f"{name} in {count}" for name, count in counts.items())
+        return (*lines, f"{len(partly)} of {len(self.cases)} cases are annotated in part: {in_words}")
+
 
 def open_dataset(folder: Path) -> Dataset:
     """Open a raw dataset folder: dataset.json, imagesTr, labelsTr. No image is decoded.
@@ -140,6 +150,19 @@ def read_label_names(content: Mapping[str, Any], faults: list[str]) -> Labels | 
         except AutosegError as error:
             faults.append(str(error).removeprefix("dataset.json: "))
     return None
+
+
+def labels_in(folder: Path) -> tuple[Labels, dict[str, tuple[str, ...]]]:
+    """Labels of the dataset.json in `folder`, and case -> annotated classes of the cases where not all are.
+
+    Nothing else in it is looked at. Raises AutosegError that lists all faults of these entries.
+    """
+    content, faults = read_description(folder), list[str]()
+    labels = read_label_names(content, faults)
+    annotated = {} if labels is None else read_annotated(content.get("annotated", {}), labels, faults)
+    if labels is None or faults:
+        raise AutosegError(listed(f"{folder / 'dataset.json'} has faults", faults))
+    return labels, annotated
 
 
 def read_ending(content: Mapping[str, Any], folder: Path, faults: list[str]) -> str:

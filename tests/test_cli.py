@@ -33,7 +33,7 @@ OPTIONS = {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
-    "evaluate": {"truth", "prediction", "output", "tolerance", "partial", "workers"},
+    "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
     "demo": {"workspace", "device"},
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""

@@ -1,6 +1,7 @@
 """prepare and restore: exact where no interpolation is involved, the same for every stored form, blind to labels."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from autoseg.preprocess import (
     normalise_channel,
     prepare,
     prepare_each,
+    project,
     restore,
     restore_probabilities,
 )
@@ -137,6 +139,29 @@ def test_restore_undoes_prepare_where_nothing_is_interpolated(shape, order, axes
     maps = restore_probabilities(100 * logits, case.trace, LABELS, here)
     assert np.array_equal(maps.argmax(0), labels)
     assert np.allclose(maps.sum(0), 1)
+
+
+def test_regions_are_resampled_as_logits_and_painted_afterwards():
+    labels = Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2, "ignore": 9})
+    here, onto = configuration(spacing_mm=(2.0, 1.3, 0.8)), configuration("b", spacing_mm=(3.0, 2.0, 1.1))
+    made, stored = replace(plan(here, onto), labels=labels), grid((7, 11, 13))
+    image = np.zeros((1, 7, 11, 13), np.float32)
+    image[:, 1:6, 2:9, 1:12] = RNG.random((5, 7, 11)) + 1
+    marked = (image[0] > 0) * RNG.integers(0, 4, image.shape[1:]).astype(np.int16)
+    case, other = (
+        prepare("a", Volume(array=image, grid=stored), marked, stored, made, wanted) for wanted in (here, onto)
+    )
+    logits = RNG.normal(0, 3, (2, *case.trace.shape)).astype(np.float32)
+    maps = restore_probabilities(logits, case.trace, labels, here)
+    inside = np.zeros(stored.shape, bool)
+    inside[case.trace.crop.slices()] = True
+    assert not maps[:, ~inside].any(), "outside the crop there is no region"
+    found = restore(logits, case.trace, labels, here)
+    assert found.dtype == np.int16
+    assert np.array_equal(found, np.where(maps[1] > 0.5, 2, np.where(maps[0] > 0.5, 1, 0)))
+    projected = project(logits, case.trace, other.trace, labels, here)
+    assert projected.shape == other.trace.shape
+    assert set(np.unique(projected)) == {0, 1, 2}
 
 
 def test_restore_comes_close_where_spacing_changes():

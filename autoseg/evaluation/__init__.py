@@ -1,13 +1,12 @@
 """Evaluation: metrics of a case, summaries of many, and (in `plots`) pictures of a training."""
 
-from autoseg.evaluation.folders import evaluate_folders, evaluate_pairs, labels_of, score_labels
+from autoseg.evaluation.folders import evaluate_folders, evaluate_pairs, score_labels
 from autoseg.evaluation.metrics import DEFAULT_TOLERANCE_MM, METRICS, CaseScore, Metric, score_case
 from autoseg.evaluation.summary import ClassSummary, Mean, Summary, save_summary, summarise, table
 
 __all__ = [
     "evaluate_folders",
     "evaluate_pairs",
-    "labels_of",
     "score_case",
     "score_labels",
     "summarise",

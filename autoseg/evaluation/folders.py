@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from autoseg.evaluation.metrics import DEFAULT_TOLERANCE_MM, CaseScore, score_case
 from autoseg.evaluation.summary import Summary, summarise
 from autoseg.labels import Labels
+from autoseg.layout import labels_in
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import ENDINGS, read_labels
-from autoseg.records import AutosegError, load_json
+from autoseg.records import AutosegError
 from autoseg.volume import Volume, mismatch
 
 NAMES_SHOWN = 10
@@ -130,19 +130,12 @@ def _label_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _find_labels(truth: Path, prediction: Path) -> tuple[Labels, dict[str, list[str]]] | None:
+def _find_labels(truth: Path, prediction: Path) -> tuple[Labels, dict[str, tuple[str, ...]]] | None:
     """What the first dataset.json in or just above the two folders says of labels."""
     for folder in (truth, truth.resolve().parent, prediction, prediction.resolve().parent):
         if (folder / "dataset.json").is_file():
-            return labels_of(folder)
+            return labels_in(folder)
     return None
-
-
-def labels_of(folder: Path) -> tuple[Labels, dict[str, list[str]]]:
-    """The labels of the dataset.json in `folder`, and case -> annotated classes of the cases where not all are."""
-    content = load_json(dict[str, Any], folder / "dataset.json")
-    labels = Labels.from_dataset(content.get("labels", {}), content.get("regions_class_order"))
-    return labels, content.get("annotated", {})
 
 
 def _labels_in(pairs: Sequence[Pair], workers: int | None, quiet: bool) -> Labels:

@@ -98,7 +98,7 @@ def examine(dataset: Dataset, workers: int | None, keep: Kept) -> list[Outcome[E
         if loaded.image is None or loaded.labels is None or loaded.stored is None:
             return Examined(findings=loaded.findings, measured=None, cropped=None)
         cropped = crop_to_content(case.id, loaded.image, loaded.labels, loaded.stored)
-        measured = measure_case(cropped, dataset.labels, loaded.content_hash, len(dataset.cases))
+        measured = measure_case(cropped, dataset.labels, loaded.content_hash, len(dataset.cases), case.annotated)
         return Examined(findings=loaded.findings, measured=measured, cropped=keep.offer(cropped))
 
     return map_cases(
@@ -138,7 +138,7 @@ def check(workspace: Workspace, dataset_text: str, workers: int | None = None) -
     """Decode and check every case, print a table of all findings. Raises AutosegError on errors; writes nothing."""
     _, folder = workspace.dataset(dataset_text)
     dataset = open_dataset(folder)
-    for remark in dataset.labels.remarks():
+    for remark in dataset.remarks():
         print(f"Labels: {remark}")
     findings = findings_of(dataset, examine(dataset, workers, Kept(0)))
     refuse_errors(findings)
@@ -152,6 +152,8 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     """
     name, folder = workspace.dataset(dataset_text)
     dataset = open_dataset(folder)
+    for remark in dataset.remarks():
+        print(f"Labels: {remark}")
     prepared = workspace.prepared(name)
     fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
     cropped: dict[str, Cropped] = {}

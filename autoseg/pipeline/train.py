@@ -100,7 +100,9 @@ def train_fold(
             open_run(folder)
             forget_validation(folder)
         elif run.finished is None:
-            run = train_to_the_end(folder, run, configuration, prepared, device, options, priors, dataset.annotated())
+            run = train_to_the_end(
+                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated()
+            )
         else:
             print(
                 f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
