@@ -66,7 +66,7 @@ class Model:
                 if self.before is None or case.before is None:
                     raise ValueError(f"{self.configuration.name} needs the labels of the stage before, or its model")
                 earlier = self.before.logits(case.before, step=step, mirror=mirror)
-                prior = project(earlier, case.before.trace, case.trace, self.before.configuration)
+                prior = project(earlier, case.before.trace, case.trace, self.plan.labels, self.before.configuration)
             masks = [prior == index for index in self.plan.labels.foreground]
             image = np.concatenate([image, np.stack(masks).astype(np.float32)])
         return predict_logits(
@@ -82,7 +82,7 @@ class Model:
 
     def labels(self, logits: np.ndarray, trace: Trace, rule: PostProcessing | None = None) -> np.ndarray:
         """Logits of a prepared case -> labels (Z, Y, X) on its file's canonical grid, with the values of the files."""
-        indices = restore(logits, trace, self.configuration)
+        indices = restore(logits, trace, self.plan.labels, self.configuration)
         return self.plan.labels.to_values(indices if rule is None else apply(indices, rule))
 
 

@@ -42,6 +42,8 @@ class CaseFingerprint:
     """Voxels after the crop divided by voxels before."""
     content_hash: str = ""
     """Of the files and of what dataset.json says about them; tells whether anything has changed since."""
+    annotated: tuple[str, ...] | None = None
+    """The classes that were annotated, where not all were."""
 
 
 @record
@@ -59,6 +61,10 @@ class Fingerprint:
     def data_hash(self) -> str:
         """One hash over the content of all cases."""
         return hash_text(*(case.content_hash for case in self.cases))
+
+    def annotated(self) -> dict[str, tuple[str, ...]]:
+        """Case -> classes that were annotated in it; only of cases where not all were."""
+        return {case.case: case.annotated for case in self.cases if case.annotated is not None}
 
 
 @record

@@ -8,6 +8,7 @@ post-processing is taken from postprocessing.json, never from the pickle beside 
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import zipfile
@@ -308,7 +309,7 @@ def read_card(
         return None, f"none was fitted for these folds{seen}"
     content = read_json(files, folder, RULES)
     where = _join(folder, RULES)
-    values = plan.labels.values
+    values = plan.labels.stored
     steps = []
     for function, given in zip(
         need(content, "postprocessing_fns", where), need(content, "postprocessing_kwargs", where)
@@ -324,7 +325,10 @@ def read_card(
     def dice(part: str) -> dict[str, float | None]:
         scores = need(content, part, where)
         means = {"foreground": scores["foreground_mean"]["Dice"]}
-        means |= {plan.labels.names[values.index(int(key))]: mean["Dice"] for key, mean in scores["mean"].items()}
+        # A class is keyed by its value, a region by its values in brackets.
+        by_values = {frozenset(map(int, re.findall(r"\d+", key))): mean["Dice"] for key, mean in scores["mean"].items()}
+        for label, own in plan.labels.scored.items():
+            means[label] = by_values.get(frozenset([own] if isinstance(own, int) else own))
         return {key: mean if mean is not None and isfinite(mean) else None for key, mean in means.items()}
 
     summary = read_json(files, folder, SUMMARY) if _join(folder, SUMMARY) in files.names() else {}
@@ -339,7 +343,7 @@ def read_card(
         dice_postprocessed=dice("postprocessed"),
         postprocessing=rule,
     )
-    return card, rule.describe(plan.labels.names)
+    return card, rule.describe(plan.labels)
 
 
 def _join(place: str, name: str) -> str:

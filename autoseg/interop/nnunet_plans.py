@@ -96,6 +96,10 @@ def to_plan(
     order = need(plans, "transpose_forward", "plans.json")
     median = need(plans, "original_median_shape_after_transp", "plans.json")
     dataset_name = need(plans, "dataset_name", "plans.json")
+    labels = to_labels(dataset)
+    if len(names) > 1 and list(labels.stored) != sorted(labels.stored):
+        # The second stage reads one mask a value: nnU-Net in the order of values, we in that of the regions.
+        refuse("dataset.json: regions of a cascade", labels.regions, ["regions that list values in ascending order"])
     try:
         return Plan(
             name=plans.get("plans_name", "nnUNetPlans"),
@@ -106,7 +110,7 @@ def to_plan(
             axis_order=tuple(order),
             orientation=READERS[reader],
             channels=norms[0],
-            labels=to_labels(dataset),
+            labels=labels,
             configurations=tuple(
                 to_configuration(name, entry, mirror_axes[name]) for name, entry in zip(names, configurations)
             ),
@@ -124,9 +128,12 @@ def to_plan(
 
 
 def to_labels(dataset: Mapping[str, Any]) -> Labels:
-    """Labels of dataset.json in the order of nnU-Net's output channels, which is that of the values."""
+    """Labels of dataset.json in the order of nnU-Net's output channels: of classes by value, of regions as listed."""
     named = need(dataset, "labels", "dataset.json")
-    return Labels.from_dataset(dict(sorted(named.items(), key=lambda item: item[1])))
+    if any(isinstance(value, list) and len(value) > 1 for value in named.values()):
+        return Labels.from_dataset(named, need(dataset, "regions_class_order", "dataset.json"))
+    plain = {name: value[0] if isinstance(value, list) and value else value for name, value in named.items()}
+    return Labels.from_dataset(dict(sorted(plain.items(), key=lambda item: item[1])))
 
 
 def to_norms(

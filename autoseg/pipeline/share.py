@@ -144,7 +144,7 @@ def _scores(card: ModelCard | None, labels: Labels) -> list[str]:
     return [
         *lines,
         f"  of {card.cases} held-out cases",
-        f"  post-processing: {card.postprocessing.describe(labels.names)}",
+        f"  post-processing: {card.postprocessing.describe(labels)}",
     ]
 
 

@@ -106,7 +106,9 @@ def train_fold(
             open_run(folder)
             forget_validation(folder)
         elif run.finished is None:
-            run = train_to_the_end(folder, run, configuration, prepared, device, options, priors)
+            run = train_to_the_end(
+                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated()
+            )
         else:
             print(
                 f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
@@ -133,9 +135,10 @@ def train_to_the_end(
     device: torch.device,
     options: TrainOptions,
     priors: Mapping[str, Path] | None,
+    annotated: Mapping[str, Sequence[str]],
 ) -> Run:
     """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
-    parts = make_parts(run, configuration, prepared, folder, device, priors)
+    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated)
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
     parts, run = replace(parts, tuning=tuning), replace(run, tuning=tuning)
@@ -222,10 +225,11 @@ def make_parts(
     folder: Path,
     device: torch.device,
     priors: Mapping[str, Path] | None,
+    annotated: Mapping[str, Sequence[str]],
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
 
-    priors: case -> label map of the stage before, in a cascade.
+    priors: case -> label map of the stage before, in a cascade. annotated: case -> classes, where not all were.
     """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
@@ -235,6 +239,8 @@ def make_parts(
         begin_with(network, run, configuration, folder)
     cases = PreparedCases(prepared, memory=free_memory() // 4)
     masked = tuple(channel.masked for channel in plan.channels)
+    every = {*run.cases.train, *run.cases.val}
+    flags = {name: plan.labels.flags(annotated.get(name)) for name in every} if every & set(annotated) else None
 
     def prior(corrupted: bool) -> Prior | None:
         if priors is None:
@@ -256,6 +262,7 @@ def make_parts(
             seed=recipe.seed,
             stream=stream,
             prior=prior(corrupted),
+            annotated=flags,
         )
 
     return Parts(
@@ -358,7 +365,7 @@ def validate_fold(
                         write_prior(map_path(folder, stage, prepared, name), logits, case.trace, model, stage)
                     export(logits, case.trace, model, path)
             bar.advance(note=name)
-    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels)
+    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
     save_summary(summary, out)
     print(table(summary))
     return summary
