@@ -1,7 +1,7 @@
 """The frozen records that are saved as JSON: fingerprint, plan, recipe, run.
 
 Spatial tuples run in array order: (Z, Y, X) for 3D, (Y, X) for 2D configurations. In a Plan they run in *plan
-order*, which is canonical order permuted by `Plan.axis_order`. Lengths are millimetres.
+order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. Lengths are millimetres.
 """
 
 from typing import Literal
@@ -12,6 +12,10 @@ from autoseg.labels import Labels
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
 
 Dimension = Literal[2, 3]
+
+Orientation = Literal["canonical", "file", "ras"]
+"""Which axes the networks see: the canonical ones (left-posterior-superior), those of each file as they are stored, or
+right-anterior-superior. Plans made here are canonical; the others are those of imported models."""
 
 
 @record
@@ -38,6 +42,8 @@ class CaseFingerprint:
     """Voxels after the crop divided by voxels before."""
     content_hash: str = ""
     """Of the files and of what dataset.json says about them; tells whether anything has changed since."""
+    annotated: tuple[str, ...] | None = None
+    """The classes that were annotated, where not all were."""
 
 
 @record
@@ -55,6 +61,10 @@ class Fingerprint:
     def data_hash(self) -> str:
         """One hash over the content of all cases."""
         return hash_text(*(case.content_hash for case in self.cases))
+
+    def annotated(self) -> dict[str, tuple[str, ...]]:
+        """Case -> classes that were annotated in it; only of cases where not all were."""
+        return {case.case: case.annotated for case in self.cases if case.annotated is not None}
 
 
 @record
@@ -107,6 +117,8 @@ class Configuration:
     resampling: Resampling = Resampling()
     previous_stage: str | None = None
     """The configuration whose predictions are extra inputs (cascade), or None."""
+    mirror_axes: tuple[int, ...] | None = None
+    """Positions in `patch` along which predictions may be averaged over flips; None: all of them."""
     prepared: str
     """The configuration whose prepared cases are read; its own name unless data are shared."""
 
@@ -129,10 +141,12 @@ class Plan:
     name: str = "default"
     dataset: str
     preset: str
-    gpu_memory_gb: float
+    gpu_memory_gb: float | None
+    """What a training step was planned to fill; None if the plan was made elsewhere."""
     dimension: Dimension
     axis_order: tuple[int, int, int]
-    """Plan axis i is canonical axis axis_order[i]; the coarsest axis comes first."""
+    """Plan axis i is axis axis_order[i] of `orientation`; the coarsest axis comes first."""
+    orientation: Orientation = "canonical"
     channels: tuple[ChannelNorm, ...]
     labels: Labels
     data_hash: str = ""

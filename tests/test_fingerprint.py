@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from toys import grid
+from toys import LABELS, grid
 
 from autoseg import fingerprint
 from autoseg.fingerprint import channel_stats, measure_case, summarise
@@ -15,7 +15,7 @@ from autoseg.volume import Volume
 def measured(name, image, labels, dimension=3):
     here = grid(image.shape[1:], dimension=dimension)
     cropped = crop_to_content(name, Volume(array=image.astype(np.float32), grid=here), labels, here)
-    return measure_case(cropped, f"hash of {name}", 2)
+    return measure_case(cropped, LABELS, f"hash of {name}", 2)
 
 
 def test_no_foreground_at_all_gives_no_statistics():
