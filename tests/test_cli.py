@@ -35,6 +35,7 @@ OPTIONS = {
     },
     "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
     "info": {"file"},
+    "import-nnunet": {"source", "target", "configuration", "folds"},
     "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
     "demo": {"workspace", "device"},
 }  # fmt: skip
