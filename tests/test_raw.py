@@ -560,8 +560,9 @@ def test_the_table_lists_everything_aligned_and_errors_first(folder):
 # Real datasets.
 
 
-def test_real_regions_are_refused_by_name(real_data):
-    assert "region" in refusal(real_data / "Dataset042_BraTS")
+def test_real_regions_are_read_as_written(real_data):
+    labels = open_dataset(real_data / "Dataset042_BraTS").labels
+    assert labels.has_regions
 
 
 @pytest.mark.parametrize(
