@@ -44,9 +44,10 @@ class PostProcessing:
             return "nothing: keeping only largest components raised no mean Dice"
         lines = []
         for step in self.steps:
-            who = ", ".join(names[index] if names else f"class {index}" for index in step.members)
-            gain = f"{step.dice_before:.4f} to {step.dice_after:.4f}"
-            lines.append(f"keep the largest component of {who} (mean Dice {gain})")
+            who = ", ".join(names[i] if i < len(names) else f"class {i}" for i in step.members)
+            known = step.dice_before is not None and step.dice_after is not None
+            gain = f" (mean Dice {step.dice_before:.4f} to {step.dice_after:.4f})" if known else ""
+            lines.append(f"keep the largest component of {who}{gain}")
         return "; ".join(lines)
 
 
