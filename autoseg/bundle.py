@@ -68,7 +68,7 @@ class ModelCard:
             return None, f"none: {', '.join(left_out)} had no part in the cross-validation that it was fitted on"
         if changed := [fold for fold, found in hashes.items() if self.folds[fold] != found]:
             return None, f"none: {', '.join(changed)} was trained further since it was fitted"
-        return self.postprocessing, self.postprocessing.describe(labels.names)
+        return self.postprocessing, self.postprocessing.describe(labels)
 
 
 @record

@@ -306,21 +306,56 @@ def info_verb(file: Annotated[Path, typer.Argument(help="A model file.")]) -> No
     info(file)
 
 
+@app.command("import-nnunet")
+def import_nnunet_verb(
+    source: Annotated[Path, typer.Argument(help="Folder of trained models of nnU-Net v2, or a zip exported by it.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="The file to write, NAME.autoseg.")],
+    configuration: Annotated[
+        str | None, typer.Option("-c", "--configuration", help="Configuration [the only one there is].")
+    ] = None,
+    folds: Annotated[
+        list[str] | None, typer.Option("-f", "--fold", help="Only this fold; may be repeated [all finished].")
+    ] = None,
+) -> None:
+    """Make a model file of a model that nnU-Net v2 has trained. Nothing in its files is executed."""
+    from autoseg.interop.nnunet import open_nnunet
+
+    model = open_nnunet(source, configuration, tuple(folds or ()))
+    model.write(target)
+    print("\n".join(model.notes))
+    print(f"Model: {target}")
+
+
 @app.command("evaluate")
 def evaluate_verb(
     truth: Annotated[Path, typer.Argument(help="Folder of true label files.")],
     prediction: Annotated[Path, typer.Argument(help="Folder of predicted label files, same names.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Whose labels [a dataset.json in or above the folders, else all values]."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for summary.json and summary.csv [predictions].")
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Tolerance of the surface Dice in mm.")] = 1.0,
     partial: Annotated[bool, typer.Option("--partial", help="Score only the cases that were predicted.")] = False,
     workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Score predictions: Dice, IoU, volume error, HD95, ASSD and surface Dice, per case and class."""
     from autoseg.evaluation import evaluate_folders, save_summary, table
+    from autoseg.layout import labels_in
 
-    summary = evaluate_folders(truth, prediction, tolerance_mm=tolerance, workers=workers, partial=partial)
+    labels, annotated = (None, None) if dataset is None else labels_in(Workspace.find(workspace).dataset(dataset)[1])
+    summary = evaluate_folders(
+        truth,
+        prediction,
+        labels=labels,
+        annotated=annotated,
+        tolerance_mm=tolerance,
+        workers=workers,
+        partial=partial,
+    )
     save_summary(summary, output or prediction)
     print(table(summary))
     print(f"\nScores: {(output or prediction) / 'summary.json'}")

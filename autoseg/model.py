@@ -57,16 +57,16 @@ class Model:
         """Prepared case -> mean logits (K, Z, Y, X) of all folds on the prepared grid, float32.
 
         prior: labels (Z, Y, X) of the earlier stage on the same grid; left out, `before` predicts them.
-        step: distance of tiles as a share of the patch; mirror: average over all flips too.
+        step: distance of tiles as a share of the patch; mirror: average over the flips of `mirror_axes` too.
         """
-        patch = self.configuration.patch
+        patch, flips = self.configuration.patch, self.configuration.mirror_axes
         image = np.asarray(case.image[...])
         if self.configuration.previous_stage is not None:
             if prior is None:
                 if self.before is None or case.before is None:
                     raise ValueError(f"{self.configuration.name} needs the labels of the stage before, or its model")
                 earlier = self.before.logits(case.before, step=step, mirror=mirror)
-                prior = project(earlier, case.before.trace, case.trace, self.before.configuration)
+                prior = project(earlier, case.before.trace, case.trace, self.plan.labels, self.before.configuration)
             masks = [prior == index for index in self.plan.labels.foreground]
             image = np.concatenate([image, np.stack(masks).astype(np.float32)])
         return predict_logits(
@@ -75,14 +75,14 @@ class Model:
             patch=patch,
             heads=self.plan.labels.heads,
             step=step,
-            mirror_axes=tuple(range(len(patch))) if mirror else (),
+            mirror_axes=(tuple(range(len(patch))) if flips is None else flips) if mirror else (),
             device=self.device,
             progress=progress,
         ).numpy()
 
     def labels(self, logits: np.ndarray, trace: Trace, rule: PostProcessing | None = None) -> np.ndarray:
         """Logits of a prepared case -> labels (Z, Y, X) on its file's canonical grid, with the values of the files."""
-        indices = restore(logits, trace, self.configuration)
+        indices = restore(logits, trace, self.plan.labels, self.configuration)
         return self.plan.labels.to_values(indices if rule is None else apply(indices, rule))
 
 

@@ -35,7 +35,7 @@ OPTIONS = {
     },
     "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
     "info": {"file"},
-    "evaluate": {"truth", "prediction", "output", "tolerance", "partial", "workers"},
+    "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
     "demo": {"workspace", "device"},
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""

@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toys import balls_dataset, configuration, plan, write_balls
+from toys import BALLS, balls_dataset, configuration, plan, write_balls
 
 from autoseg.bundle import ModelCard
 from autoseg.evaluation import evaluate_pairs, save_summary
+from autoseg.labels import Labels
 from autoseg.layout import open_dataset
 from autoseg.model import in_folders, open_run
 from autoseg.pipeline import fit as module
@@ -68,7 +69,7 @@ def test_all_folds_are_trained_merged_and_followed_by_predict(place, capsys, tmp
     predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions(device="cpu"))
     printed = capsys.readouterr().out
     assert "fold 0, 1, 2" in printed
-    assert f"Post-processing: {card.postprocessing.describe(('background', 'big', 'small'))}" in printed
+    assert f"Post-processing: {card.postprocessing.describe(Labels.from_dataset(BALLS))}" in printed
 
 
 def test_a_rule_that_helps_is_found_stored_and_applied_unless_left_out(place, capsys, tmp_path):

@@ -83,7 +83,7 @@ def test_the_file_predicts_what_the_folders_predict(place, tmp_path, capsys):
     path = exported(place, tmp_path)
     predict(place, tmp_path / "in", tmp_path / "one", CPU)
     words = capsys.readouterr().out.split("Post-processing: ")[1].splitlines()[0]
-    assert words == RULE.describe(LABELS.names)
+    assert words == RULE.describe(LABELS)
     elsewhere = Workspace(tmp_path / "nothing")
     predict(elsewhere, tmp_path / "in", tmp_path / "two", replace(CPU, model=path))
     printed = capsys.readouterr().out

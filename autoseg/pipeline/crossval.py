@@ -5,18 +5,30 @@ post-processing changes anything `crossval_postprocessed/`; `model.json`, which 
 scores are those of the cases that the rule was chosen on, so they flatter it a little.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
 
 from autoseg.bundle import ModelCard
-from autoseg.evaluation import Summary, save_summary, summarise, table
-from autoseg.evaluation.metrics import CaseScore, score_case
+from autoseg.evaluation import CaseScore, Summary, save_summary, score_labels, summarise, table
 from autoseg.labels import Labels
 from autoseg.layout import Dataset
 from autoseg.model import CARD, is_finished, open_run, weights_hash
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.postprocess import Components, PostProcessing, apply, choose, find_components
+from autoseg.postprocess import (
+    Components,
+    PostProcessing,
+    apply,
+    apply_steps,
+    choose,
+    choose_for_regions,
+    find_components,
+    region_dice,
+)
 from autoseg.readers import read_labels
 from autoseg.records import AutosegError, load_json, save_json, to_json
 from autoseg.schema import Run
@@ -24,6 +36,7 @@ from autoseg.splits import Splits
 
 SUMMARY = "summary.json"
 
+T = TypeVar("T")
 HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
 
@@ -62,8 +75,9 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
         (score for summary in summaries for score in summary.scores), summaries[0].labels, summaries[0].tolerance_mm
     )
     pairs = [pair for fold, run in zip(folds, runs) for pair in held_out(fold, run, dataset)]
-    rule = fit_postprocessing(pairs, labels, workers)
-    processed = score_processed(pairs, labels, rule, merged, workers) if rule.steps else merged
+    annotated = dataset.annotated()
+    rule = fit_postprocessing(pairs, labels, annotated, workers)
+    processed = score_processed(pairs, labels, annotated, rule, merged, workers) if rule.steps else merged
     card = ModelCard(
         dataset=runs[0].dataset,
         configuration=runs[0].configuration,
@@ -75,7 +89,7 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     )
     save_summary(merged, folder / "crossval")
     print(f"\nCross-validation of {len(folds)} folds, {len(pairs)} held-out cases, as predicted:\n{table(merged)}")
-    print(f"Post-processing: {rule.describe(labels.names)}", flush=True)
+    print(f"Post-processing: {rule.describe(labels)}", flush=True)
     if rule.steps:
         save_summary(processed, folder / "crossval_postprocessed")
         print(f"\nThe same with post-processing:\n{table(processed)}")
@@ -99,19 +113,42 @@ def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
             )
 
 
-def fit_postprocessing(pairs: Sequence[HeldOut], labels: Labels, workers: int | None) -> PostProcessing:
-    """The rule for held-out predictions; each case is read once and only its components are remembered."""
+def fit_postprocessing(
+    pairs: Sequence[HeldOut], labels: Labels, annotated: Mapping[str, Sequence[str]], workers: int | None
+) -> PostProcessing:
+    """The rule for held-out predictions. Nothing but numbers is remembered of a case.
 
-    def measure(pair: HeldOut) -> Components:
+    Each case is read once; with overlapping regions once for each rule that is tried.
+    """
+
+    def read(pair: HeldOut) -> tuple[np.ndarray, np.ndarray, tuple[bool, ...]]:
         truth, prediction = (labels.to_indices(read_labels(path)[0].array[0]) for path in pair[1:])
-        return find_components(truth, prediction, labels.count)
+        return truth, prediction, labels.flags(annotated.get(pair[0]))
 
-    outcomes = map_cases(measure, pairs, name=lambda pair: pair[0], what="fit post-processing", workers=workers)
-    return choose(raise_failures(outcomes, "fitting post-processing"), labels.count)
+    def components(pair: HeldOut) -> Components:
+        truth, prediction, scored = read(pair)
+        return find_components(truth, prediction, labels.count, labels.ignored, scored)
+
+    def dice(steps: Sequence[tuple[int, ...]], pair: HeldOut) -> np.ndarray:
+        truth, prediction, scored = read(pair)
+        return region_dice(truth, apply_steps(prediction, steps), labels, scored)
+
+    def of_all(measure: Callable[[HeldOut], T]) -> list[T]:
+        outcomes = map_cases(measure, pairs, name=lambda pair: pair[0], what="fit post-processing", workers=workers)
+        return raise_failures(outcomes, "fitting post-processing")
+
+    if labels.exclusive:
+        return choose(of_all(components), labels.count)
+    return choose_for_regions(lambda steps: of_all(partial(dice, steps)), labels.members)
 
 
 def score_processed(
-    pairs: Sequence[HeldOut], labels: Labels, rule: PostProcessing, raw: Summary, workers: int | None
+    pairs: Sequence[HeldOut],
+    labels: Labels,
+    annotated: Mapping[str, Sequence[str]],
+    rule: PostProcessing,
+    raw: Summary,
+    workers: int | None,
 ) -> Summary:
     """Scores of the held-out predictions after `rule`; `raw` are those before it."""
 
@@ -119,7 +156,8 @@ def score_processed(
         truth, _ = read_labels(pair[1])
         prediction = apply(labels.to_indices(read_labels(pair[2])[0].array[0]), rule)
         spacing = truth.grid.spacing_mm
-        return score_case(pair[0], truth.array[0], labels.to_values(prediction), spacing, raw.labels, raw.tolerance_mm)
+        stored = labels.to_values(prediction)
+        return score_labels(pair[0], truth.array[0], stored, spacing, labels, raw.tolerance_mm, annotated)
 
     outcomes = map_cases(score, pairs, name=lambda pair: pair[0], what="evaluate", workers=workers)
     return summarise(

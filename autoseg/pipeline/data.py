@@ -100,7 +100,7 @@ def examine(dataset: Dataset, workers: int | None, keep: Kept) -> list[Outcome[E
         if loaded.image is None or loaded.labels is None or loaded.stored is None:
             return Examined(findings=loaded.findings, measured=None, cropped=None)
         cropped = crop_to_content(case.id, loaded.image, loaded.labels, loaded.stored)
-        measured = measure_case(cropped, loaded.content_hash, len(dataset.cases))
+        measured = measure_case(cropped, dataset.labels, loaded.content_hash, len(dataset.cases), case.annotated)
         return Examined(findings=loaded.findings, measured=measured, cropped=keep.offer(cropped))
 
     return map_cases(
@@ -140,6 +140,8 @@ def check(workspace: Workspace, dataset_text: str, workers: int | None = None) -
     """Decode and check every case, print a table of all findings. Raises AutosegError on errors; writes nothing."""
     _, folder = workspace.dataset(dataset_text)
     dataset = open_dataset(folder)
+    for remark in dataset.remarks():
+        print(f"Labels: {remark}")
     findings = findings_of(dataset, examine(dataset, workers, Kept(0)))
     refuse_errors(findings)
     print(f"{dataset.name}: {len(dataset.cases)} cases checked, no errors, {len(findings)} warnings")
@@ -152,6 +154,8 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     """
     name, folder = workspace.dataset(dataset_text)
     dataset = open_dataset(folder)
+    for remark in dataset.remarks():
+        print(f"Labels: {remark}")
     prepared = workspace.prepared(name)
     fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
     cropped: dict[str, Cropped] = {}
@@ -287,9 +291,10 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
     """Hash of all that decides how one case is prepared: its content, the plan's say in it, the code's version."""
     said = (
         PREPROCESS_VERSION,
-        plan.axis_order,
+        # As it always was for canonical plans, so that their cases need not be prepared again.
+        plan.axis_order if plan.orientation == "canonical" else (plan.orientation, *plan.axis_order),
         [to_json(channel) for channel in plan.channels],
-        plan.labels.values,
+        plan.labels.meaning,
         configuration.dimension,
         configuration.spacing_mm,
         to_json(configuration.resampling),

@@ -96,7 +96,7 @@ def export(
 ) -> None:
     """Write logits of a prepared case as labels on the grid of its file, with the original values, to `path`.
 
-    With `probabilities` one image with a channel a class stands beside it, see `probabilities_of`.
+    With `probabilities` one image with a channel a head of the network stands beside it, see `probabilities_of`.
     """
     write_labels(model.labels(logits, trace, rule), trace.stored, path)
     if probabilities:

@@ -135,7 +135,7 @@ def _scores(card: ModelCard | None, labels: Labels) -> list[str]:
     """Cross-validated Dice, as predicted and post-processed, and the post-processing."""
     if card is None:
         return ["  Dice      not known: it was not cross-validated"]
-    last = f"  post-processing: {card.postprocessing.describe(labels.names)}"
+    last = f"  post-processing: {card.postprocessing.describe(labels)}"
     if not card.dice:
         return ["  Dice      not stated", last]
     rows = [("Dice, cross-validated", "as predicted", "post-processed")]

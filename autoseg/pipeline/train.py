@@ -30,7 +30,15 @@ from autoseg.pipeline.cascade import NextStage, find_priors, forget_maps, map_pa
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, held_out, validated
 from autoseg.pipeline.data import case_key
 from autoseg.pipeline.predict import export
-from autoseg.pipeline.recipe import LENGTH, TrainOptions, describe_length, for_new_run, make_recipe, with_length
+from autoseg.pipeline.recipe import (
+    LENGTH,
+    TrainOptions,
+    describe_length,
+    for_length,
+    for_new_run,
+    make_recipe,
+    with_length,
+)
 from autoseg.progress import Progress
 from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
@@ -80,6 +88,7 @@ def train_fold(
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, dataset_text)
+    refuse_never_annotated(fold, cases, plan, fingerprint)
     device = choose_device(options.device)
 
     run = Run(
@@ -106,7 +115,9 @@ def train_fold(
             open_run(folder)
             forget_validation(folder)
         elif run.finished is None:
-            run = train_to_the_end(folder, run, configuration, prepared, device, options, priors)
+            run = train_to_the_end(
+                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated()
+            )
         else:
             print(
                 f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
@@ -133,12 +144,15 @@ def train_to_the_end(
     device: torch.device,
     options: TrainOptions,
     priors: Mapping[str, Path] | None,
+    annotated: Mapping[str, Sequence[str]],
 ) -> Run:
     """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
-    parts = make_parts(run, configuration, prepared, folder, device, priors)
+    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated)
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
-    parts, run = replace(parts, tuning=tuning), replace(run, tuning=tuning)
+    if run.tuning is None:  # it begins
+        run = replace(run, recipe=for_length(run.recipe, options, device.type, tuning.seconds_a_step))
+    parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
     try:
         with heeded() as requests:
@@ -174,6 +188,19 @@ def refuse_unprepared(
         raise AutosegError(
             f"{len(missing)} cases are not prepared in {prepared} as the plan says, for example {missing[0]}; "
             f"run: autoseg plan_and_preprocess -d {dataset_text}{named}"
+        )
+
+
+def refuse_never_annotated(fold: int | str, cases: Fold, plan: Plan, fingerprint: Fingerprint) -> None:
+    """AutosegError if some class was annotated in no training case of the fold: it would not be learnt at all."""
+    annotated = fingerprint.annotated()
+    never = set(plan.labels.names[1:]).intersection(
+        *(set(plan.labels.names[1:]) - set(annotated.get(case, plan.labels.names)) for case in cases.train)
+    )
+    if never:
+        raise AutosegError(
+            f"fold {fold} trains on no case in which {', '.join(sorted(never))} was annotated; give folds of your own "
+            "(splits.json in the raw dataset folder) in which every side has such cases, or train `all`"
         )
 
 
@@ -222,10 +249,11 @@ def make_parts(
     folder: Path,
     device: torch.device,
     priors: Mapping[str, Path] | None,
+    annotated: Mapping[str, Sequence[str]],
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
 
-    priors: case -> label map of the stage before, in a cascade.
+    priors: case -> label map of the stage before, in a cascade. annotated: case -> classes, where not all were.
     """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
@@ -235,6 +263,8 @@ def make_parts(
         begin_with(network, run, configuration, folder)
     cases = PreparedCases(prepared, memory=free_memory() // 4)
     masked = tuple(channel.masked for channel in plan.channels)
+    every = {*run.cases.train, *run.cases.val}
+    flags = {name: plan.labels.flags(annotated.get(name)) for name in every} if every & set(annotated) else None
 
     def prior(corrupted: bool) -> Prior | None:
         if priors is None:
@@ -256,6 +286,7 @@ def make_parts(
             seed=recipe.seed,
             stream=stream,
             prior=prior(corrupted),
+            annotated=flags,
         )
 
     return Parts(
@@ -358,7 +389,7 @@ def validate_fold(
                         write_prior(map_path(folder, stage, prepared, name), logits, case.trace, model, stage)
                     export(logits, case.trace, model, path)
             bar.advance(note=name)
-    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels)
+    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
     save_summary(summary, out)
     print(table(summary))
     return summary
