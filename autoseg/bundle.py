@@ -230,6 +230,10 @@ def unsound(content: ModelFile) -> str | None:
         if configuration.previous_stage != before:
             return f"{stage.configuration} does not follow on {before or 'nothing'}"
         before = stage.configuration
+        steps = stage.card.postprocessing.steps if stage.card else ()
+        # Label maps are int16.
+        if any(not 0 <= index < 1 << 15 for step in steps for index in step.members):
+            return f"the post-processing of {stage.configuration} names classes that cannot be"
         if reason := _impossible(configuration):
             return f"its configuration {configuration.name}: {reason}"
     if sorted(plan.axis_order) != [0, 1, 2]:

@@ -1,5 +1,6 @@
 """A trained model leaves its workspace as one file: it predicts as before, says what it is, and loads in Python."""
 
+import hashlib
 import re
 import threading
 from dataclasses import replace
@@ -191,6 +192,30 @@ def test_info_says_what_one_needs_to_know(place, tmp_path, capsys):
     count = sum(p.numel() for p in build(configuration().network, 1, 3).parameters())
     assert f"{count:,} weights" in printed
     assert "\x1b" not in printed
+
+
+def test_scores_and_rules_that_state_little_or_nonsense_do_no_harm(tmp_path, capsys):
+    """Those of imported models have no Dice of single steps; a made-up one may name classes that there are not."""
+    path = tmp_path / "toy.autoseg"
+
+    def write_with(*members):
+        rule = PostProcessing(cases=0, steps=(Step(members=members, dice_before=None, dice_after=None),))
+        hashes = {"fold_0": hashlib.sha256(SOUND).hexdigest()[:16]}
+        scores = replace(card(tmp_path), folds=hashes, dice={}, dice_postprocessed={}, postprocessing=rule)
+        stages = (Stage(configuration="3d_fullres", folds=(0,), card=scores),)
+        write(path, content(stages=stages), {"3d_fullres/fold_0.safetensors": SOUND})
+        return rule
+
+    for members, said in (((1, 2), "of liver, lesion\n"), ((2, 99), "lesion")):
+        rule = write_with(*members)
+        info(path)
+        assert said in capsys.readouterr().out
+        model = autoseg.load(path, device="cpu")
+        assert model.rule == rule
+        model.predict(np.zeros((3, 4, 5)), spacing=(3.0, 1.0, 0.5), mirror=False)
+    for members in ((-1,), (1 << 70,)):
+        with pytest.raises(AutosegError, match="names classes that cannot be"):
+            write_with(*members)
 
 
 def _other(change):

@@ -7,12 +7,16 @@ import torch
 from safetensors.torch import save_file
 from test_predict import finished_run
 from toys import configuration, network, plan
+from typer.testing import CliRunner
 
 from autoseg.bundle import ModelFile, Stage, write
+from autoseg.cli import app
 from autoseg.labels import Labels
 from autoseg.networks import FIRST, build
+from autoseg.pipeline.data import plan_at
+from autoseg.planners import plan_like
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import Run
+from autoseg.schema import CaseFingerprint, Fingerprint, Run
 from autoseg.transfer import Source, differences, inputs, open_source, outputs, tensor_table, transfer
 
 IMAGE = torch.randn(2, 1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -171,6 +175,10 @@ def test_a_model_file_and_folders_are_opened_at_their_first_fold(tmp_path):
         found = open_source(tmp_path / path, "3d_fullres")
         first = open_source(tmp_path / "3d_fullres" / "fold_0", "3d_fullres")
         assert all(torch.equal(tensor, first.tensors[name]) for name, tensor in found.tensors.items())
+    assert plan_at(tmp_path / "m.autoseg") == both
+    assert plan_at(tmp_path / "3d_fullres") == plan_at(tmp_path / "3d_fullres" / "fold_1") == run.plan
+    with pytest.raises(AutosegError, match=r"no run\.json"):
+        plan_at(tmp_path)
     assert "3d_fullres fold_0" in open_source(tmp_path / "m.autoseg", "3d_fullres").words
     assert "3d_cascade_fullres fold_4" in open_source(tmp_path / "m.autoseg", "2d").words
     with pytest.raises(AutosegError, match="does not exist"):
@@ -192,6 +200,27 @@ def test_what_reaches_the_network_differently_is_said():
         "the order of the axes",
         "the normalisation of MR",
     ]
+
+
+def test_a_plan_taken_over_has_the_median_shape_of_the_new_data():
+    """Worked by hand: 10 x 24 x 30 voxels of 3 x 1 x 0.5 mm (Z, Y, X); the plan's axes are (Y, Z, X)."""
+    case = CaseFingerprint(case="a", shape=(10, 24, 30), spacing_mm=(3.0, 1.0, 0.5), crop_ratio=1.0)
+    facts = Fingerprint(dataset="New", dimension=3, channel_names=("MR",), cases=(case,), intensities=(None,))
+    planar = configuration("2d", (3.0, 1.0), (8, 6))
+    theirs = plan(configuration(spacing_mm=(2.0, 3.0, 1.0)), planar, axis_order=(1, 0, 2))
+    own = replace(plan(channels=("MR", "CT"), scheme="none"), dataset="New", name="fine")
+    made = plan_like(theirs, facts, own.labels, own, "m.autoseg")
+    assert made.configuration("3d_fullres").median_shape == (12, 10, 15)
+    assert made.configuration("2d").median_shape == (10, 15)
+    assert (made.dataset, made.name, made.axis_order) == ("New", "fine", (1, 0, 2))
+    assert made.channels == (theirs.channels[0], own.channels[1])
+    assert "does not know this channel" in made.reasons[-1].rule
+
+
+def test_a_plan_is_taken_over_as_a_whole():
+    failed = CliRunner().invoke(app, ["plan_and_preprocess", "-d", "1", "--like", "m.autoseg", "--preset", "resenc_m"])
+    assert isinstance(failed.exception, AutosegError)
+    assert "leave out --preset" in str(failed.exception)
 
 
 def test_the_table_has_a_line_a_tensor():

@@ -135,17 +135,16 @@ def _scores(card: ModelCard | None, labels: Labels) -> list[str]:
     """Cross-validated Dice, as predicted and post-processed, and the post-processing."""
     if card is None:
         return ["  Dice      not known: it was not cross-validated"]
+    last = f"  post-processing: {card.postprocessing.describe(labels)}"
+    if not card.dice:
+        return ["  Dice      not stated", last]
     rows = [("Dice, cross-validated", "as predicted", "post-processed")]
     for name in card.dice:
         both = (_number(card.dice[name]), _number(card.dice_postprocessed.get(name)))
         rows.append(("mean of classes" if name == "foreground" else name, *both))
     width = max(len(row[0]) for row in rows)
     lines = [f"  {name:{width}}  {raw:>12}  {processed:>14}" for name, raw, processed in rows]
-    return [
-        *lines,
-        f"  of {card.cases} held-out cases",
-        f"  post-processing: {card.postprocessing.describe(labels)}",
-    ]
+    return [*lines, f"  of {card.cases} held-out cases", last]
 
 
 def _cases(fingerprint: Fingerprint | None) -> str:
