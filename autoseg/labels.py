@@ -41,7 +41,8 @@ class Labels:
             raise ValueError("labels need a background and at least one class, each with one value")
         entries = self.regions or self.values
         if len(set(entries)) != len(entries) or len(set(self.names)) != len(self.names):
-            raise ValueError(f"label names and values must each be unique, got {dict(zip(self.names[1:], entries))}")
+            named = dict(zip(self.names[-len(entries) :], entries))
+            raise ValueError(f"label names and values must each be unique, got {named}")
         if self.regions and len(self.regions) != len(self.names) - 1:
             raise ValueError(f"{len(self.names) - 1} classes need as many regions, got {len(self.regions)}")
         for name, value, region in zip(self.names[1:], self.values[1:], self.regions):

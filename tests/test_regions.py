@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from autoseg.pipeline.crossval import ModelCard
 from autoseg.pipeline.data import PlanOptions, check, plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, fit
 from autoseg.pipeline.predict import PredictOptions, predict
-from autoseg.pipeline.train import TrainOptions
+from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.preprocess import ANNOTATED
 from autoseg.readers import read_image, read_labels, write_labels
 from autoseg.records import AutosegError, load_json
-from autoseg.schema import Fingerprint
+from autoseg.schema import Fingerprint, Plan
+from autoseg.splits import Splits
 from autoseg.store import read_case
 from autoseg.workspace import Workspace
 
@@ -36,7 +38,7 @@ PLAN = PlanOptions(
 TRAIN = TrainOptions(
     epochs=1,
     device="cpu",
-    changes={"steps_per_epoch": 12, "validation_steps": 1, "learning_rate": 0.02, "momentum": 0.9, "tune": False},
+    changes={"steps_per_epoch": 8, "validation_steps": 1, "learning_rate": 0.02, "momentum": 0.9, "tune": False},
 )
 
 
@@ -69,6 +71,10 @@ def test_regions_all_the_way(tmp_path, capsys):
     assert "both [7, 300] as 7, small [300] as 300" in printed
     assert set(card.dice) == {"both", "small", "foreground"}
     assert card.dice["both"] > 0.1
+    plan = load_json(Plan, workspace.plan_folder(NAME, "default") / "plan.json")
+    assert next(reason for reason in plan.reasons if reason.decision == "labels").outcome.endswith("small [300] as 300")
+    configuration = plan.configuration("3d_fullres")
+    assert plan.in_channels(replace(configuration, previous_stage="3d_lowres")) == 3, "a mask a value, not a region"
     found = predicted(workspace, tmp_path, save_probabilities=True)
     assert set(np.unique(found)) <= {0, 7, 300}
     maps = read_image([tmp_path / "out" / "x_probabilities.nii.gz"], channels=2)[0].array
@@ -167,3 +173,7 @@ def test_what_was_annotated_is_part_of_the_data(tmp_path):
     balls = json.loads((raw / "dataset.json").read_text())
     (raw / "dataset.json").write_text(json.dumps(balls | {"annotated": {"p0_0": ["big"]}}))
     assert len({first, second, plan_and_preprocess(workspace, NAME, PLAN).data_hash}) == 3
+    folds = load_json(Splits, workspace.prepared(NAME) / "splits.json").folds
+    lacking = next(number for number, fold in enumerate(folds) if fold.train == ("p0_0",))
+    with pytest.raises(AutosegError, match=f"fold {lacking} trains on no case in which small was annotated"):
+        train_fold(workspace, NAME, "3d_fullres", str(lacking), TRAIN)

@@ -80,6 +80,7 @@ def train_fold(
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, dataset_text)
+    refuse_never_annotated(fold, cases, plan, fingerprint)
     device = choose_device(options.device)
 
     run = Run(
@@ -177,6 +178,19 @@ def refuse_unprepared(
         raise AutosegError(
             f"{len(missing)} cases are not prepared in {prepared} as the plan says, for example {missing[0]}; "
             f"run: autoseg plan_and_preprocess -d {dataset_text}{named}"
+        )
+
+
+def refuse_never_annotated(fold: int | str, cases: Fold, plan: Plan, fingerprint: Fingerprint) -> None:
+    """AutosegError if some class was annotated in no training case of the fold: it would not be learnt at all."""
+    annotated = fingerprint.annotated()
+    never = set(plan.labels.names[1:]).intersection(
+        *(set(plan.labels.names[1:]) - set(annotated.get(case, plan.labels.names)) for case in cases.train)
+    )
+    if never:
+        raise AutosegError(
+            f"fold {fold} trains on no case in which {', '.join(sorted(never))} was annotated; give folds of your own "
+            "(splits.json in the raw dataset folder) in which every side has such cases, or train `all`"
         )
 
 
