@@ -289,6 +289,16 @@ def _decode(
     return labels.decode(heads).astype(np.int16)
 
 
+def project_labels(indices: np.ndarray, onto: Trace, configuration: Configuration) -> np.ndarray:
+    """Class indices on the canonical grid of a case, as `restore` gives them -> on the prepared grid `onto`.
+
+    For cascades that are imported: the labels are resampled as labels, by the rules of the later stage.
+    """
+    cropped = _turn(cut(indices, onto.crop, 0), onto.axes)
+    here = onto.original_spacing_mm, onto.spacing_mm, onto.shape
+    return resample_labels(cropped, *here, configuration.resampling)
+
+
 def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, configuration: Configuration) -> np.ndarray:
     """As `restore`, but float32 probabilities (K, Z, Y, X); outside the crop the background is certain."""
     current, original = trace.spacing_mm, trace.original_spacing_mm

@@ -117,6 +117,9 @@ class Configuration:
     resampling: Resampling = Resampling()
     previous_stage: str | None = None
     """The configuration whose predictions are extra inputs (cascade), or None."""
+    prior: Literal["logits", "labels"] = "logits"
+    """What of the previous stage is brought onto the grid of this one when predicting: its logits, or its labels on the
+    grid of the file, as nnU-Net does with the files that its first stage has written."""
     mirror_axes: tuple[int, ...] | None = None
     """Positions in `patch` along which predictions may be averaged over flips; None: all of them."""
     prepared: str

@@ -189,6 +189,7 @@ def to_configuration(name: str, entry: Mapping[str, Any], mirror_axes: tuple[int
         network=to_network(entry, where, len(patch)),
         resampling=to_resampling(entry, where),
         previous_stage=entry.get("previous_stage"),
+        prior="labels" if entry.get("previous_stage") else "logits",
         mirror_axes=mirror_axes,
         prepared=name,
     )
