@@ -562,7 +562,8 @@ def test_the_table_lists_everything_aligned_and_errors_first(folder):
 
 def test_real_regions_are_read_as_written(real_data):
     labels = open_dataset(real_data / "Dataset042_BraTS").labels
-    assert labels.has_regions
+    assert labels.regions == ((1, 2, 3, 4), (1, 3, 4), (4,))
+    assert labels.values == (0, 2, 1, 4)
 
 
 @pytest.mark.parametrize(
