@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autoseg.labels import Labels
 from autoseg.preprocess import Cropped
 from autoseg.records import AutosegError
 from autoseg.schema import CaseFingerprint, ChannelStats, Dimension, Fingerprint
@@ -28,9 +29,11 @@ class Measured:
     dimension: Dimension
 
 
-def measure_case(cropped: Cropped, content_hash: str, case_count: int) -> Measured:
-    """Measure one cropped case of a dataset of `case_count` cases."""
-    foreground = np.flatnonzero(cropped.labels > 0)
+def measure_case(
+    cropped: Cropped, labels: Labels, content_hash: str, case_count: int, annotated: tuple[str, ...] | None = None
+) -> Measured:
+    """Measure one cropped case of a dataset of `case_count` cases. Ignored voxels are no foreground."""
+    foreground = np.flatnonzero(labels.is_foreground(cropped.labels))
     channels = cropped.image.shape[0]
     if foreground.size:
         drawn = np.random.default_rng(SEED).choice(foreground, SAMPLES // case_count)
@@ -43,6 +46,7 @@ def measure_case(cropped: Cropped, content_hash: str, case_count: int) -> Measur
         spacing_mm=canonical_grid(cropped.stored).spacing_mm,
         crop_ratio=cropped.ratio,
         content_hash=content_hash,
+        annotated=annotated,
     )
     return Measured(facts=facts, samples=samples, dimension=cropped.stored.dimension)
 

@@ -40,6 +40,11 @@ def poly(recipe: Recipe, progress: float) -> float:
     return recipe.learning_rate * (1 - progress) ** recipe.poly_exponent
 
 
+def learning_rate(recipe: Recipe, *, step: int, progress: float) -> float:
+    """Learning rate of one step: `poly`, during the first `warmup_steps` steps a linearly growing share of it."""
+    return poly(recipe, progress) * min(1.0, (step + 1) / (recipe.warmup_steps + 1))
+
+
 def choose_rhythm(recipe: Recipe, seconds_left: float, seconds_a_step: float) -> Rhythm:
     """About 50 epochs in `seconds_left`, none shorter than five steps or, which comes first, longer than the recipe's.
 

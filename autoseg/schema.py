@@ -1,18 +1,22 @@
 """The frozen records that are saved as JSON: fingerprint, plan, recipe, run.
 
 Spatial tuples run in array order: (Z, Y, X) for 3D, (Y, X) for 2D configurations. In a Plan they run in *plan
-order*, which is canonical order permuted by `Plan.axis_order`. Lengths are millimetres.
+order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. Lengths are millimetres.
 """
 
 from dataclasses import field, replace
 from typing import Literal
 
-from pydantic import PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 from autoseg.labels import Labels
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
 
 Dimension = Literal[2, 3]
+
+Orientation = Literal["canonical", "file", "ras"]
+"""Which axes the networks see: the canonical ones (left-posterior-superior), those of each file as they are stored, or
+right-anterior-superior. Plans made here are canonical; the others are those of imported models."""
 
 
 @record
@@ -39,6 +43,8 @@ class CaseFingerprint:
     """Voxels after the crop divided by voxels before."""
     content_hash: str = ""
     """Of the files and of what dataset.json says about them; tells whether anything has changed since."""
+    annotated: tuple[str, ...] | None = None
+    """The classes that were annotated, where not all were."""
 
 
 @record
@@ -56,6 +62,10 @@ class Fingerprint:
     def data_hash(self) -> str:
         """One hash over the content of all cases."""
         return hash_text(*(case.content_hash for case in self.cases))
+
+    def annotated(self) -> dict[str, tuple[str, ...]]:
+        """Case -> classes that were annotated in it; only of cases where not all were."""
+        return {case.case: case.annotated for case in self.cases if case.annotated is not None}
 
 
 @record
@@ -108,6 +118,11 @@ class Configuration:
     resampling: Resampling = Resampling()
     previous_stage: str | None = None
     """The configuration whose predictions are extra inputs (cascade), or None."""
+    prior: Literal["logits", "labels"] = "logits"
+    """What of the previous stage is brought onto the grid of this one when predicting: its logits, or its labels on the
+    grid of the file, as nnU-Net does with the files that its first stage has written."""
+    mirror_axes: tuple[int, ...] | None = None
+    """Positions in `patch` along which predictions may be averaged over flips; None: all of them."""
     prepared: str
     """The configuration whose prepared cases are read; its own name unless data are shared."""
 
@@ -130,10 +145,12 @@ class Plan:
     name: str = "default"
     dataset: str
     preset: str
-    gpu_memory_gb: float
+    gpu_memory_gb: float | None
+    """What a training step was planned to fill; None if the plan was made elsewhere."""
     dimension: Dimension
     axis_order: tuple[int, int, int]
-    """Plan axis i is canonical axis axis_order[i]; the coarsest axis comes first."""
+    """Plan axis i is axis axis_order[i] of `orientation`; the coarsest axis comes first."""
+    orientation: Orientation = "canonical"
     channels: tuple[ChannelNorm, ...]
     labels: Labels
     data_hash: str = ""
@@ -182,8 +199,13 @@ class Recipe:
     seed: int = 0
     loss: str = "dice_ce"
     deep_supervision: bool = True
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` has Nesterov momentum. A short run takes `adamw` unless told otherwise: `pipeline.recipe.for_length`."""
     learning_rate: float = 0.01
     momentum: float = 0.99
+    """Of `sgd` only."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises from near 0 to the schedule's."""
     weight_decay: float = 3e-5
     poly_exponent: float = 0.9
     clip_norm: float = 12.0

@@ -2,6 +2,7 @@
 
 The recipe's defaults are nnU-Net's (Isensee et al., Nature Methods 2021): SGD with Nesterov momentum, a polynomial
 decay stepped once an epoch, gradients clipped by norm, pseudo-Dice on random validation patches after each epoch.
+AdamW (Loshchilov and Hutter, ICLR 2019) with a linear warm-up is the other choice.
 Under a budget the decay follows the time instead, at every step. Requests to save or to end (`autoseg.signals`) are
 answered between two steps or two validation batches; what is saved there goes on as if nothing had happened.
 """
@@ -13,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -30,7 +32,7 @@ from autoseg.losses import LOSSES, deep_supervision, scale_targets
 from autoseg.progress import Progress
 from autoseg.records import AutosegError
 from autoseg.sampling import Batch, Sampler, prefetch
-from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, poly, progress
+from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, learning_rate, progress
 from autoseg.schema import Recipe, Tuning
 from autoseg.settings import say_duration
 from autoseg.signals import Requests, Stopped
@@ -60,7 +62,9 @@ class Parts:
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum over all parameters."""
+    """The recipe's optimizer over all parameters: SGD with Nesterov momentum, or AdamW with its usual betas."""
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
         network.parameters(),
         lr=recipe.learning_rate,
@@ -72,18 +76,15 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
     """(loss, logits at full resolution) of one batch."""
-    loss = LOSSES[parts.recipe.loss]
+    loss = partial(
+        LOSSES[parts.recipe.loss], batch_dice=parts.batch_dice, labels=parts.labels, annotated=batch.annotated
+    )
     with autocast(parts.tuning, parts.device):
         if not parts.recipe.deep_supervision:
             logits = parts.network(batch.image)
-            return loss(logits, batch.labels, batch_dice=parts.batch_dice), logits
+            return loss(logits, batch.labels), logits
         scales = parts.network(batch.image, all_scales=True)
-        targets = scale_targets(batch.labels, parts.strides)
-
-        def of_scale(logits: Tensor, target: Tensor) -> Tensor:
-            return loss(logits, target, batch_dice=parts.batch_dice)
-
-        return deep_supervision(of_scale, scales, targets), scales[0]
+        return deep_supervision(loss, scales, scale_targets(batch.labels, parts.strides)), scales[0]
 
 
 def training_step(
@@ -138,32 +139,48 @@ def validate(
 ) -> tuple[float | None, dict[str, float | None]]:
     """(mean loss, pseudo-Dice of each class) over `steps` batches of random validation patches of an epoch.
 
-    Counts are pooled over all patches; a class that is neither present nor predicted is None. `between` is called
-    before each batch.
+    Counts are pooled over all patches, without ignored voxels and without the classes that were not annotated in a
+    patch's case; a class that is neither present nor predicted is None. `between` is called before each batch.
     """
     first = epoch * parts.recipe.validation_steps
     losses: list[float] = []
-    counts = torch.zeros(3, parts.labels.count, dtype=torch.float64)
+    counts = torch.zeros(3, parts.labels.count - 1, dtype=torch.float64)
     parts.network.eval()
     with torch.inference_mode():
         for batch in batches(parts.validation, range(first, first + steps), parts.recipe.loader_threads, parts.device):
             between()
             loss, logits = batch_loss(parts, batch)
             losses.append(loss.item())
-            predicted = logits.argmax(1).flatten()
-            joint = torch.bincount(
-                batch.labels.flatten() * parts.labels.count + predicted, minlength=counts[0].numel() ** 2
-            )
-            table = joint.reshape(parts.labels.count, -1).cpu().double()
-            counts += torch.stack([table.diagonal(), table.sum(0), table.sum(1)])
+            found = class_counts(logits, batch.labels, parts.labels)
+            if batch.annotated is not None:
+                found *= batch.annotated
+            counts += found.sum(1).cpu()
     parts.network.train()
     dice = {
         name: (2 * counts[0, i] / (counts[1, i] + counts[2, i])).item() if counts[1:, i].sum() > 0 else None
-        for i, name in enumerate(parts.labels.names)
-        if i > 0
+        for i, name in enumerate(parts.labels.names[1:])
     }
     finite = [loss for loss in losses if math.isfinite(loss)]
     return (sum(finite) / len(finite) if finite else None), dice
+
+
+def class_counts(logits: Tensor, target: Tensor, labels: Labels) -> Tensor:
+    """Voxels of each class in each sample that were hit, predicted and true: (3, B, classes without background).
+
+    logits (B, K, *s), target (B, *s) a label map; ignored voxels count nowhere.
+    """
+    if not labels.exclusive:
+        inside, rows = logits.flatten(2) > 0, target.flatten(1)
+        true = torch.stack([torch.isin(rows, rows.new_tensor(members)) for members in labels.members], 1)
+        if labels.ignored is not None:
+            inside &= (rows != labels.ignored)[:, None]
+        return torch.stack([part.sum(2) for part in (inside & true, inside, true)])
+    samples, heads, indices = len(target), labels.heads, len(labels.known)
+    sample = torch.arange(samples, device=target.device).reshape(-1, *[1] * (target.ndim - 1))
+    places = (sample * indices + target) * heads + logits.argmax(1)
+    joint = torch.bincount(places.flatten(), minlength=samples * indices * heads).reshape(samples, indices, heads)
+    joint = joint[:, :heads]  # the index of ignored voxels is the last
+    return torch.stack([joint.diagonal(dim1=1, dim2=2), joint.sum(1), joint.sum(2)])[..., 1:]
 
 
 def record_bad_step(folder: Path, batch: Batch) -> None:
@@ -237,7 +254,9 @@ def train(
             if is_over(recipe, step=state.step, seconds=now, recent=recent, closing=closing):
                 break
             for group in optimizer.param_groups:
-                group["lr"] = poly(recipe, progress(recipe, step=state.epoch_start, seconds=now))
+                group["lr"] = learning_rate(
+                    recipe, step=batch.step, progress=progress(recipe, step=state.epoch_start, seconds=now)
+                )
             loss = training_step(parts, optimizer, loss_scaler, batch)
             if loss is None:
                 bad.append(batch)

@@ -7,6 +7,7 @@ a preset of your own is `dataclasses.replace(PLANNERS["resenc_l"], name="mine", 
 from autoseg.planners.default import plan
 from autoseg.planners.edits import added, difference, edited, keep_edits, stamped
 from autoseg.planners.explain import explain
+from autoseg.planners.like import plan_like
 from autoseg.planners.rules import PLANNERS, Budget, Rules
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "explain",
     "keep_edits",
     "plan",
+    "plan_like",
     "stamped",
 ]

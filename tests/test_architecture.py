@@ -16,7 +16,7 @@ ROWS = [
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
     {"networks", "losses", "augment", "devices", "schedule", "history"},
     {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
-    {"training", "tuning", "postprocess", "model"},
+    {"training", "tuning", "postprocess", "bundle", "model", "predictor", "transfer", "interop"},
     {"pipeline"},
     {"cli", "__main__"},
 ]
@@ -37,6 +37,7 @@ WITHOUT_TORCH = {
     "splits",
     "evaluation",
     "postprocess",
+    "bundle",
     *ROWS[0],
     "planners",
     "datasets",

@@ -18,7 +18,7 @@ RUNNER = CliRunner()
 OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
-        "dataset", "configurations", "preset", "gpu_memory", "spacing", "plan", "group_by", "test_fraction",
+        "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
         "discard_edits", "workers", "workspace", "set_", "help_fields",
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
@@ -34,7 +34,10 @@ OPTIONS = {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
-    "evaluate": {"truth", "prediction", "output", "tolerance", "partial", "workers"},
+    "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
+    "info": {"file"},
+    "import-nnunet": {"source", "target", "configuration", "folds"},
+    "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
 }  # fmt: skip

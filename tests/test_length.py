@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ import autoseg.pipeline.recipe as recipes
 from autoseg.checkpoint import read_progress
 from autoseg.history import METRICS, read_metrics
 from autoseg.pipeline.data import plan_and_preprocess
-from autoseg.pipeline.recipe import TrainOptions, make_recipe
+from autoseg.pipeline.recipe import TrainOptions, for_length, make_recipe
 from autoseg.pipeline.train import train_fold
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import Recipe, Run
@@ -62,13 +63,50 @@ def test_only_one_length_and_none_by_set():
 
 
 def test_a_length_that_nothing_states_is_that_of_the_run(tmp_path):
-    existing = Recipe(epochs=7, budget_seconds=50.0, learning_rate=0.5)
+    existing = Recipe(epochs=7, budget_seconds=50.0, poly_exponent=0.5)
     again = make_recipe(TrainOptions(), existing)
-    assert (again.epochs, again.budget_seconds, again.learning_rate) == (7, 50.0, 0.01)
+    assert (again.epochs, again.budget_seconds, again.poly_exponent) == (7, 50.0, 0.9)
     assert make_recipe(TrainOptions(epochs=8), existing).budget_seconds is None
     file = tmp_path / "recipe.toml"
     file.write_text("epochs = 7\n")
     assert make_recipe(TrainOptions(recipe=file), existing).budget_seconds == 50.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "timed", "short"),
+    [
+        (Recipe(epochs=19, steps_per_epoch=250), "cpu", None, True),
+        (Recipe(epochs=20, steps_per_epoch=250), "cpu", None, False),
+        (Recipe(budget_seconds=4998.0), "cpu", None, True),
+        (Recipe(budget_seconds=5002.0), "cpu", None, False),
+        (Recipe(budget_seconds=5002.0), "cpu", 2.0, True),
+        (Recipe(budget_seconds=498.0), "cuda", None, True),
+        (Recipe(budget_seconds=502.0), "cuda", None, False),
+        (Recipe(budget_seconds=7200.0, epochs=3), "cuda", 0.1, True),
+    ],
+)
+def test_a_run_of_fewer_than_5000_steps_takes_adamw(recipe, device, timed, short, capsys):
+    chosen = for_length(recipe, TrainOptions(), device, timed)
+    found = (chosen.optimizer, chosen.learning_rate, chosen.warmup_steps)
+    assert found == (("adamw", 0.003, 20) if short else ("sgd", 0.01, 0))
+    assert ("--set optimizer=sgd" in capsys.readouterr().out) == short
+
+
+@pytest.mark.parametrize("field", ["optimizer='sgd'", "learning_rate=0.01", "momentum=0.9", "warmup_steps=3"])
+def test_a_stated_optimizer_is_left_alone(field, tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(field)
+    name, value = tomllib.loads(field).popitem()
+    for options in (TrainOptions(changes={name: value}), TrainOptions(recipe=file)):
+        recipe = make_recipe(options)
+        assert for_length(recipe, options, "cpu", None) == recipe
+        # Nor does the run that is there decide: what it disagrees with is refused by name.
+        assert make_recipe(options, Recipe(optimizer="adamw", learning_rate=0.003)).learning_rate == 0.01
+
+
+def test_the_optimizer_that_nothing_states_is_that_of_the_run():
+    existing = Recipe(epochs=7, optimizer="adamw", learning_rate=0.003, warmup_steps=20)
+    assert make_recipe(TrainOptions(epochs=10**6), existing) == replace(existing, epochs=10**6)
 
 
 @pytest.fixture(scope="module")

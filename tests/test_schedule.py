@@ -9,7 +9,7 @@ from test_training import parts, weights, write_cases
 
 from autoseg.checkpoint import load_checkpoint, read_progress
 from autoseg.history import read_metrics
-from autoseg.schedule import choose_rhythm, is_over, poly, progress
+from autoseg.schedule import choose_rhythm, is_over, learning_rate, poly, progress
 from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
 from autoseg.training import make_optimizer, train
@@ -52,6 +52,13 @@ def test_poly_by_hand():
     by_time = Recipe(budget_seconds=200.0)
     assert progress(by_time, step=10**6, seconds=50.0) == 0.25
     assert progress(by_time, step=0, seconds=201.0) == 1.0
+
+
+def test_the_warm_up_rises_to_the_schedule_in_equal_parts():
+    recipe = Recipe(learning_rate=0.8, warmup_steps=3, poly_exponent=1.0)
+    rates = [learning_rate(recipe, step=step, progress=0.5) for step in (0, 1, 2, 3, 4)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert learning_rate(Recipe(learning_rate=0.8), step=0, progress=0.0) == 0.8
 
 
 @pytest.mark.parametrize(

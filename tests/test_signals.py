@@ -25,13 +25,20 @@ SEEDS = (0, 1, 2)
 RECIPE = {"epochs": 4, "steps_per_epoch": 5, "validation_steps": 2, "loader_threads": 2}
 """20 steps; step 17 lies within the fourth epoch."""
 
+
+def recipe(seed):
+    """Seed 2 trains with AdamW and is killed while it warms up."""
+    adamw = {"optimizer": "adamw", "learning_rate": 0.003, "warmup_steps": 19}
+    return RECIPE | {"seed": seed} | (adamw if seed == 2 else {})
+
+
 # `when` counts the network's calls in training and in validation; what it gives is sent before that call.
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
 place, here = Path(sys.argv[1]), sys.argv[2]
 sys.path.insert(0, here)
-from test_signals import RECIPE, SCENARIOS
+from test_signals import SCENARIOS, recipe
 from test_training import parts
 from autoseg.signals import heeded
 from autoseg.training import train
@@ -44,7 +51,7 @@ for name, (seed, when) in SCENARIOS.items():
         continue
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    made = parts(place, name, seed=seed, **RECIPE)
+    made = parts(place, name, **recipe(seed))
     calls = {True: 0, False: 0}
 
     def hook(network, inputs):
@@ -96,7 +103,7 @@ def whole(place):
     """Seed -> (weights, metric lines) of an uninterrupted run."""
     runs = {}
     for seed in SEEDS:
-        made = parts(place, f"whole {seed}", seed=seed, **RECIPE)
+        made = parts(place, f"whole {seed}", **recipe(seed))
         train(made)
         runs[seed] = weights(made), lines(made.folder)
     return runs
@@ -128,7 +135,7 @@ def test_whatever_happens_the_weights_are_those_of_an_uninterrupted_run(place, w
     folder = place / name
     assert json.loads((place / "codes.json").read_text())[name] == code
     assert saved_step(folder) == step
-    made = parts(place, name, seed=seed, **RECIPE)
+    made = parts(place, name, **recipe(seed))
     train(made)
     assert torch.equal(weights(made), whole[seed][0])
     assert lines(folder) == whole[seed][1]

@@ -1,11 +1,12 @@
 """Which recipe a run is trained with, and for how long: from defaults, files, options, and the run that is there.
 
 Only the length of a run may change later, and only beyond what is trained: then the schedule is recomputed and that
-is said. Everything else would silently mix two runs into one and is refused elsewhere.
+is said. Everything else would silently mix two runs into one and is refused elsewhere. The optimizer follows from the
+length that a run begins with: docs/decisions/0010.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ RECIPE_OPTIONS = {"epochs": "--epochs", "budget_seconds": "--budget", "seed": "-
 LENGTH = ("epochs", "budget_seconds")
 """Recipe fields that say how long training lasts."""
 CPU_BUDGET_SECONDS = 2 * 3600.0
+SHORT_STEPS = 5000
+"""Runs of fewer steps begin with `SHORT`."""
+SHORT: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.003, "warmup_steps": 20}
+OPTIMIZER = (*SHORT, "momentum")
+"""Recipe fields of which none is touched if one of them is stated."""
+GUESSED_SECONDS = {"cpu": 1.0}
+"""Of a step that was not timed, by kind of device; on others a tenth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +54,13 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     """Defaults, then the TOML file, then --set, then the options. Raises AutosegError for what is not possible.
 
     The length that nothing states is that of the recipe `existing`, if there is one: a run is gone on with by the
-    same command, also after it was extended.
+    same command, also after it was extended. So is the optimizer.
     """
     lengths = {"--epochs": options.epochs, "--budget": options.budget_seconds, "--extend": options.extend_seconds}
     if len(lengths) - list(lengths.values()).count(None) > 1:
         raise AutosegError(f"{', '.join(lengths)} say how long to train; give one of them")
-    recipe = Recipe() if existing is None else replace(Recipe(), **{name: getattr(existing, name) for name in LENGTH})
+    kept = LENGTH if states(options, OPTIMIZER) else (*LENGTH, *OPTIMIZER)
+    recipe = Recipe() if existing is None else replace(Recipe(), **{name: getattr(existing, name) for name in kept})
     if options.recipe is not None:
         recipe = settings.change(recipe, settings.read_toml(options.recipe), where=str(options.recipe))
     recipe = settings.change(recipe, options.changes or {}, taken=RECIPE_OPTIONS)
@@ -73,15 +82,43 @@ def for_new_run(recipe: Recipe, options: TrainOptions, device: str) -> Recipe:
     if options.extend_seconds is not None:
         raise AutosegError("--extend goes on with a run that is there, and there is none; begin it with --budget 2h")
     stated = options.epochs is not None or options.budget_seconds is not None
-    if options.recipe is not None:
-        stated = stated or not settings.read_toml(options.recipe).keys().isdisjoint(LENGTH)
-    if stated or device != "cpu":
+    if stated or states(options, LENGTH) or device != "cpu":
         return recipe
     print(
         f"training for {say_duration(CPU_BUDGET_SECONDS)}, because the default of {describe_length(recipe)} takes days "
         f"on a CPU; choose otherwise with --budget 8h or --epochs {recipe.epochs}"
     )
     return replace(recipe, budget_seconds=CPU_BUDGET_SECONDS)
+
+
+def states(options: TrainOptions, fields: Collection[str]) -> bool:
+    """Whether --set or the TOML file states one of these recipe fields."""
+    stated = {*(options.changes or ())}
+    if options.recipe is not None:
+        stated |= settings.read_toml(options.recipe).keys()
+    return not stated.isdisjoint(fields)
+
+
+def for_length(recipe: Recipe, options: TrainOptions, device: str, seconds_a_step: float | None) -> Recipe:
+    """The recipe of a run that begins, with the optimizer that its length asks for; said, unless the user states one.
+
+    seconds_a_step: as timed on this machine, None if it was not.
+    """
+    if states(options, OPTIMIZER):
+        return recipe
+    steps = recipe.epochs * recipe.steps_per_epoch
+    if recipe.budget_seconds is not None:
+        steps = min(steps, round(recipe.budget_seconds / (seconds_a_step or GUESSED_SECONDS.get(device, 0.1))))
+    if steps >= SHORT_STEPS:
+        return recipe
+    chosen = replace(recipe, **SHORT)
+    print(
+        f"about {steps} steps, fewer than {SHORT_STEPS}: {chosen.optimizer} at learning rate {chosen.learning_rate:g}, "
+        f"which learns sooner than {recipe.optimizer} at {recipe.learning_rate:g}; "
+        f"choose otherwise with --set optimizer={recipe.optimizer}",
+        flush=True,
+    )
+    return chosen
 
 
 def describe_length(recipe: Recipe) -> str:
