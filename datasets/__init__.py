@@ -70,6 +70,8 @@ class Import:
 
     description: str
     find: Callable[[Request], Draft]
+    takes: tuple[str, ...] = ()
+    """What it heeds beyond the source, channels and labels: masks, order, spacing_mm."""
     name: Callable[[str], str | None] = lambda source: None
     """The dataset name that follows from the source, if one does."""
 
@@ -81,10 +83,14 @@ IMPORTS: dict[str, Import] = {
         name=decathlon.dataset_name,
     ),
     "nnunet": Import(description="a raw dataset of nnU-Net v2, as it is", find=nnunet.find, name=nnunet.dataset_name),
-    "folders": Import(description="IMAGES and MASKS in any naming", find=folders.find),
-    "masks": Import(description="IMAGES and MASKS with one binary mask a structure", find=masks.find),
+    "folders": Import(description="IMAGES and MASKS in any naming", find=folders.find, takes=("masks",)),
+    "masks": Import(
+        description="IMAGES and MASKS with one binary mask a structure", find=masks.find, takes=("masks", "order")
+    ),
     "split": Import(description="FOLDER/{train,val}/{images,masks}; the split is kept", find=folders.find_split),
-    "hdf5": Import(description="image and label arrays in HDF5 files", find=hdf5.find),
+    "hdf5": Import(
+        description="image and label arrays in HDF5 files", find=hdf5.find, takes=("masks", "order", "spacing_mm")
+    ),
 }
 
 __all__ = [

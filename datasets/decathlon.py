@@ -6,6 +6,7 @@ passed over. From an archive only plain files of the known folders are taken, un
 """
 
 import json
+import lzma
 import re
 import shutil
 import tarfile
@@ -28,11 +29,10 @@ def find(request: Request) -> Draft:
     packed = source.is_file()
     top = unpack(source, request.scratch) if packed else task_folder(source)
     card = read_card(top)
-    channels = request.channels or named(card, "modality", top)
-    labels = {int(value): name for value, name in zip(card["labels"], named(card, "labels", top))}
-    labels[0] = "background"
-    entries = [training_entry(top, entry, channels, packed) for entry in card.get("training", ())]
-    entries += [test_entry(top, entry, channels, packed) for entry in card.get("test", ())]
+    channels = request.channels or tuple(named(card, "modality", top).values())
+    labels = {name: value for value, name in named(card, "labels", top).items() if value} | {"background": 0}
+    entries = [training_entry(top, listed, channels, packed) for listed in card.get("training") or ()]
+    entries += [test_entry(top, listed, channels, packed) for listed in card.get("test") or ()]
     if missing := [entry.shown for entry in entries if entry.shown[-1].startswith("missing")]:
         raise AutosegError(f"{source}: {len(missing)} listed files are {missing[0][-1]}; unpack or download it again")
     if not any(entry.part == "Tr" for entry in entries):
@@ -40,7 +40,7 @@ def find(request: Request) -> Draft:
     return Draft(
         entries=tuple(entries),
         channels=channels,
-        labels={name: value for value, name in sorted(labels.items())} if not request.labels else dict(request.labels),
+        labels=dict(request.labels) or dict(sorted(labels.items(), key=lambda label: label[1])),
         ending=".nii.gz",
         facts={key: card[key] for key in FACTS if isinstance(card.get(key), str)},
     )
@@ -73,12 +73,10 @@ def read_card(top: Path) -> dict[str, Any]:
     return card
 
 
-def named(card: dict[str, Any], key: str, top: Path) -> tuple[str, ...]:
-    """The names of {"0": name, ...} in order."""
+def named(card: dict[str, Any], key: str, top: Path) -> dict[int, str]:
+    """{"0": name, ...} with its numbers as numbers, in order."""
     try:
-        order = sorted(card[key], key=int)
-        card[key] = {number: card[key][number] for number in order}
-        return tuple(str(card[key][number]) for number in order)
+        return {int(number): str(card[key][number]) for number in sorted(card[key], key=int)}
     except ValueError:
         raise AutosegError(f"{top / 'dataset.json'}: the keys of {key} must be numbers, found {[*card[key]]}") from None
 
@@ -92,8 +90,11 @@ def training_entry(top: Path, listed: Any, channels: tuple[str, ...], move: bool
 
 
 def test_entry(top: Path, listed: Any, channels: tuple[str, ...], move: bool) -> Entry:
-    """The entry of a test image, which has no label."""
-    return entry_of(at(top, "imagesTs", listed if isinstance(listed, str) else listed["image"]), None, channels, move)
+    """The entry of a test image, which has no label; some releases list it like a training case."""
+    image = listed.get("image") if isinstance(listed, dict) else listed
+    if not isinstance(image, str):
+        raise AutosegError(f"{top / 'dataset.json'}: a test case must be the path of an image: {listed}")
+    return entry_of(at(top, "imagesTs", image), None, channels, move)
 
 
 def at(top: Path, folder: str, listed: str) -> Path:
@@ -129,6 +130,7 @@ def unpack(archive: Path, scratch: Path) -> Path:
     Links, devices and everything outside the known folders are passed over, so that nothing is written elsewhere.
     Raises AutosegError for what is no archive, is truncated, names a file twice or would not fit on the disk.
     """
+    print(f"unpacking {archive} ({archive.stat().st_size / 1e9:.2f} GB)", flush=True)
     taken: set[str] = set()
     free = shutil.disk_usage(scratch).free
     try:
@@ -151,7 +153,7 @@ def unpack(archive: Path, scratch: Path) -> Path:
             # gzip keeps its checksum at the very end, behind what tarfile reads.
             while opened.fileobj is not None and opened.fileobj.read(1 << 20):
                 pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise AutosegError(f"{archive} cannot be unpacked, it is truncated or no .tar ({error})") from None
     if "dataset.json" not in taken:
         raise AutosegError(f"{archive} holds no dataset.json beside imagesTr; it is no task of the Decathlon")
@@ -161,7 +163,8 @@ def unpack(archive: Path, scratch: Path) -> Path:
 def wanted(member: tarfile.TarInfo) -> str | None:
     """Where a member belongs: dataset.json or FOLDER/FILE; None for what is not wanted."""
     parts = PurePosixPath(member.name).parts
-    if not member.isfile() or not parts or parts[-1].startswith(".") or ".." in parts:
+    # Back slashes and colons would lead elsewhere on Windows.
+    if not member.isfile() or not parts or parts[-1].startswith(".") or ".." in parts or set("\\:") & set(parts[-1]):
         return None
     if parts[-1] == "dataset.json" and len(parts) <= 2:
         return parts[-1]

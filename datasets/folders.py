@@ -13,7 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from autoseg.datasets.importing import Draft, Entry, Part, Place, Request, common_ending, ending_of, files_at, put
+from autoseg.datasets.importing import (
+    Draft,
+    Entry,
+    Part,
+    Place,
+    Request,
+    apart,
+    common_ending,
+    ending_of,
+    files_at,
+    put,
+)
 from autoseg.datasets.pairing import case_names, pair, stems, within, words
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import read_labels, read_stored
@@ -33,17 +44,25 @@ def find(request: Request) -> Draft:
     """The pairs of two folders (or quoted patterns) of images and masks."""
     if request.masks is None:
         raise AutosegError("say where the masks are: autoseg dataset import folders IMAGES MASKS -d Dataset001_Name")
-    return draft_of(request, [("", "Tr", files_at(request.source), files_at(request.masks))])
+    return draft_of(request, [("", "Tr", *apart(files_at(request.source), files_at(request.masks)))])
 
 
 def find_split(request: Request) -> Draft:
-    """The pairs of FOLDER/{train,val}/{images,masks}, as one fold; FOLDER/test becomes imagesTs and labelsTs."""
+    """The pairs of FOLDER/{train,val}/{images,masks}, as one fold; FOLDER/test becomes imagesTs and labelsTs.
+
+    A test folder without masks is passed over, with a note: it is what `predict` takes as it is.
+    """
     top = Path(request.source).expanduser()
     parts: list[tuple[str, Part, list[Path], list[Path]]] = []
+    notes: tuple[str, ...] = ()
     for folder in sorted(entry for entry in top.iterdir() if entry.is_dir()) if top.is_dir() else ():
-        if (part := PARTS.get(folder.name.lower())) is not None:
-            images, masks = (files_at(str(one_of(folder, names))) for names in (IMAGES, MASKS))
-            parts.append((part, "Ts" if part == "test" else "Tr", images, masks))
+        if (part := PARTS.get(folder.name.lower())) is None:
+            continue
+        if part == "test" and not any(entry.name.lower() in MASKS for entry in folder.iterdir()):
+            notes = (f"{folder} has no masks and is left out; its images can be given to autoseg predict",)
+            continue
+        images, masks = (files_at(str(one_of(folder, names))) for names in (IMAGES, MASKS))
+        parts.append((part, "Ts" if part == "test" else "Tr", images, masks))
     found = [part for part, *_ in parts]
     if sorted(set(found) & {"train", "val"}) != ["train", "val"] or len(found) > len(set(found)):
         raise AutosegError(f"{top} must hold one folder train and one folder val, each with images and masks")
@@ -51,7 +70,7 @@ def find_split(request: Request) -> Draft:
     fold = {
         part: tuple(e.case for e in draft.entries if e.shown[0].startswith(f"{part}: ")) for part in ("train", "val")
     }
-    return replace(draft, folds=(fold,))
+    return replace(draft, folds=(fold,), notes=(*draft.notes, *notes))
 
 
 def one_of(folder: Path, names: Sequence[str]) -> Path:
@@ -68,15 +87,11 @@ def draft_of(request: Request, parts: Sequence[tuple[str, Part, list[Path], list
     left_over: list[str] = []
     paired: list[tuple[tuple[Path, ...], Path]] = []
     ending = common_ending(
-        [path for *_, images, masks in parts for path in set(images) - set(masks)],
+        [path for *_, images, _ in parts for path in images],
         [path for *_, masks in parts for path in masks],
     )
     for name, part, images, masks in parts:
-        images = [path for path in images if path not in set(masks)]
-        if not images:
-            raise AutosegError("all images are masks too; give patterns that tell them apart, like 'data/*/t1.nii.gz'")
-        whole = len(request.channels) < 2 or len(read_stored(images[0]).array) == len(request.channels)
-        cases = by_channel(images, () if whole else request.channels)
+        cases = by_channel(images, request.channels)
         image_names, mask_names = list(cases), names_of(masks)
         pairs = pair(image_names, mask_names)
         left_over += [f"{name}: {line}" if name else line for line in pairs.left_over]
@@ -118,12 +133,13 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 def by_channel(images: Sequence[Path], channels: Sequence[str]) -> dict[str, tuple[Path, ...]]:
     """Name of a case -> its files, one a channel where names end in _0000, _0001, ... or hold the channels' names.
 
-    Without channels each file is a case. Raises AutosegError if a case lacks a channel or has two files for one.
+    Without channels, and where the first file holds them all, each file is a case. Raises AutosegError if a case lacks
+    a channel or has two files for one.
     """
     names = names_of(images)
-    marks = [[n for n, channel in enumerate(channels) if within(words(channel), words(name))] for name in names]
-    if len(channels) < 2:
+    if len(channels) < 2 or len(read_stored(images[0]).array) == len(channels):
         return dict(zip(names, ((image,) for image in images)))
+    marks = [[n for n, channel in enumerate(channels) if within(words(channel), words(name))] for name in names]
     if all(re.search(r"_\d{4}$", name) and int(name[-4:]) < len(channels) for name in names):
         marks = [[int(name[-4:])] for name in names]
         bare = [name[:-5] for name in names]

@@ -5,15 +5,16 @@ Which array of a file is which is told by its name, and by there being no other.
 spacing is asked for unless the arrays carry an attribute `spacing` (mm, in array order) or `element_size_um`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from autoseg.datasets.folders import name_values
-from autoseg.datasets.importing import Draft, Entry, Overlaps, Place, Request, encode, merge
+from autoseg.datasets.folders import MOST_VALUES, name_values
+from autoseg.datasets.importing import Draft, Entry, Overlaps, Place, Request, encode, merge, whole_order
 from autoseg.datasets.pairing import case_names, pair, stems
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import Stored
@@ -41,10 +42,29 @@ class Array:
         called = self.name.rsplit("/")[-1].lower()
         return self.path.name.lower().endswith(LABEL_ENDINGS) or any(word in called for word in LABEL_WORDS)
 
+    def spacing_in(self, space: tuple[int, ...]) -> Triple | None:
+        """The voxel size (Z, Y, X) in mm for an array of the shape `space` without channels; None if not stated."""
+        stated = self.spacing_mm or ()
+        if len(stated) < len(space) or not all(0 < value < float("inf") for value in stated):
+            return None
+        z, y, x = (1.0, *stated)[-3:]
+        return z, y, x
+
     def read(self) -> np.ndarray:
         """The voxels."""
         with h5py().File(self.path, "r") as file:
             return np.asarray(file[self.name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a label array holds: its shape in space, its values and, if it is one-hot, how many classes."""
+
+    space: tuple[int, ...]
+    values: frozenset[int]
+    classes: int | None
+    complete: bool
+    """Whether each voxel has exactly one of the one-hot classes."""
 
 
 def h5py() -> Any:
@@ -57,7 +77,7 @@ def h5py() -> Any:
 
 
 def arrays_of(path: Path) -> list[Array]:
-    """Every numeric array of two to five axes in a file. Raises AutosegError if it is no HDF5."""
+    """Every numeric array of two to four axes in a file. Raises AutosegError if it is no HDF5."""
     found: list[Array] = []
 
     def visit(name: str, item: Any) -> None:
@@ -93,68 +113,85 @@ def find(request: Request) -> Draft:
     if not pairs:
         raise AutosegError("no image array has labels:\n" + "\n".join(f"  {line}" for line in left_over[:20]))
     spacing = request.spacing_mm
-    if spacing is None and any(image.spacing_mm is None for image, _ in pairs):
+    silent = [image.path for image, labels in pairs if image.spacing_in(layout_of(image, labels)[0]) is None]
+    if spacing is None and silent:
         raise AutosegError(
-            "the files do not say how large their voxels are; give --spacing Z,Y,X in mm (1,1,1 if it truly is unknown)"
+            f"{silent[0]} does not say how large its voxels are; give --spacing Z,Y,X in mm (1,1,1 if it truly is "
+            "unknown)"
         )
-
-    def look(both: tuple[Array, Array]) -> tuple[tuple[int, ...], int | None, set[int], bool]:
-        """Shape in space, one-hot axis, label values, whether each voxel has exactly one of the one-hot classes."""
-        shape, hot = layout_of(*both)
-        labels = both[1].read()
-        values = np.unique(labels)
-        if not np.array_equal(values, np.rint(values)):
-            raise AutosegError(f"{both[1].path}: {both[1].name} holds fractions, so it is no label array")
-        if hot is not None and values.max() > 1:
-            raise AutosegError(f"{both[1].path}: {both[1].name} has an axis of classes but other values than 0 and 1")
-        complete = hot is not None and bool((labels.sum(hot) == 1).all())
-        return shape, hot, set(values.astype(int).tolist()), complete
 
     seen = raise_failures(
         map_cases(look, pairs, name=lambda p: p[1].path.name, what="look at labels", workers=request.workers),
         "looking at labels",
     )
-    hot = [axis is not None for _, axis, _, _ in seen]
-    if any(hot) != all(hot):
-        raise AutosegError("some label arrays are one-hot and some are not; import them separately")
-    given = dict(request.labels)
-    first = 0
-    if all(hot):
-        counts = {labels.shape[axis] for (_, labels), (_, axis, _, _) in zip(pairs, seen) if axis is not None}
-        if len(counts) > 1:
-            raise AutosegError(f"label arrays have {sorted(counts)} classes; they must agree")
-        count = counts.pop()
-        named = [name for name in given if name != "background"]
-        first = 1 if (len(named) == count - 1 if named else all(complete for *_, complete in seen)) else 0
-        if named and len(named) != count - first:
-            raise AutosegError(f"{len(named)} labels are named, the arrays have {count} classes")
-        names_in = named or [f"class_{n + 1}" for n in range(count - first)]
-        values = {"background": 0} | {name: given.get(name, n + 1) for n, name in enumerate(names_in)}
+    given, first = dict(request.labels), 0
+    notes: tuple[str, ...] = ()
+    if any(one.classes for one in seen):
+        values, first = one_hot_classes(seen, given)
+        kind = "the first is background" if first else "background is where none is set"
+        notes = (f"labels are one-hot, {len(values) - 1} classes; {kind}",)
     else:
-        values = name_values(set().union(*(found for _, _, found, _ in seen)), given)
-    channels = channel_count(*pairs[0])
-    ids = case_names(names)
-    entries = tuple(
-        Entry(
-            case=case,
-            shown=(f"{image.path.name}:{image.name} {image.shape}", f"{labels.path.name}:{labels.name} {labels.shape}"),
-            write=writer(image, labels, spacing, values, request.order, first),
-        )
-        for case, (image, labels) in zip(ids, pairs)
-    )
-    draft = Draft(
-        entries=entries,
+        values = name_values(set().union(*(one.values for one in seen)), given)
+        if request.order:
+            raise AutosegError("--order is for one-hot labels, and those of these files are label maps; leave it out")
+    order = whole_order(request.order, [name for name in values if name != "background"])
+    channels = 1 if (axis := channel_axis(pairs[0][0].shape, seen[0].space)) is None else pairs[0][0].shape[axis]
+    return Draft(
+        entries=tuple(
+            Entry(
+                case=case,
+                shown=tuple(f"{array.path.name}:{array.name} {array.shape}" for array in (image, labels)),
+                write=partial(write_case, image, labels, spacing, values, order, first),
+            )
+            for case, (image, labels) in zip(case_names(names), pairs)
+        ),
         channels=request.channels or (("image",) if channels == 1 else tuple(f"channel_{n}" for n in range(channels))),
         labels=values,
         ending=".nii.gz",
+        notes=notes,
         left_over=left_over,
         guessed=True,
         ordered=bool(request.order),
     )
-    if all(hot):
-        kind = "the first is background" if first else "background is where none is set"
-        draft = replace(draft, notes=(f"labels are one-hot, {len(values) - 1} classes; {kind}",))
-    return draft
+
+
+def look(both: tuple[Array, Array]) -> Seen:
+    """What the label array of a pair holds. Raises AutosegError if it holds no labels."""
+    space, hot = layout_of(*both)
+    labels = both[1].read()
+    values = np.unique(labels)
+    called = f"{both[1].path}: {both[1].name}"
+    if not np.array_equal(values, np.rint(values)):
+        raise AutosegError(f"{called} holds fractions, so it is no label array")
+    if len(values) > MOST_VALUES:
+        raise AutosegError(f"{called} holds {len(values)} values; it is an image, or gives each object its own number")
+    if hot is not None and not set(values.tolist()) <= {0, 1}:
+        raise AutosegError(f"{called} has an axis of classes but other values than 0 and 1")
+    return Seen(
+        space=space,
+        values=frozenset(values.astype(int).tolist()),
+        classes=None if hot is None else labels.shape[hot],
+        complete=hot is not None and bool((labels.sum(hot) == 1).all()),
+    )
+
+
+def one_hot_classes(seen: Sequence[Seen], given: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Names and values of one-hot classes, and the position of the first that is no background: 0 or 1.
+
+    The first is background if one fewer is named, or if none is named and each voxel has exactly one class.
+    """
+    if None in (counts := {one.classes for one in seen}):
+        raise AutosegError("some label arrays are one-hot and some are not; import them separately")
+    count, *others = sorted(counts)  # type: ignore[type-var]
+    assert count is not None
+    if others:
+        raise AutosegError(f"label arrays have {sorted(counts)} classes; they must agree")  # type: ignore[type-var]
+    named = [name for name in given if name != "background"]
+    first = 1 if (len(named) == count - 1 if named else all(one.complete for one in seen)) else 0
+    if named and len(named) != count - first:
+        raise AutosegError(f"{len(named)} labels are named, the arrays have {count} classes; name each, in their order")
+    names = named or [f"class_{n + 1}" for n in range(count - first)]
+    return {"background": 0} | {name: given.get(name, n + 1) for n, name in enumerate(names)}, first
 
 
 def hdf5_files(path: Path) -> list[Path]:
@@ -197,9 +234,11 @@ def layout_of(image: Array, labels: Array) -> tuple[tuple[int, ...], int | None]
 
     Raises AutosegError if the two shapes do not belong together.
     """
-    if image.shape == labels.shape:
+    if image.shape == labels.shape and len(image.shape) < 4:
         return image.shape, None
-    for hot in (None, -1, 0):
+    # Where both ends fit, the axis of the classes is the shorter one.
+    ends = (-1, 0) if labels.shape[-1] <= labels.shape[0] else (0, -1)
+    for hot in (None, *ends):
         space = labels.shape if hot is None else labels.shape[:-1] if hot == -1 else labels.shape[1:]
         # With a channel axis as well as one-hot labels, only four axes leave no doubt about which is which.
         channels = (image.shape[:-1], image.shape[1:]) if hot is None or len(image.shape) == 4 else ()
@@ -208,45 +247,38 @@ def layout_of(image: Array, labels: Array) -> tuple[tuple[int, ...], int | None]
     raise AutosegError(f"{image.path}: image {image.shape} and labels {labels.shape} do not belong together")
 
 
-def channel_count(image: Array, labels: Array) -> int:
-    """Channels of an image array."""
-    shape, _ = layout_of(image, labels)
-    return 1 if shape == image.shape else image.shape[-1] if image.shape[:-1] == shape else image.shape[0]
+def channel_axis(shape: tuple[int, ...], space: tuple[int, ...]) -> int | None:
+    """The channel axis of an image array of this shape: 0, -1, or None without one."""
+    return None if shape == space else -1 if shape[:-1] == space else 0
 
 
-def writer(
+def write_case(
     image: Array,
     labels: Array,
     spacing_mm: Triple | None,
     values: dict[str, int],
     order: Sequence[str],
     first: int,
-) -> Callable[[Place], Overlaps]:
-    """What writes one case as NIfTI: one file a channel, and the labels."""
-
-    def write(place: Place) -> Overlaps:
-        shape, hot = layout_of(image, labels)
-        spacing = spacing_mm or (1.0, *(image.spacing_mm or ()))[-3:]
-        full: tuple[int, int, int] = (1, *shape)[-3:]  # type: ignore[assignment]
-        grid = Grid(shape=full, spacing_mm=spacing, dimension=2 if len(shape) == 2 else 3)  # type: ignore[arg-type]
-        voxels = image.read()
-        if voxels.shape[1:] == shape and voxels.ndim > len(shape):
-            channels = voxels
-        else:
-            channels = np.moveaxis(voxels.reshape(*shape, -1), -1, 0)
-        stored = Stored(array=plain(channels.reshape(-1, *full)), grid=grid)
-        for channel in range(len(stored.array)):
-            encode(stored, place.image(channel), channel)
-        found, overlaps = labels.read(), Overlaps()
-        if hot is not None:
-            planes = np.moveaxis(found, hot, 0)[first:]
-            named = [name for name in values if name != "background"]
-            found, overlaps = merge(dict(zip(named, planes)), values, order or named)
-        found = found if found.dtype.kind in "iu" else found.astype(np.int32)
-        encode(Stored(array=found.reshape(1, *full), grid=grid), place.label)
-        return overlaps
-
-    return write
+    place: Place,
+) -> Overlaps:
+    """Write one case as NIfTI, one file a channel, and its labels; returns the overlaps of one-hot classes."""
+    space, hot = layout_of(image, labels)
+    z, y, x = (1, *space)[-3:]
+    spacing = spacing_mm or image.spacing_in(space)
+    assert spacing is not None
+    grid = Grid(shape=(z, y, x), spacing_mm=spacing, dimension=2 if len(space) == 2 else 3)
+    voxels, axis = image.read(), channel_axis(image.shape, space)
+    channels = voxels if axis is None else np.moveaxis(voxels, axis, 0)
+    stored = Stored(array=plain(channels.reshape(-1, z, y, x)), grid=grid)
+    for channel in range(len(stored.array)):
+        encode(stored, place.image(channel), channel)
+    found, overlaps = labels.read(), Overlaps()
+    if hot is not None:
+        planes = np.moveaxis(found, hot, 0)[first:]
+        found, overlaps = merge(dict(zip((name for name in values if name != "background"), planes)), values, order)
+    found = found if found.dtype.kind in "iu" else found.astype(np.int32)
+    encode(Stored(array=found.reshape(1, z, y, x), grid=grid), place.label)
+    return overlaps
 
 
 def plain(array: np.ndarray) -> np.ndarray:

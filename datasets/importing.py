@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,43 +135,44 @@ def files_at(text: str) -> list[Path]:
     return known
 
 
-def put(source: Path, target: Path, *, link: bool = False, move: bool = False, like: Path | None = None) -> None:
+def apart(images: Sequence[Path], masks: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Images and masks without the files that both lists hold: they stay in the shorter one, whose pattern says more.
+
+    Raises AutosegError if nothing tells them apart.
+    """
+    both = set(images) & set(masks)
+    if both and len(images) == len(masks):
+        raise AutosegError("all images are masks too; give patterns that tell them apart, like 'data/*/t1.nii.gz'")
+    short = len(images) < len(masks)
+    return (
+        [path for path in images if short or path not in both],
+        [path for path in masks if not short or path not in both],
+    )
+
+
+def put(source: Path, target: Path, *, move: bool = False, like: Path | None = None) -> None:
     """Put an image file at `target`, without loss: its bytes where the ending is the same, else encoded anew.
 
-    link: share the bytes with the source where the file system can. like: the image of a mask that knows no voxel size
-    and so takes the grid of that image, if the shapes agree.
+    like: the image of a mask, which lends its grid to a mask that knows no voxel size.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     # A header that names the file of its voxels would point to nothing under a new name.
     alone = len([file for file in files_of(source) if file.suffix != ".json"]) == 1
     if not (alone and target.name.lower().endswith(ending_of(source))):
-        encode(decode_for(source, like), target)
+        stored = read_stored(source, indices=like is not None)
+        encode(stored if like is None or stored.sized else on_grid_of(stored, read_stored(like)), target)
         return
     for file in files_of(source):
         to = target if file == source else target.with_suffix(".json")
         if move:
             os.replace(file, to)
-        elif not link or not linked(file, to):
+        else:
             shutil.copyfile(file, to)
 
 
-def linked(source: Path, target: Path) -> bool:
-    """Give `source` a second name `target`; False where the file system or the owner does not allow it."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        return False
-    return True
-
-
-def decode_for(mask: Path, like: Path | None) -> Stored:
-    """A decoded mask, or image if `like` is None; a mask without voxel size is put on the grid of the image `like`."""
-    stored = read_stored(mask, indices=like is not None)
-    if like is not None and not stored.sized:
-        image = read_stored(like)
-        if image.grid.shape == stored.grid.shape:
-            return Stored(array=stored.array, grid=image.grid)
-    return stored
+def on_grid_of(mask: Stored, image: Stored) -> Stored:
+    """A mask that knows no voxel size, voxel by voxel on the grid of its image; as it is where the shapes differ."""
+    return replace(mask, grid=image.grid) if mask.grid.shape == image.grid.shape else mask
 
 
 def encode(stored: Stored, target: Path, channel: int | None = None) -> None:
@@ -200,13 +201,17 @@ def staging(target: Path) -> Iterator[Path]:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise AutosegError(f"{target} exists; choose another dataset name with -d, or remove it first")
         remove_leftovers(target.parent, (target.name,))
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        around = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        # tempfile gives a folder to its owner alone; the one inside may be read by whom the user lets read.
+        folder = around / target.name
         try:
-            folder.chmod(0o755)
+            folder.mkdir()
             yield folder
+            if target.is_dir():
+                target.rmdir()
             os.replace(folder, target)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(around, ignore_errors=True)
 
 
 def write_draft(draft: Draft, folder: Path, workers: int | None) -> Overlaps:
@@ -214,9 +219,12 @@ def write_draft(draft: Draft, folder: Path, workers: int | None) -> Overlaps:
 
     Returns the voxels that two classes claimed. Raises AutosegError that names every case that failed.
     """
-    doubled = [case for case, count in Counter(e.case for e in draft.entries).items() if count > 1]
+    # Windows and macOS take names that differ only in capitals for the same.
+    doubled = [case for case, count in Counter(e.case.casefold() for e in draft.entries).items() if count > 1]
     if doubled:
-        raise AutosegError(f"two files would become case {doubled[0]}; rename one of them")
+        both = [entry for entry in draft.entries if entry.case.casefold() == doubled[0]]
+        shown = " and ".join(entry.shown[0] for entry in both[:2])
+        raise AutosegError(f"{shown} would both become case {both[0].case}; rename one of them")
 
     def one(entry: Entry) -> Overlaps:
         return entry.write(Place(folder=folder, part=entry.part, case=entry.case, ending=draft.ending)) or Counter()
@@ -238,7 +246,7 @@ def write_draft(draft: Draft, folder: Path, workers: int | None) -> Overlaps:
         "file_ending": draft.ending,
         **draft.facts,
     }
-    (folder / "dataset.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    (folder / "dataset.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return overlaps
 
 
@@ -247,21 +255,28 @@ def overlap_table(overlaps: Overlaps) -> str:
     return "\n".join(f"  {won} over {lost}: {count} voxels" for (lost, won), count in sorted(overlaps.items()))
 
 
+def whole_order(order: Sequence[str], structures: Sequence[str]) -> tuple[str, ...]:
+    """The order of overlap: `order` if given, else that of `structures`. Raises AutosegError if it leaves one out."""
+    if order and set(order) != set(structures):
+        raise AutosegError(f"--order must name each of {', '.join(structures)} once, found {', '.join(order)}")
+    return tuple(order or structures)
+
+
 def merge(masks: dict[str, np.ndarray], values: dict[str, int], order: Sequence[str]) -> tuple[np.ndarray, Overlaps]:
     """Binary masks (Z, Y, X) by class -> one label map, the later class of `order` on top, and the overlaps.
 
-    The overlap of a pair of classes are the voxels that both claim, whether or not a third one covers them.
+    Classes may lack a mask, but not a place in `order`. The overlap of a pair of classes are the voxels that both
+    claim, whether or not a third one covers them.
     """
     shape = next(iter(masks.values())).shape
     kind = np.uint8 if max(values.values()) < 256 and min(values.values()) >= 0 else np.int32
     labels = np.full(shape, values["background"], kind)
     claimed: Overlaps = Counter()
-    for place, name in enumerate(order):
-        if name not in masks:
-            continue
+    present = sorted(masks, key=order.index)
+    for place, name in enumerate(present):
         inside = masks[name].astype(bool)
-        for lower in order[:place]:
-            if lower in masks and (count := int(np.count_nonzero(masks[lower].astype(bool) & inside))):
+        for lower in present[:place]:
+            if count := int(np.count_nonzero(masks[lower].astype(bool) & inside)):
                 claimed[lower, name] += count
         labels[inside] = values[name]
     return labels, claimed

@@ -6,31 +6,31 @@ each pair of structures; without an order they are refused, since which one is r
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from autoseg.datasets.folders import channels_of
+from autoseg.datasets.folders import by_channel, channels_of, names_of
 from autoseg.datasets.importing import (
     Draft,
     Entry,
     Overlaps,
     Place,
     Request,
+    apart,
     common_ending,
-    ending_of,
     files_at,
     merge,
+    on_grid_of,
     put,
+    whole_order,
 )
-from autoseg.datasets.pairing import Pairs, case_names, pair, stems, within, words
-from autoseg.readers import read_labels, read_stored, write_labels
+from autoseg.datasets.pairing import Pairs, case_names, pair, within, words
+from autoseg.readers import read_stored, whole_labels, write_labels
 from autoseg.records import AutosegError
 from autoseg.volume import canonical_grid, mismatch
-
-SHOWN = 8
-"""Structures of a case that the table names."""
 
 ByCase = dict[str, dict[str, Path]]
 """Case -> structure -> file."""
@@ -40,30 +40,30 @@ def find(request: Request) -> Draft:
     """The images of one folder (or quoted pattern) with their masks of another."""
     if request.masks is None:
         raise AutosegError("say where the masks are: autoseg dataset import masks IMAGES MASKS -d Dataset001_Name")
-    images = files_at(request.source)
-    masks = [path for path in files_at(request.masks) if path not in set(images)]
-    image_names, mask_names = (stems(files, [len(ending_of(f)) for f in files]) for files in (images, masks))
-    named = tuple(request.order) or tuple(name for name, _ in request.labels if name != "background")
-    groups, pairs = best_grouping(image_names, dict(zip(mask_names, masks)), named)
-    cases = list(groups)
+    scans, masks = apart(files_at(request.source), files_at(request.masks))
+    images = by_channel(scans, request.channels)
+    named = tuple(name for name, _ in request.labels if name != "background") or request.order
+    groups, pairs = best_grouping(list(images), dict(zip(names_of(masks), masks)), named)
+    cases, files = list(groups), list(images.values())
     structures = named or tuple(sorted({structure for group in groups.values() for structure in group}))
+    order = whole_order(request.order, structures)
     given = dict(request.labels)
     values = {"background": 0} | {name: given.get(name, n + 1) for n, name in enumerate(structures)}
-    ids = case_names(image_names)
+    ids = case_names(list(images))
     absent = {name: sum(name not in groups[cases[m]] for _, m in pairs.found) for name in structures}
-    channels, notes = channels_of(images[:1], request)
+    channels, notes = channels_of(files[0], request)
     return Draft(
         entries=tuple(
             Entry(
                 case=ids[i],
-                shown=(image_names[i], f"{cases[m]}: {', '.join(sorted(groups[cases[m]])[:SHOWN])}".removeprefix(": ")),
-                write=masks_writer(images[i], groups[cases[m]], values, structures),
+                shown=(list(images)[i], f"{cases[m]}: {', '.join(groups[cases[m]])}".removeprefix(": ")),
+                write=partial(write_case, files[i], groups[cases[m]], values, order),
             )
             for i, m in pairs.found
         ),
         channels=channels,
         labels=values,
-        ending=common_ending(images, masks[:0]),
+        ending=common_ending(scans, ()),
         notes=(
             *notes,
             *(f"{name} has no mask in {count} cases: taken as absent" for name, count in absent.items() if count),
@@ -120,31 +120,30 @@ def by_name(masks: Mapping[str, Path], structures: Sequence[str]) -> ByCase:
     return dict(groups)
 
 
-def masks_writer(
-    image: Path, masks: Mapping[str, Path], values: dict[str, int], order: Sequence[str]
-) -> Callable[[Place], Overlaps]:
-    """What writes one image and its merged labels."""
+def write_case(
+    images: Sequence[Path], masks: Mapping[str, Path], values: dict[str, int], order: Sequence[str], place: Place
+) -> Overlaps:
+    """Put the images of one case and its merged labels in their places; returns the overlaps.
 
-    def write(place: Place) -> Overlaps:
-        stored = read_stored(image)
-        grid = canonical_grid(stored.grid)
-        inside: dict[str, np.ndarray] = {}
-        for name, path in masks.items():
-            decoded = read_stored(path, indices=True)
-            volume, _ = read_labels(path)
-            difference = mismatch(grid, volume.grid)
-            if difference and (decoded.sized or volume.grid.shape != grid.shape):
-                raise AutosegError(f"{path} and {image} differ in {difference}; export the mask on the image's grid")
-            found = np.unique(volume.array)
-            if np.count_nonzero(found) > 1:
-                raise AutosegError(
-                    f"{path} holds the values {', '.join(map(str, found[:5]))}, so it is no binary mask; for label "
-                    "maps use: autoseg dataset import folders"
-                )
-            inside[name] = volume.array[0] != 0
-        labels, overlaps = merge(inside, values, order)
-        put(image, place.image())
-        write_labels(labels, stored.grid, place.label)
-        return overlaps
-
-    return write
+    Raises AutosegError for masks on another grid than the image, and for those of several values.
+    """
+    image = read_stored(images[0])
+    grid = canonical_grid(image.grid)
+    inside: dict[str, np.ndarray] = {}
+    for name, path in masks.items():
+        mask = read_stored(path, indices=True)
+        volume, _ = whole_labels(mask if mask.sized else on_grid_of(mask, image), path)
+        if difference := mismatch(grid, volume.grid):
+            raise AutosegError(f"{path} and {images[0]} differ in {difference}; export the mask on the image's grid")
+        found = np.unique(volume.array)
+        if np.count_nonzero(found) > 1:
+            raise AutosegError(
+                f"{path} holds the values {', '.join(map(str, found[:5]))}, so it is no binary mask; for label "
+                "maps use: autoseg dataset import folders"
+            )
+        inside[name] = volume.array[0] != 0
+    labels, overlaps = merge(inside, values, order)
+    for channel, path in enumerate(images):
+        put(path, place.image(channel))
+    write_labels(labels, image.grid, place.label)
+    return overlaps

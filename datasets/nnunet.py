@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autoseg.datasets.importing import Draft, Entry, Place, Request, linked
+from autoseg.datasets.importing import Draft, Entry, Place, Request
 from autoseg.records import AutosegError
 
 FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
@@ -20,40 +20,29 @@ SPLITS = "splits_final.json"
 def find(request: Request) -> Draft:
     """All files of the dataset folder, one entry a file."""
     top = Path(request.source).expanduser().resolve()
-    path = top / "dataset.json"
-    if not path.is_file():
-        raise AutosegError(
-            f"{top} has no dataset.json; give a raw dataset folder of nnU-Net, like nnUNet_raw/Dataset001_X"
-        )
-    try:
-        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-        labels, ending = card["labels"], card["file_ending"]
-        channels = tuple(card["channel_names"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AutosegError(
-            f"{path} lacks {error}; nnU-Net v2 needs channel_names, labels and file_ending (a task of the Decathlon: "
-            "use `import msd`)"
-        ) from None
-    for entry in card.get("dataset", {}).values():
-        # Where cases are listed, their files stay where they are.
-        entry["images"] = [str(top / os.path.expandvars(image)) for image in entry["images"]]
-        entry["label"] = str(top / os.path.expandvars(entry["label"]))
+    card = read_card(top / "dataset.json")
+    channels, labels, ending = (card.pop(key) for key in ("channel_names", "labels", "file_ending"))
+    if isinstance(card.get("dataset"), dict):
+        card["dataset"] = {case: where_it_is(entry, top) for case, entry in card["dataset"].items()}
     files = [file for name in FOLDERS for file in sorted((top / name).glob("*")) if file.is_file()]
-    files += [splits] if (splits := find_splits(top)) else []
+    training = sum(file.parent.name == "labelsTr" and file.name.endswith(ending) for file in files)
+    targets = {file.relative_to(top).as_posix(): file for file in files if not file.name.startswith(".")}
+    notes: tuple[str, ...] = ("files share their bytes with the source, if on one disk: what edits one edits both",)
+    if splits := find_splits(top):
+        targets[SPLITS] = splits
+        notes += (f"folds of {splits}",)
     return Draft(
         entries=tuple(
-            Entry(case=file.relative_to(top).as_posix() if top in file.parents else file.name, shown=(file.name,),
-                  write=partial(place_file, file, top))
-            for file in files
-            if not file.name.startswith(".")
+            Entry(case=target, shown=(target,), write=partial(place_file, file, target))
+            for target, file in targets.items()
         ),
         unit="files",
         channels=request.channels or channels,
         labels=dict(request.labels) or labels,
         ending=ending,
-        facts={key: value for key, value in card.items() if key not in ("channel_names", "labels", "file_ending")},
-        notes=(f"folds of {splits}",) if splits else (),
-    )  # fmt: skip
+        facts={"numTraining": training} | card,
+        notes=notes,
+    )
 
 
 def dataset_name(source: str) -> str | None:
@@ -62,15 +51,47 @@ def dataset_name(source: str) -> str | None:
     return name if name.startswith("Dataset") else None
 
 
+def read_card(path: Path) -> dict[str, Any]:
+    """The content of dataset.json, its channel names in order as a tuple. Raises AutosegError if it is no v2 dataset.
+
+    Only what is needed here is looked at; the dataset is checked before it gets its name.
+    """
+    if not path.is_file():
+        raise AutosegError(f"{path} does not exist; give a raw dataset folder of nnU-Net, like nnUNet_raw/Dataset001_X")
+    try:
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        named = card["channel_names"]
+        card["channel_names"] = tuple(named[number] for number in sorted(named, key=int))
+        if not isinstance(card["labels"], dict) or not isinstance(card["file_ending"], str):
+            raise TypeError("labels or file_ending of another kind")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AutosegError(
+            f"{path} cannot be understood ({error}); nnU-Net v2 needs channel_names, labels and file_ending (a task of "
+            "the Decathlon: use `import msd`)"
+        ) from None
+    return card
+
+
+def where_it_is(entry: Any, top: Path) -> Any:
+    """A case of the list `dataset`, with absolute paths: where cases are listed, their files stay where they are."""
+    try:
+        found = {**entry, "images": [str(top / os.path.expandvars(image)) for image in entry["images"]]}
+        return found | {"label": str(top / os.path.expandvars(entry["label"]))} if entry.get("label") else found
+    except (KeyError, TypeError, AttributeError):
+        return entry
+
+
 def find_splits(top: Path) -> Path | None:
     """The folds: in the raw dataset, else with the preprocessed data."""
     folders = (top, top.parent.parent / "nnUNet_preprocessed" / top.name)
     return next((folder / SPLITS for folder in folders if (folder / SPLITS).is_file()), None)
 
 
-def place_file(file: Path, top: Path, place: Place) -> None:
-    """Give one file its place: a second name for the same bytes where possible, else a copy."""
-    target = place.folder / (file.relative_to(top) if top in file.parents else file.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not linked(file, target):
-        shutil.copyfile(file, target)
+def place_file(file: Path, target: str, place: Place) -> None:
+    """Give one file its place: a second name for the same bytes where file system and owner allow it, else a copy."""
+    path = place.folder / target
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file.resolve(), path)
+    except OSError:
+        shutil.copyfile(file, path)

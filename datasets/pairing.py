@@ -15,6 +15,9 @@ from pathlib import Path
 
 Key = tuple[str, ...]
 
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+"""Names that Windows keeps for devices, whatever follows their first dot."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
@@ -76,11 +79,13 @@ def pair(images: Sequence[str], masks: Sequence[str]) -> Pairs:
 
     whole = [words(name) for name in images], [words(name) for name in masks]
     rests = keys_of(images), keys_of(masks)
+    # "scan" beside "scan 2" may be called by nothing, but not if there is no other scan.
+    nameless = (len(images) == 1) == (len(masks) == 1)
     for image_keys, mask_keys in (whole, rests):
         by_key = defaultdict(list)
         for m, key in enumerate(mask_keys):
             by_key[key].append(m)
-        settle([(i, m) for i, key in enumerate(image_keys) for m in by_key[key]])
+        settle([(i, m) for i, key in enumerate(image_keys) for m in by_key[key] if key or nameless])
     for image_keys, mask_keys in (whole, rests):
         by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for i in sorted(open_images):
@@ -104,9 +109,15 @@ def stems(paths: Sequence[Path], ending_lengths: Sequence[int]) -> list[str]:
 
 
 def case_names(names: Sequence[str]) -> list[str]:
-    """File names for cases: the parts of each path that differ among them, joined; channel number _0000 left out."""
+    """File names for cases, sound on every system: the parts of each path that differ among them, joined.
+
+    A channel number _0000 that all names end in is left out.
+    """
     parts = [name.split("/") for name in names]
     deep = max(map(len, parts))
     telling = [n for n in range(deep) if len({tuple(part[n : n + 1]) for part in parts}) > 1] or [deep - 1]
     joined = ["_".join(part[n] for n in telling if n < len(part)) or part[-1] for part in parts]
-    return [re.sub(r"[^\w.-]+", "_", re.sub(r"_0000$", "", name)).strip("._") or "case" for name in joined]
+    if all(name.endswith("_0000") for name in joined):
+        joined = [name.removesuffix("_0000") for name in joined]
+    sound = [re.sub(r"[^\w.-]+", "_", name).strip("._-") or "case" for name in joined]
+    return [f"case_{name}" if name.split(".")[0].lower() in RESERVED else name for name in sound]

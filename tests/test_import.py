@@ -235,8 +235,10 @@ def test_channels_in_files_of_their_own(place, tmp_path, layout):
         import_dataset(place, "folders", *folders, name="Dataset004_B", channels=("T1 CE", "FLAIR"), yes=True)
 
 
-def test_numbered_channels():
-    paths = [Path(f"/d/{case}_{n:04d}.nii.gz") for case in ("a", "b") for n in range(2)]
+def test_numbered_channels(tmp_path):
+    paths = [tmp_path / f"{case}_{n:04d}.nii.gz" for case in ("a", "b") for n in range(2)]
+    for path in paths:
+        write_image(noise(), grid(), path)
     assert list(by_channel(paths, ("T1", "T2"))) == ["a", "b"]
     assert list(by_channel(paths[::2], ("MR",))) == ["a_0000", "b_0000"]
     assert by_channel(paths[:1], ()) == {"a_0000": (paths[0],)}

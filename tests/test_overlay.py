@@ -19,6 +19,7 @@ from autoseg.evaluation.overlay import (
     colouring,
     draw,
     heading,
+    only,
     overlay_folders,
     pick,
     plane,
@@ -26,13 +27,15 @@ from autoseg.evaluation.overlay import (
     verdicts,
     window,
 )
-from autoseg.readers import write_image, write_labels
+from autoseg.labels import Labels
+from autoseg.readers import read_labels, write_image, write_labels
 from autoseg.records import AutosegError
 
 SHAPE = (5, 7, 11)
 
 
-def scene(prediction, truth=None, names=None, **more):
+def scene(prediction, truth=None, names=(), values=(), **more):
+    """A case whose classes are called `names`, with the values 1, 2, ... or `values`."""
     image = np.random.default_rng(0).normal(100, 20, prediction.shape).astype(np.float32)
     return Scene(
         case="c1",
@@ -40,8 +43,9 @@ def scene(prediction, truth=None, names=None, **more):
         prediction=prediction,
         truth=truth,
         grid=grid(prediction.shape),
-        names=names or {},
-        **more,
+        labels=Labels(names=("background", *names), values=(0, *(values or range(1, len(names) + 1))), **more)
+        if names
+        else None,
     )
 
 
@@ -110,23 +114,40 @@ def test_verdicts_by_hand():
     prediction = np.array([0, 1, 0, 1, 1, 2, 1])
     assert verdicts(truth, prediction).tolist() == [0, TOO_MUCH, MISSING, RIGHT, *[OTHER_CLASS] * 3]
     assert verdicts(truth, prediction, ignored=9).tolist()[-1] == 0
+    assert verdicts(np.array([5, 5, 0]), np.array([5, 0, 0]), background=5).tolist() == [0, TOO_MUCH, RIGHT]
 
 
 def test_dice_of_the_heading_by_hand():
     truth, prediction = np.zeros(SHAPE, int), np.zeros(SHAPE, int)
     truth[2, 3, 2:6], prediction[2, 3, 4:8] = 1, 1
     prediction[0, 0, 0] = 3
-    assert heading(scene(prediction, truth, {1: "liver"})) == "c1: Dice liver 0.500, label 3 0.000"
+    assert heading(scene(prediction, truth, ("liver",))) == "c1: Dice liver 0.500, label 3 0.000"
     truth[2, 3, 6:8] = 9
-    assert heading(scene(prediction, truth, {1: "liver"}, ignored=9)) == "c1: Dice liver 0.667, label 3 0.000"
+    assert heading(scene(prediction, truth, ("liver",), ignore=9)) == "c1: Dice liver 0.667, label 3 0.000"
+
+
+def test_regions_are_scored_as_regions_and_coloured_as_written():
+    truth, prediction = np.zeros(SHAPE, int), np.zeros(SHAPE, int)
+    truth[2, 3, 2:6], truth[2, 3, 6:8], prediction[2, 3, 2:8] = 1, 2, 1
+    shown = {"names": ("whole", "core"), "values": (1, 2), "regions": ((1, 2), (2,))}
+    assert heading(scene(prediction, truth, **shown)) == "c1: Dice whole 1.000, core 0.000"
+    assert [name for name, _ in colouring(scene(truth, **shown))[1]] == ["whole", "core"]
+
+
+def test_classes_that_were_not_annotated_have_no_verdict():
+    truth, prediction = np.zeros(SHAPE, int), np.zeros(SHAPE, int)
+    truth[2, 3, 2:6], prediction[2, 3, 2:6], prediction[0, 0, :4] = 1, 1, 2
+    case = only(scene(prediction, truth, ("liver", "spleen")), ("liver",))
+    assert heading(case) == "c1: Dice liver 1.000"
+    assert set(np.unique(case.prediction)) == {0, 1}
 
 
 def test_a_class_has_one_colour_in_all_cases():
-    names = {1: "a", 2: "b", 7: "c"}
+    names = {"names": ("a", "b", "c"), "values": (1, 2, 7)}
     some, all_of = np.zeros(SHAPE, int), np.zeros(SHAPE, int)
     some[0, 0, 0] = all_of[0, 0, 0] = 7
     all_of[0, 0, 1], all_of[0, 0, 2] = 1, 2
-    assert dict(colouring(scene(some, names=names))[1])["c"] == dict(colouring(scene(all_of, names=names))[1])["c"]
+    assert dict(colouring(scene(some, **names))[1])["c"] == dict(colouring(scene(all_of, **names))[1])["c"]
     many = np.arange(np.prod(SHAPE)).reshape(SHAPE)
     assert colouring(scene(many))[1][-1] == ("and 372 more", (0.5, 0.5, 0.5))
 
@@ -170,9 +191,12 @@ def test_single_files_in_colour_and_with_names(tmp_path):
     mask = np.zeros((1, 7, 11), np.uint8)
     mask[0, 2:4, 3:6] = 1
     write_labels(mask, flat, tmp_path / "result.png")
-    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "cell": 1, "both": [1, 2]}}))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "cell": 1}}))
     (drawn,) = overlay_folders(tmp_path / "images" / "photo.png", tmp_path / "result.png", tmp_path / "out")
     assert drawn.name == "result.png"
+    with pytest.raises(AutosegError, match="is one of the files to draw"):
+        overlay_folders(tmp_path / "images" / "photo.png", tmp_path / "result.png", tmp_path)
+    assert read_labels(tmp_path / "result.png")[0].array.sum() == 6
     height, width, _ = pixels_of(drawn).shape
     assert width > height, "one slice: image and overlay side by side"
 
@@ -185,5 +209,5 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     write_labels(np.ones(SHAPE, np.uint8), grid(), tmp_path / "q" / "b.nii.gz")
     with pytest.raises(AutosegError, match="has an image in"):
         overlay_folders(tmp_path / "i", tmp_path / "q", tmp_path / "out")
-    with pytest.raises(AutosegError, match="no folder or file with images"):
+    with pytest.raises(AutosegError, match="no folder with label files"):
         overlay_folders(tmp_path / "i", tmp_path / "nothing", tmp_path / "out")

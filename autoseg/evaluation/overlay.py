@@ -5,8 +5,8 @@ or head on top, in true proportions. Grey values are spread over what surrounds 
 class has a colour; with one, green is right, blue is too much, red is missing, orange is another class.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from autoseg.evaluation.folders import files_by_case, find_labels
+from autoseg.labels import Labels
+from autoseg.layout import ending_of
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.readers import ENDINGS, Stored, read_labels, read_stored, reader_for
-from autoseg.records import AutosegError, atomic_write, load_json
+from autoseg.readers import Stored, read_labels, read_stored
+from autoseg.records import AutosegError, atomic_write
 from autoseg.volume import Grid, canonical_grid, mismatch, to_canonical
 
 SLICES = 3
@@ -50,9 +53,27 @@ class Scene:
     prediction: np.ndarray
     truth: np.ndarray | None
     grid: Grid
-    names: Mapping[int, str]
-    ignored: int | None = None
-    """Value of the truth where nobody knows; no verdict there."""
+    labels: Labels | None = None
+    """What the values mean; None: 0 is the background, and classes have no names."""
+
+    @property
+    def background(self) -> int:
+        """The value of voxels that belong to nothing."""
+        return 0 if self.labels is None else self.labels.values[0]
+
+    @property
+    def ignored(self) -> int | None:
+        """The value of the truth where nobody knows, so that there is no verdict."""
+        return None if self.labels is None else self.labels.ignore
+
+    @property
+    def classes(self) -> dict[str, int | tuple[int, ...]]:
+        """Name -> value, or values of a region, of each class; values that no class has are called by their number."""
+        known = {} if self.labels is None else self.labels.scored
+        passed = {self.background, self.ignored, *(() if self.labels is None else self.labels.known)}
+        maps = [self.prediction] if self.truth is None else [self.truth, self.prediction]
+        found = sorted({value for array in maps for value in np.unique(array).tolist()} - passed)
+        return {**known, **{f"label {value}": value for value in found}}
 
 
 def overlay_folders(
@@ -63,11 +84,11 @@ def overlay_folders(
     Images are CASE_0000 or CASE with any known ending, truths CASE. Raises AutosegError if no prediction has an image,
     or for cases whose files lie on different grids (the others are drawn).
     """
-    files, predictions = files_by_stem(images), files_by_stem(prediction)
-    truths = files_by_stem(truth) if truth is not None else {}
+    files, predictions = files_at(images, "images"), files_at(prediction)
+    truths = files_at(truth) if truth is not None else {}
     if images.is_file() and prediction.is_file():
-        files = {next(iter(predictions)): images}
-        truths = {next(iter(predictions)): truth} if truth is not None and truth.is_file() else truths
+        files = dict.fromkeys(predictions, images)
+        truths = dict.fromkeys(predictions, truth) if truth is not None and truth.is_file() else truths
     cases = [case for case in predictions if f"{case}_0000" in files or case in files]
     if not cases:
         raise AutosegError(f"no file of {prediction} has an image in {images}; for CASE.nii.gz it is CASE_0000.nii.gz")
@@ -76,72 +97,53 @@ def overlay_folders(
     if lacking := [case for case in cases if truth is not None and case not in truths]:
         print(f"{len(lacking)} cases have no truth and are drawn by class, for example {lacking[0]}")
     folders = [path if path.is_dir() else path.parent for path in (prediction, *([truth] if truth else []), images)]
-    values = named_values(folders)
-    names = {value: name for name, value in values.items() if name != "ignore"}
+    labels, annotated = find_labels(*folders) or (None, {})
+    pictures = {case: target / f"{case}.png" for case in cases}
+    given = {path.resolve() for paths in (files, predictions, truths) for path in paths.values()}
+    if replaced := [path for path in pictures.values() if path.resolve() in given]:
+        raise AutosegError(f"{replaced[0]} is one of the files to draw; give another folder for the pictures with -o")
 
     def one(case: str) -> Path:
         image = files.get(f"{case}_0000", files.get(case))
         assert image is not None
-        scene = load(case, image, predictions[case], truths.get(case), names, values.get("ignore"))
-        draw(scene, target / f"{case}.png")
-        return target / f"{case}.png"
+        scene = load(case, image, predictions[case], truths.get(case), labels)
+        draw(only(scene, annotated.get(case)), pictures[case])
+        return pictures[case]
 
     outcomes = map_cases(one, cases, name=lambda case: case, what="draw", workers=workers)
     return raise_failures(outcomes, "drawing")
 
 
-def files_by_stem(path: Path) -> dict[str, Path]:
+def files_at(path: Path, kind: str = "label files") -> dict[str, Path]:
     """File name without ending -> file, of a folder or a single file. Raises AutosegError if there is none."""
-    if path.is_file():
-        reader_for(path)
-    found = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    stems: dict[str, Path] = {}
-    for file in found:
-        ending = next((ending for ending in ENDINGS if file.name.lower().endswith(ending)), None)
-        if ending is not None and file.is_file() and not file.name.startswith("."):
-            stems[file.name[: -len(ending)]] = file
-    if not stems:
-        raise AutosegError(f"{path} is no folder or file with images ({', '.join(ENDINGS)})")
-    return stems
+    if not path.is_file():
+        return files_by_case(path, kind)
+    return {path.name[: -len(ending_of(path))]: path}
 
 
-def named_values(folders: Sequence[Path]) -> dict[str, int]:
-    """Label name -> value, of the first dataset.json in or just above the folders; without regions, which are lists."""
-    for folder in folders:
-        for place in (folder, folder.resolve().parent):
-            if (place / "dataset.json").is_file():
-                labels = load_json(dict[str, Any], place / "dataset.json").get("labels", {})
-                return {name: value for name, value in labels.items() if isinstance(value, int)}
-    return {}
-
-
-def load(
-    case: str, image: Path, prediction: Path, truth: Path | None, names: Mapping[int, str], ignored: int | None
-) -> Scene:
+def load(case: str, image: Path, prediction: Path, truth: Path | None, labels: Labels | None) -> Scene:
     """Read the files of one case. Raises AutosegError if they lie on different grids."""
     stored = read_stored(image)
     grid = canonical_grid(stored.grid)
-    maps: list[np.ndarray | None] = []
-    for path in (prediction, truth):
-        if path is None:
-            maps.append(None)
-            continue
+
+    def labels_at(path: Path) -> np.ndarray:
         volume, _ = read_labels(path)
-        if (difference := mismatch(grid, volume.grid)) and stored.sized:
+        difference = mismatch(grid, volume.grid)
+        if difference and (stored.sized or volume.grid.shape != grid.shape):
             raise AutosegError(f"{path} and {image} differ in {difference}; give the image that was segmented")
-        if volume.grid.shape != grid.shape:
-            raise AutosegError(f"{path} and {image} have other shapes: {volume.grid.shape} and {grid.shape}")
-        maps.append(volume.array[0])
-    assert maps[0] is not None
-    return Scene(
-        case=case,
-        image=picture_of(stored),
-        prediction=maps[0],
-        truth=maps[1],
-        grid=grid,
-        names=names,
-        ignored=ignored,
-    )
+        return volume.array[0]
+
+    found, true = labels_at(prediction), None if truth is None else labels_at(truth)
+    return Scene(case=case, image=picture_of(stored), prediction=found, truth=true, grid=grid, labels=labels)
+
+
+def only(scene: Scene, annotated: Sequence[str] | None) -> Scene:
+    """Where there is a truth: without what is predicted of classes that were not annotated in this case; None: all."""
+    if scene.truth is None or scene.labels is None or annotated is None:
+        return scene
+    known = [np.ravel(value) for name, value in scene.labels.scored.items() if name in annotated]
+    kept = np.isin(scene.prediction, np.concatenate(known))
+    return replace(scene, prediction=np.where(kept, scene.prediction, scene.background))
 
 
 def picture_of(stored: Stored) -> np.ndarray:
@@ -191,13 +193,14 @@ def window(shown: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def verdicts(truth: np.ndarray, prediction: np.ndarray, ignored: int | None = None) -> np.ndarray:
+def verdicts(truth: np.ndarray, prediction: np.ndarray, background: int = 0, ignored: int | None = None) -> np.ndarray:
     """RIGHT, TOO_MUCH, MISSING or OTHER_CLASS for every voxel with foreground in either, 0 elsewhere; same shape."""
     marks = np.zeros(truth.shape, np.uint8)
-    marks[(prediction != 0) & (truth == 0)] = TOO_MUCH
-    marks[(prediction == 0) & (truth != 0)] = MISSING
-    marks[(prediction != 0) & (truth != 0)] = OTHER_CLASS
-    marks[(prediction != 0) & (truth == prediction)] = RIGHT
+    found, there = prediction != background, truth != background
+    marks[found & ~there] = TOO_MUCH
+    marks[~found & there] = MISSING
+    marks[found & there] = OTHER_CLASS
+    marks[found & (truth == prediction)] = RIGHT
     if ignored is not None:
         marks[truth == ignored] = 0
     return marks
@@ -215,14 +218,16 @@ def draw(scene: Scene, path: Path) -> None:
     Without matplotlib's global state, so that it may be called from any thread and needs no display.
     """
     axis = plane(scene.grid)
-    foreground = scene.prediction != 0
+    foreground = scene.prediction != scene.background
     if scene.truth is not None:
-        foreground = foreground | (scene.truth != 0)
+        foreground = foreground | (scene.truth != scene.background) & (scene.truth != scene.ignored)
     positions = pick(foreground.sum(tuple(a for a in range(3) if a != axis)))
     shown, inside = (np.take(array, positions, axis) for array in (scene.image, foreground))
     low, high = window(shown.astype(np.float64), inside) if scene.image.ndim == 3 else (0.0, float(max(1, shown.max())))
     colours, legend = colouring(scene)
-    marks = scene.prediction if scene.truth is None else verdicts(scene.truth, scene.prediction, scene.ignored)
+    marks = scene.prediction
+    if scene.truth is not None:
+        marks = verdicts(scene.truth, scene.prediction, scene.background, scene.ignored)
     rows, columns = [edge for a, edge in enumerate(scene.grid.spacing_mm) if a != axis]
     height = scene.grid.shape[1 if axis == 0 else 0] * rows / (scene.grid.shape[1 if axis == 2 else 2] * columns)
     flat = len(positions) == 1
@@ -242,38 +247,28 @@ def draw(scene: Scene, path: Path) -> None:
             count = scene.grid.shape[axis]
             grid[0, number].set_title(f"{AXES[axis]} {position + 1} of {count}", color="white", fontsize="small")
             for (x, y), letter in zip(((0.02, 0.5), (0.5, 0.95)), EDGES[axis]):
-                style = {"color": "yellow", "fontsize": "small", "ha": "center", "va": "center"}
-                grid[0, number].text(x, y, letter, transform=grid[0, number].transAxes, **style)
+                where = {"transform": grid[0, number].transAxes, "ha": "center", "va": "center"}
+                grid[0, number].text(x, y, letter, color="yellow", fontsize="small", **where)
     figure.suptitle(heading(scene), color="white", fontsize="medium", wrap=True)
     if legend:
-        figure.legend(
-            handles=[Patch(color=colour, label=name) for name, colour in legend],
-            loc="outside lower center",
-            ncols=min(4, len(legend)),
-            fontsize="small",
-            labelcolor="white",
-            frameon=False,
-        )
+        patches = [Patch(color=colour, label=name) for name, colour in legend]
+        style = {"ncols": min(4, len(legend)), "fontsize": "small", "labelcolor": "white", "frameon": False}
+        figure.legend(handles=patches, loc="outside lower center", **style)
     with atomic_write(path, "wb") as file:
         canvas.print_png(file)
-
-
-def called(scene: Scene, value: int) -> str:
-    """The class of a value in words."""
-    return scene.names.get(value, f"label {value}")
 
 
 def heading(scene: Scene) -> str:
     """The case and, where a truth is given, the Dice of each class that is in either map."""
     if scene.truth is None:
-        return scene.case if scene.prediction.any() else f"{scene.case}: nothing was found"
-    known = True if scene.ignored is None else scene.truth != scene.ignored
+        empty = (scene.prediction == scene.background).all()
+        return f"{scene.case}: nothing was found" if empty else scene.case
+    known = np.ones(scene.truth.shape, bool) if scene.ignored is None else scene.truth != scene.ignored
     dice = []
-    for value in sorted({*np.unique(scene.truth).tolist(), *np.unique(scene.prediction).tolist()} - {0, scene.ignored}):
-        a, b = (scene.truth == value) & known, (scene.prediction == value) & known
-        total = int(a.sum()) + int(b.sum())
-        if total:
-            dice.append(f"{called(scene, value)} {2 * int((a & b).sum()) / total:.3f}")
+    for name, values in scene.classes.items():
+        a, b = (np.isin(array, values) & known for array in (scene.truth, scene.prediction))
+        if total := np.count_nonzero(a) + np.count_nonzero(b):
+            dice.append(f"{name} {2 * np.count_nonzero(a & b) / total:.3f}")
     return f"{scene.case}: Dice " + ", ".join(dice[:NAMED]) if dice else f"{scene.case}: nothing to find, nothing found"
 
 
@@ -281,19 +276,19 @@ def colouring(scene: Scene) -> tuple[Any, list[tuple[str, Any]]]:
     """What turns marks (Y, X) into colours (Y, X, 4), and (name, colour) of each mark in the case, for the legend."""
     if scene.truth is not None:
         marks = {value: colour for value, (_, colour) in VERDICTS.items()}
-        several = len(set(np.unique(scene.truth).tolist()) - {0, scene.ignored}) > 1
-        legend: list[tuple[str, Any]] = [
-            (name, colour) for value, (name, colour) in VERDICTS.items() if several or value != OTHER_CLASS
-        ]
+        several = len(scene.classes) > 1
+        legend: list[tuple[str, Any]] = [entry for value, entry in VERDICTS.items() if several or value != OTHER_CLASS]
     else:
-        present = [value for value in np.unique(scene.prediction).tolist() if value != 0]
-        palette = colormaps["tab10" if len(present) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-        # By its place among the names, so that a class has one colour in all cases.
-        order = [value for value in scene.names if value != 0] + [v for v in present if v not in scene.names]
-        marks = {value: palette[order.index(value) % len(palette)] for value in present}
-        legend = [(called(scene, value), marks[value]) for value in present[:NAMED]]
-        if len(present) > NAMED:
-            legend.append((f"and {len(present) - NAMED} more", (0.5, 0.5, 0.5)))
+        # What a voxel of each class is written as; of a region that is one of its values. A class has one colour in
+        # all cases, by its place among the names.
+        written = {} if scene.labels is None else dict(zip(scene.labels.names[1:], scene.labels.values[1:]))
+        written |= {n: value for n, value in scene.classes.items() if n not in written and isinstance(value, int)}
+        palette = colormaps["tab10" if len(written) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+        present = set(np.unique(scene.prediction).tolist())
+        marks = {value: palette[n % len(palette)] for n, value in enumerate(written.values()) if value in present}
+        legend = [(name, marks[value]) for name, value in written.items() if value in present]
+        if len(legend) > NAMED:
+            legend = [*legend[:NAMED], (f"and {len(legend) - NAMED} more", (0.5, 0.5, 0.5))]
 
     def colours(cut: np.ndarray) -> np.ndarray:
         painted = np.zeros((*cut.shape, 4))

@@ -44,6 +44,10 @@ def import_dataset(
     """
     if kind not in IMPORTS:
         raise AutosegError(f"unknown kind {kind!r}; choose one of:\n{kinds()}")
+    for option, value in (("masks", masks), ("order", order), ("spacing_mm", spacing_mm)):
+        if value and option not in IMPORTS[kind].takes:
+            said = "a folder of masks" if option == "masks" else f"--{option.removesuffix('_mm')}"
+            raise AutosegError(f"{said} means nothing for {kind} ({IMPORTS[kind].description}); leave it out")
     known = profile_called(profile) if profile else None
     target = target_folder(workspace, kind, source, name)
     named = dict(labels or {}) or (dict(known.labels) if known and kind in ("masks", "hdf5") else {})
@@ -60,8 +64,6 @@ def import_dataset(
             scratch=scratch,
             workers=workers,
         )
-        if unknown := set(order) - set(named) - {"background"} if named else set():
-            raise AutosegError(f"--order names {', '.join(sorted(unknown))}, which no label is called")
         draft = IMPORTS[kind].find(request)
         if known:
             draft = with_profile(draft, known)
@@ -139,6 +141,8 @@ def with_profile(draft: Draft, known: Profile) -> Draft:
         raise AutosegError(
             f"the data have {len(draft.channels)} channels, the profile names {', '.join(known.channels)}"
         )
+    if any(not isinstance(value, int) for value in draft.labels.values()):
+        raise AutosegError("the data have regions, labels of several values, which no profile has; leave out --profile")
     if unknown := sorted(set(draft.labels.values()) - set(known.labels.values())):
         raise AutosegError(f"the data have label values {unknown}, the profile knows {listed(known.labels)}")
     facts = {key: value for key in ("licence", "reference", "url") if (value := getattr(known, key)) is not None}
