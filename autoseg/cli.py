@@ -121,10 +121,8 @@ def plan_and_preprocess_verb(
 @app.command("plan")
 def plan_verb(
     dataset: DatasetOption,
-    plan: PlanOption = "default",
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Print the plan with the reason of each decision.")
-    ] = False,
+    plan: Annotated[str | None, typer.Option("--plan", help="Show only this plan.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the reason of each decision.")] = False,
     diff: Annotated[
         tuple[str, str] | None, typer.Option(metavar="PLAN PLAN", help="What differs between two plans.")
     ] = None,
@@ -135,11 +133,11 @@ def plan_verb(
 
     place = Workspace.find(workspace)
     if explain:
-        show_plan(place, dataset, plan)
+        show_plan(place, dataset, plan or "default")
     if diff is not None:
         show_difference(place, dataset, *diff)
     if not explain and diff is None:
-        show_plans(place, dataset)
+        show_plans(place, dataset, plan)
 
 
 @app.command("train")
@@ -506,7 +504,10 @@ def parse_labels(text: str | None) -> dict[str, int]:
     parts = [part.rpartition("=") for part in parse_names(text)]
     if not all(name.strip() and value.strip().lstrip("-").isdecimal() for name, _, value in parts):
         raise AutosegError(f"--labels {text!r}: write names and values, for example --labels liver=1,lesion=2")
-    return {name.strip(): int(value) for name, _, value in parts}
+    named = {name.strip(): int(value) for name, _, value in parts}
+    if len(named) < len(parts):
+        raise AutosegError(f"--labels {text!r} names a label twice")
+    return named
 
 
 def parse_folds(text: str | None) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 from autoseg.datasets.importing import Draft, Entry, Place, Request
 from autoseg.records import AutosegError
 
-FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
+FOLDERS: tuple[str, ...] = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
 SPLITS = "splits_final.json"
 
 
@@ -22,10 +22,13 @@ def find(request: Request) -> Draft:
     top = Path(request.source).expanduser().resolve()
     card = read_card(top / "dataset.json")
     channels, labels, ending = (card.pop(key) for key in ("channel_names", "labels", "file_ending"))
-    if isinstance(card.get("dataset"), dict):
-        card["dataset"] = {case: where_it_is(entry, top) for case, entry in card["dataset"].items()}
-    files = [file for name in FOLDERS for file in sorted((top / name).glob("*")) if file.is_file()]
-    training = sum(file.parent.name == "labelsTr" and file.name.endswith(ending) for file in files)
+    folders, listed = FOLDERS, card.get("dataset")
+    if isinstance(listed, dict):
+        # Files of cases that are listed stay where they are.
+        folders = FOLDERS[2:]
+        card["dataset"] = {case: where_it_is(entry, top) for case, entry in listed.items()}
+    files = [file for name in folders for file in sorted((top / name).glob("*")) if file.is_file()]
+    labelled = sum(file.parent.name == "labelsTr" and file.name.endswith(ending) for file in files)
     targets = {file.relative_to(top).as_posix(): file for file in files if not file.name.startswith(".")}
     notes: tuple[str, ...] = ("files share their bytes with the source, if on one disk: what edits one edits both",)
     if splits := find_splits(top):
@@ -40,7 +43,7 @@ def find(request: Request) -> Draft:
         channels=request.channels or channels,
         labels=dict(request.labels) or labels,
         ending=ending,
-        facts={"numTraining": training} | card,
+        facts={"numTraining": len(listed) if isinstance(listed, dict) else labelled} | card,
         notes=notes,
     )
 
@@ -73,7 +76,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def where_it_is(entry: Any, top: Path) -> Any:
-    """A case of the list `dataset`, with absolute paths: where cases are listed, their files stay where they are."""
+    """A case of the list `dataset`, with absolute paths; what cannot be understood stays as it is."""
     try:
         found = {**entry, "images": [str(top / os.path.expandvars(image)) for image in entry["images"]]}
         return found | {"label": str(top / os.path.expandvars(entry["label"]))} if entry.get("label") else found

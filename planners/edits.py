@@ -1,7 +1,8 @@
 """What people changed in plan.json by hand, and how it outlives a new plan; and how two plans differ.
 
 A plan keeps a hash of each configuration as the planner (and --set) made it. A configuration that no longer has that
-hash was edited, one without a hash was added; both stay when the dataset is planned again, unless told otherwise.
+hash was edited, one without a hash was added; both stay when the dataset is planned again, unless told otherwise. So
+do the schemes of the normalisation. An edit of anything else cannot outlive a new plan, which is then refused.
 """
 
 from collections.abc import Collection
@@ -16,6 +17,8 @@ from autoseg.settings import fields
 
 CHANNELS = "channels"
 """Key of the normalisation among the hashes."""
+REST = "plan"
+"""Key of everything else."""
 NAMES = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """What planners call their configurations; all else in a plan without hashes was added by hand."""
 
@@ -23,15 +26,21 @@ Row = tuple[str, str, str]
 """Field, value in one plan, value in the other; "-" where there is none."""
 
 
-def stamp(value: Configuration | tuple[ChannelNorm, ...]) -> str:
+def stamp(value: Configuration | Plan | tuple[ChannelNorm, ...]) -> str:
     """Hash of what is said in it; what equals its default is left out, so that fields added later change nothing."""
-    kind: Any = Configuration if isinstance(value, Configuration) else tuple[ChannelNorm, ...]
+    kind: Any = tuple[ChannelNorm, ...] if isinstance(value, tuple) else type(value)
     return hash_text(TypeAdapter(kind).dump_json(value, exclude_defaults=True).decode())
 
 
 def schemes(channels: tuple[ChannelNorm, ...]) -> tuple[ChannelNorm, ...]:
     """The part of the normalisation that people choose: without the statistics, which are measured."""
     return tuple(replace(channel, stats=None) for channel in channels)
+
+
+def rest(plan: Plan) -> Plan:
+    """The plan without what has hashes of its own, and without what says nothing: of the channels, the statistics."""
+    measured = tuple(replace(channel, scheme="none", masked=False) for channel in plan.channels)
+    return replace(_bare(plan), channels=measured)
 
 
 def stamped(plan: Plan, fresh: Plan, kept: Collection[str] = ()) -> Plan:
@@ -42,12 +51,13 @@ def stamped(plan: Plan, fresh: Plan, kept: Collection[str] = ()) -> Plan:
     hashes = {c.name: stamp(c) for c in plan.configurations if c.name not in kept}
     hashes |= {c.name: stamp(c) for c in fresh.configurations if c.name in kept}
     hashes[CHANNELS] = stamp(schemes(fresh.channels if CHANNELS in kept else plan.channels))
-    return replace(plan, planned=hashes)
+    return replace(plan, planned=hashes | {REST: stamp(rest(plan))})
 
 
 def edited(plan: Plan) -> set[str]:
-    """Names of the configurations that are not as they were planned, and `channels` if the normalisation is not."""
-    now = {c.name: stamp(c) for c in plan.configurations} | {CHANNELS: stamp(schemes(plan.channels))}
+    """Names of the configurations that are not as they were planned; CHANNELS, REST where the other parts are not."""
+    now = {c.name: stamp(c) for c in plan.configurations}
+    now |= {CHANNELS: stamp(schemes(plan.channels)), REST: stamp(rest(plan))}
     return {name for name, planned in plan.planned.items() if name in now and now[name] != planned}
 
 
@@ -60,16 +70,24 @@ def added(plan: Plan) -> set[str]:
 def keep_edits(old: Plan, fresh: Plan) -> tuple[Plan, dict[str, str]]:
     """The `fresh` plan with what was edited in or added to `old`, and name -> a line about each thing kept.
 
-    Raises AutosegError if what was edited does not fit the new plan because its axes run otherwise.
+    Raises AutosegError if an edit cannot be kept: one of another part of the plan, or for axes that run otherwise.
     """
     changed, own = edited(old), added(old)
+    if REST in changed:
+        fields_now = ", ".join(field for field, *_ in differing(rest(old), rest(fresh))) or "nothing"
+        raise AutosegError(
+            f"the plan {old.name!r} was edited outside its configurations and schemes, and a new plan cannot keep that "
+            f"(the new one differs in: {fields_now}); give the change as --set FIELD=VALUE with --discard-edits, or "
+            "make another plan with --plan NAME"
+        )
     mine = {c.name: c for c in old.configurations}
     made = {c.name: c for c in fresh.configurations}
     names = [name for name in mine if name in changed | own]
-    if names and (old.axis_order, old.dimension) != (fresh.axis_order, fresh.dimension):
+    axes = [(plan.orientation, plan.axis_order, plan.dimension) for plan in (old, fresh)]
+    if names and axes[0] != axes[1]:
         raise AutosegError(
-            f"the new plan orders its axes as {fresh.axis_order}, but {', '.join(names)} of the plan {old.name!r} was "
-            f"edited for {old.axis_order}; give --discard-edits, or make a new plan with --plan NAME"
+            f"the new plan has its axes as {axes[1]}, but {', '.join(names)} of the plan {old.name!r} was edited for "
+            f"{axes[0]}; give --discard-edits, or make a new plan with --plan NAME"
         )
     for name in names:
         # What a kept configuration reads from must stay as well.

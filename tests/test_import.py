@@ -3,23 +3,21 @@
 import gzip
 import io
 import json
+import os
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from toys import OBLIQUE, ball, balls_dataset, grid
 from typer.testing import CliRunner
 
 from autoseg.cli import app, parse_labels, parse_names
 from autoseg.datasets import IMPORTS, PROFILES
 from autoseg.datasets.folders import by_channel
-from autoseg.datasets.hdf5 import Array, layout_of
-from autoseg.datasets.importing import common_ending, encode, merge, put
-from autoseg.datasets.pairing import case_names, keys_of, pair, words
+from autoseg.datasets.importing import Draft, Entry, common_ending, encode, merge, put, write_draft
 from autoseg.layout import open_dataset
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.importing import import_dataset
@@ -56,61 +54,6 @@ def write_pairs(images: Path, masks: Path, image_names, mask_names, ending=".nii
 
 def tree(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-
-
-# Names
-
-
-@pytest.mark.parametrize(
-    ("images", "masks", "found", "left"),
-    [
-        ([], [], set(), 0),
-        (["a"], ["anything"], {(0, 0)}, 0),
-        (["im_1", "im_2", "im_10"], ["10_seg", "1_seg", "2_seg"], {(0, 1), (1, 2), (2, 0)}, 0),
-        (["case_001", "case_002"], ["Mask 1", "Mask 2"], {(0, 0), (1, 1)}, 0),
-        (["p1_f1", "p1_f2", "p2_f1"], ["p1_f1_gt", "p1_f2_gt", "p2_f1_gt"], {(0, 0), (1, 1), (2, 2)}, 0),
-        (["001_20200101_t1", "002_20200317_t1"], ["001_seg", "002_seg"], {(0, 0), (1, 1)}, 0),
-        (["case1_2", "case1_3"], ["case1_2_s", "case1_3_s", "case2_1_s"], {(0, 0), (1, 1)}, 1),
-        # One image with two masks, and an image and a mask without partner.
-        (["x1", "x2", "x3"], ["x1_a", "x1_b", "x2_a", "x4_a"], {(1, 2)}, 3),
-        (["p2", "p2_repeat"], ["p2_ab", "p2_repeat_cd"], {(0, 0), (1, 1)}, 0),
-    ],
-)
-def test_names_are_paired_where_they_say_so_and_listed_elsewhere(images, masks, found, left):
-    pairs = pair(images, masks)
-    assert set(pairs.found) == found
-    assert len(pairs.left_over) == left
-
-
-def test_ambiguous_names_say_what_they_fit():
-    assert pair(["x1", "x2"], ["x1_a", "x1_b"]).left_over == ("image x1: fits x1_a, x1_b", "image x2: no mask")
-
-
-def test_words_and_keys():
-    assert words("Case_007L") == ("case", "7", "l")
-    assert words("000") == ("0",)
-    assert keys_of(["img_1_a", "img_12_a"]) == [("1",), ("12",)]
-    assert keys_of(["alone"]) == [()]
-    assert keys_of(["1_1", "1_2", "2_1"]) == [("1", "1"), ("1", "2"), ("2", "1")]
-    assert case_names(["a/t1", "b/t1"]) == ["a", "b"]
-    assert case_names(["x 1_0000", "x 2_0000"]) == ["x_1", "x_2"]
-    assert case_names(["only/one"]) == ["one"]
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    numbers=st.lists(st.integers(0, 9999), min_size=2, max_size=12, unique=True),
-    prefixes=st.tuples(st.sampled_from(["", "im_", "scan-"]), st.sampled_from(["", "seg_", "Label "])),
-    suffixes=st.tuples(st.sampled_from(["", "_t1", "_0000"]), st.sampled_from(["", "_mask", ".gt"])),
-    seed=st.randoms(),
-)
-def test_numbered_names_find_each_other_whatever_surrounds_them(numbers, prefixes, suffixes, seed):
-    images = [f"{prefixes[0]}{n:04d}{suffixes[0]}" for n in numbers]
-    masks = [f"{prefixes[1]}{n}{suffixes[1]}" for n in numbers]
-    order = list(range(len(masks)))
-    seed.shuffle(order)
-    pairs = pair(images, [masks[n] for n in order])
-    assert {(i, order[m]) for i, m in pairs.found} == {(n, n) for n in order}
 
 
 # Files
@@ -274,6 +217,28 @@ def test_a_failing_import_leaves_nothing_and_faulty_voxels_are_said_after(place,
     assert (place.raw(NAME) / "dataset.json").is_file()
 
 
+def test_what_a_killed_import_left_goes_with_the_next_one(place, tmp_path):
+    write_pairs(tmp_path / "i", tmp_path / "m", ["1", "2"], ["1", "2"])
+    (place.root / "raw" / f".{NAME}.abcd1234" / NAME).mkdir(parents=True)
+    assert place.datasets() == {}
+    place.raw(NAME).mkdir()
+    before = os.umask(0o027)
+    try:
+        made = import_dataset(place, "folders", str(tmp_path / "i"), str(tmp_path / "m"), name=NAME, yes=True)
+    finally:
+        os.umask(before)
+    assert {p.name for p in (place.root / "raw").iterdir()} == {NAME}
+    assert made.stat().st_mode & 0o777 == 0o750, "who may read it is the user's choice"
+
+
+def test_names_that_only_capitals_tell_apart_are_refused(tmp_path):
+    entries = tuple(Entry(case=case, shown=(f"{case}.png",), write=lambda place: None) for case in ("Knee", "knee"))
+    draft = Draft(entries=entries, channels=("MR",), labels={"background": 0, "a": 1}, ending=".png")
+    with pytest.raises(AutosegError, match=r"Knee\.png and knee\.png would both become case Knee"):
+        write_draft(draft, tmp_path, None)
+    assert not tree(tmp_path)
+
+
 def test_values_like_those_of_ct_ask_for_the_name(place, tmp_path, capsys):
     write_image(noise() - 1000, grid(), tmp_path / "i" / "1.nii.gz")
     write_labels(some_labels(), grid(), tmp_path / "m" / "1.nii.gz")
@@ -289,69 +254,37 @@ def test_requests_that_cannot_be_met_say_what_to_do(place, tmp_path):
         ("say where the masks are", "folders", {"name": NAME}),
         ("has no image file", "split", {"name": NAME}),
         ("unknown profile", "folders", {"name": NAME, "profile": "knee"}),
+        ("--order means nothing for split", "split", {"name": NAME, "order": ("a", "b")}),
+        ("--spacing means nothing for masks", "masks", {"name": NAME, "spacing_mm": (1.0, 1.0, 1.0)}),
+        ("a folder of masks means nothing for msd", "msd", {"name": NAME, "masks": "m"}),
     ):
         (tmp_path / "empty" / "train" / "images").mkdir(parents=True, exist_ok=True)
         with pytest.raises(AutosegError, match=words_said):
             import_dataset(place, kind, str(tmp_path / "empty"), **rest)
     assert parse_labels("a b=1, c=-2") == {"a b": 1, "c": -2}
     assert parse_names(None) == ()
-    with pytest.raises(AutosegError, match="--labels"):
-        parse_labels("a=x")
+    for wrong in ("a=x", "a=1,a=2"):
+        with pytest.raises(AutosegError, match="--labels"):
+            parse_labels(wrong)
 
 
 # split
 
 
-def test_a_split_in_folders_becomes_the_fold(place, tmp_path):
+def test_a_split_in_folders_becomes_the_fold(place, tmp_path, capsys):
     for part, names, first in (("train", ["1", "2", "3"], 0), ("valid", ["1"], 5), ("test", ["7"], 7)):
         write_pairs(tmp_path / "d" / part / "images", tmp_path / "d" / part / "masks", names, names, first=first)
     made = import_dataset(place, "split", str(tmp_path / "d"), name=NAME, channels=("MR",), yes=True)
     fold = json.loads((made / "splits.json").read_text())["folds"]
     assert fold == [{"train": ["train_1", "train_2", "train_3"], "val": ["val_1"]}]
     assert {"imagesTs/test_7_0000.nii.gz", "labelsTs/test_7.nii.gz"} <= tree(made)
+    shutil.rmtree(tmp_path / "d" / "test" / "masks")
+    other = import_dataset(place, "split", str(tmp_path / "d"), name="Dataset004_B", channels=("MR",), yes=True)
+    assert "has no masks and is left out" in capsys.readouterr().out
+    assert not (other / "imagesTs").exists()
     plan_and_preprocess(place, NAME, PlanOptions(configurations=("2d",)))
     kept = json.loads((place.prepared(NAME) / "splits.json").read_text())
     assert kept["folds"] == fold
-
-
-# masks
-
-
-def write_structures(folder: Path, layout: str) -> None:
-    bones = {"femur": ball(SHAPE, (2, 3, 3), 2.5), "tibia": ball(SHAPE, (2, 3, 6), 2.5)}
-    for case in ("leg_1", "leg_2"):
-        write_image(noise(int(case[-1])), grid(), folder / "scans" / f"{case}.nii.gz")
-        for bone, inside in bones.items():
-            if (case, bone) != ("leg_2", "tibia"):
-                path = folder / "masks" / layout.format(case=case, bone=bone)
-                write_labels(inside.astype(np.uint8) * 255, grid(), path)
-
-
-@pytest.mark.parametrize("layout", ["{case}/{bone}.nii.gz", "{bone}/{case}.nii.gz", "{case}_{bone}.nii.gz"])
-def test_binary_masks_are_merged_in_the_order_given(place, tmp_path, layout, capsys):
-    write_structures(tmp_path, layout)
-    folders = str(tmp_path / "scans"), str(tmp_path / "masks")
-    made = import_dataset(place, "masks", *folders, name=NAME, channels=("MR",), order=("tibia", "femur"), yes=True)
-    said = capsys.readouterr().out
-    assert "tibia has no mask in 1 cases" in said
-    both = int((ball(SHAPE, (2, 3, 3), 2.5) & ball(SHAPE, (2, 3, 6), 2.5)).sum())
-    assert both > 0 and f"femur over tibia: {both} voxels" in said
-    labels = read_labels(made / "labelsTr" / "leg_1.nii.gz")[0].array[0]
-    names = open_dataset(made).labels
-    assert names.names == ("background", "tibia", "femur")
-    assert (labels == 2).sum() == ball(SHAPE, (2, 3, 3), 2.5).sum()
-    assert set(np.unique(read_labels(made / "labelsTr" / "leg_2.nii.gz")[0].array)) == {0, 2}
-
-
-def test_overlaps_without_an_order_are_refused(place, tmp_path):
-    write_structures(tmp_path, "{case}/{bone}.nii.gz")
-    folders = str(tmp_path / "scans"), str(tmp_path / "masks")
-    with pytest.raises(AutosegError, match=r"tibia over femur: \d+ voxels(?s:.)*--order femur,tibia"):
-        import_dataset(place, "masks", *folders, name=NAME, yes=True)
-    assert not tree(place.root)
-    write_labels(some_labels(), grid(), tmp_path / "masks" / "leg_1" / "femur.nii.gz")
-    with pytest.raises(AutosegError, match="no binary mask"):
-        import_dataset(place, "masks", *folders, name=NAME, order=("femur", "tibia"), yes=True)
 
 
 # msd
@@ -408,7 +341,13 @@ def test_a_hostile_or_broken_archive_writes_nothing_elsewhere(place, tmp_path):
     hostile = tmp_path / "Task04_Hippocampus.tar"
     with tarfile.open(hostile, "w") as archive:
         archive.add(task, arcname=task.name)
-        for name in ("../../evil.nii.gz", "/tmp/evil.nii.gz", "Task04/imagesTr/../../../evil.nii.gz"):
+        for name in (
+            "../../evil.nii.gz",
+            "/tmp/evil.nii.gz",
+            "T/imagesTr/..\\..\\evil.nii.gz",
+            "T/imagesTr/c:evil.nii.gz",
+            "Task04/imagesTr/../../../evil.nii.gz",
+        ):
             member = tarfile.TarInfo(name)
             member.size = 4
             archive.addfile(member, io.BytesIO(b"evil"))
@@ -455,82 +394,27 @@ def test_a_raw_dataset_of_nnunet_is_taken_as_it_is_with_its_folds(place, tmp_pat
     assert len(open_dataset(made).cases) == 4
 
 
-# hdf5
-
-
-def write_hdf5(path: Path, arrays, **attributes):
-    import h5py
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for name, array in arrays.items():
-            file.create_dataset(name, data=array)
-            file[name].attrs.update(attributes)
-
-
-def test_knee_files_with_one_hot_labels_and_a_profile(place, tmp_path, capsys):
-    hot = np.zeros((*SHAPE, 6), np.uint8)
-    hot[1, 2, 3:6, 0], hot[3, 2, 3:6, 5] = 1, 1
-    for seed, visit in enumerate(("V00", "V01")):
-        write_hdf5(tmp_path / "d" / f"train_001_{visit}.im", {"data": noise(seed)[0]})
-        write_hdf5(tmp_path / "d" / f"train_001_{visit}.seg", {"data": hot})
-    ask = {"name": NAME, "profile": "knee_cartilage", "yes": True}
-    with pytest.raises(AutosegError, match="--spacing Z,Y,X"):
-        import_dataset(place, "hdf5", str(tmp_path / "d"), **ask)
-    made = import_dataset(place, "hdf5", str(tmp_path / "d"), spacing_mm=(0.7, 0.36, 0.4), **ask)
-    assert "labels are one-hot, 6 classes; background is where none is set" in capsys.readouterr().out
-    labels, stored = read_labels(made / "labelsTr" / "train_001_V01.nii.gz")
-    assert np.allclose(stored.spacing_mm, (0.7, 0.36, 0.4))
-    assert np.array_equal(labels.array[0], hot @ np.arange(1, 7))
+def test_an_nnunet_dataset_of_lists_and_regions(place, tmp_path):
+    source = tmp_path / "nnUNet_raw" / "Dataset009_Balls"
+    balls_dataset(source)
+    card = json.loads((source / "dataset.json").read_text())
+    case = {"images": ["imagesTr/p0_0_0000.nii.gz"], "label": "labelsTr/p0_0.nii.gz"}
+    named = {"channel_names": {"1": "T2", "0": "T1"}, "labels": {"background": 0, "all": [7, 300], "core": 300}}
+    card |= named | {"dataset": {"one": {**case, "images": case["images"] * 2}}}
+    del card["numTraining"]
+    (source / "dataset.json").write_text(json.dumps(card))
+    with pytest.raises(AutosegError, match="have regions"):
+        import_dataset(place, "nnunet", str(source), profile="msd_05_prostate")
+    made = import_dataset(place, "nnunet", str(source))
     dataset = open_dataset(made)
-    assert dataset.labels.names[6] == "lateral meniscus"
-    image, _ = read_image([Path(dataset.cases[0].images[0])])
-    assert np.array_equal(image.array, noise())
-    assert dataset.group_by is not None
-    with pytest.raises(AutosegError, match="at least 2 groups"):
-        plan_and_preprocess(place, NAME, PlanOptions())
-
-
-def test_hdf5_with_both_arrays_in_one_file_and_a_spacing(place, tmp_path):
-    for n in (1, 2):
-        two = np.moveaxis(noise(n, channels=2), 0, -1)
-        arrays = {"image": two, "label": some_labels(n).astype(np.float32)}
-        write_hdf5(tmp_path / "d" / f"{n}.h5", arrays, spacing=(3.0, 1.0, 0.5))
-    made = import_dataset(place, "hdf5", str(tmp_path / "d"), name=NAME, channels=("T1", "T2"), yes=True)
-    case = open_dataset(made).cases[1]
-    image, stored = read_image([Path(p) for p in case.images])
-    assert np.array_equal(image.array, noise(2, channels=2))
-    assert stored.spacing_mm == (3.0, 1.0, 0.5)
-    assert np.array_equal(read_labels(Path(case.label))[0].array[0], some_labels(2))
-
-
-def test_overlapping_one_hot_classes_need_an_order(place, tmp_path):
-    hot = np.zeros((2, *SHAPE), np.uint8)
-    hot[0, 1, 2, 3:6], hot[1, 1, 2, 5:8] = 1, 1
-    write_hdf5(tmp_path / "a.h5", {"image": noise()[0], "mask": hot})
-    ask = {"name": NAME, "spacing_mm": (1.0, 1.0, 1.0), "yes": True}
-    with pytest.raises(AutosegError, match="class_2 over class_1: 1 voxels"):
-        import_dataset(place, "hdf5", str(tmp_path / "a.h5"), **ask)
-    import_dataset(place, "hdf5", str(tmp_path / "a.h5"), order=("class_2", "class_1"), **ask)
-
-
-def test_shapes_that_do_not_belong_together_are_refused():
-    def array(*shape):
-        return Array(path=Path("x"), name="x", shape=shape, whole=True, spacing_mm=None)
-
-    assert layout_of(array(5, 7, 11), array(5, 7, 11)) == ((5, 7, 11), None)
-    assert layout_of(array(2, 5, 7, 11), array(5, 7, 11)) == ((5, 7, 11), None)
-    assert layout_of(array(5, 7, 11), array(6, 5, 7, 11)) == ((5, 7, 11), 0)
-    assert layout_of(array(7, 11), array(7, 11, 3)) == ((7, 11), -1)
-    with pytest.raises(AutosegError, match="do not belong together"):
-        layout_of(array(5, 7, 11), array(5, 7, 12))
-
-
-def test_without_h5py_it_says_what_to_install(monkeypatch, tmp_path, place):
-    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
-    (tmp_path / "a.h5").write_bytes(b"x")
-    with pytest.raises(AutosegError, match=r"pip install .*autoseg\[hdf5\]"):
-        import_dataset(place, "hdf5", str(tmp_path / "a.h5"), name=NAME)
+    assert dataset.channel_names == ("T1", "T2")
+    assert dataset.cases[0].images[0] == str(source / case["images"][0])
+    assert json.loads((made / "dataset.json").read_text())["numTraining"] == 1
+    assert not (made / "imagesTr").exists()
+    for broken in ({"channel_names": {"a": "T1"}}, {"file_ending": 3}, {"labels": []}):
+        (source / "dataset.json").write_text(json.dumps(card | broken))
+        with pytest.raises(AutosegError, match="cannot be understood"):
+            import_dataset(place, "nnunet", str(source), name=NAME)
 
 
 # profiles

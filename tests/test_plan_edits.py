@@ -12,7 +12,7 @@ from autoseg.cli import app
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.planners import added, difference, edited, explain, keep_edits, stamped
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import Plan
+from autoseg.schema import ChannelStats, Plan
 from autoseg.workspace import Workspace
 
 RUNNER = CliRunner()
@@ -91,6 +91,18 @@ def test_edits_for_other_axes_are_refused():
     keep_edits(planned(FULL), plan(FULL, axis_order=(2, 0, 1)))
 
 
+def test_edits_that_a_new_plan_cannot_keep_are_not_lost_in_silence():
+    made = planned(FULL)
+    turned = replace(made, axis_order=(2, 0, 1))
+    assert edited(turned) == {"plan"}
+    with pytest.raises(AutosegError, match=r"differs in: axis_order\); give the change as --set"):
+        keep_edits(turned, plan(FULL))
+    stats = ChannelStats(mean=1.0, median=1.0, std=2.0, percentile_00_5=0.0, percentile_99_5=3.0, minimum=0, maximum=4)
+    other = replace(made, channels=(replace(made.channels[0], stats=stats),))
+    assert edited(other) == {"plan"}, "statistics edited by hand"
+    assert edited(replace(made, reasons=(), name="other")) == set()
+
+
 def test_differences_name_each_field_once():
     first = plan(FULL, FLAT, channels=("MR",))
     assert difference(first, first) == []
@@ -137,6 +149,8 @@ def test_edits_in_the_file_survive_planning_and_are_shown(tmp_path, capsys):
     compared = RUNNER.invoke(app, [*line, "--diff", "default", "big"], catch_exceptions=False).output
     assert compared.splitlines()[0].split() == ["field", "default", "big"]
     assert "gpu_memory_gb  8.0      2.5" in compared
+    alone = RUNNER.invoke(app, [*line, "--plan", "big"], catch_exceptions=False).output
+    assert "default" not in alone and "big" in alone
     assert "rule:" in RUNNER.invoke(app, [*line, "--explain"], catch_exceptions=False).output
     with pytest.raises(AutosegError, match="there are big, default"):
         RUNNER.invoke(app, [*line, "--diff", "default", "none"], catch_exceptions=False)

@@ -28,10 +28,11 @@ def plan_called(workspace: Workspace, dataset_text: str, name: str) -> Plan:
     return plans[name]
 
 
-def show_plans(workspace: Workspace, dataset_text: str) -> None:
-    """Print all plans as one table, a line a configuration."""
+def show_plans(workspace: Workspace, dataset_text: str, only: str | None = None) -> None:
+    """Print all plans, or `only` the one of that name, as one table, a line a configuration."""
+    plans = plans_of(workspace, dataset_text) if only is None else {only: plan_called(workspace, dataset_text, only)}
     rows = [("plan", "preset", "memory", "configuration", "patch", "batch", "spacing (mm)", "stages", "")]
-    for name, plan in plans_of(workspace, dataset_text).items():
+    for name, plan in plans.items():
         by_hand = dict.fromkeys(edited(plan), "edited by hand") | dict.fromkeys(added(plan), "added by hand")
         for c in plan.configurations:
             sizes = (" x ".join(map(str, c.patch)), str(c.batch_size), " x ".join(f"{s:.4g}" for s in c.spacing_mm))
