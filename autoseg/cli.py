@@ -440,7 +440,7 @@ def make_verb(
 
 @dataset_app.command("import")
 def import_verb(
-    kind: Annotated[str, typer.Argument(help="msd, nnunet, folders, masks, split or hdf5.")],
+    kind: Annotated[str, typer.Argument(help="msd, nnunet, folders, masks, train-val or hdf5.")],
     source: Annotated[
         str, typer.Argument(help="Folder, archive or quoted pattern ('data/*/t1.nii.gz') of the images.")
     ],

@@ -158,8 +158,7 @@ class Plan:
     configurations: tuple[Configuration, ...]
     reasons: tuple[Reason, ...] = ()
     planned: dict[str, str] = field(default_factory=dict)
-    """Configuration (and `channels`, and `plan` for the rest) -> hash as it was planned; what has another one was edited
-    by hand."""
+    """Configuration (and `channels`, and `plan`: the rest) -> hash as it was planned; any other one: edited by hand."""
 
     def in_channels(self, configuration: Configuration) -> int:
         """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class."""

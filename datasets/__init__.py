@@ -87,7 +87,7 @@ IMPORTS: dict[str, Import] = {
     "masks": Import(
         description="IMAGES and MASKS with one binary mask a structure", find=masks.find, takes=("masks", "order")
     ),
-    "split": Import(description="FOLDER/{train,val}/{images,masks}; the split is kept", find=folders.find_split),
+    "train-val": Import(description="FOLDER/{train,val}/{images,masks}; the split is kept", find=folders.find_split),
     "hdf5": Import(
         description="image and label arrays in HDF5 files", find=hdf5.find, takes=("masks", "order", "spacing_mm")
     ),

@@ -130,7 +130,7 @@ def unpack(archive: Path, scratch: Path) -> Path:
     Links, devices and everything outside the known folders are passed over, so that nothing is written elsewhere.
     Raises AutosegError for what is no archive, is truncated, names a file twice or would not fit on the disk.
     """
-    print(f"unpacking {archive} ({archive.stat().st_size / 1e9:.2f} GB)", flush=True)
+    print(f"unpacking {archive} ({archive.stat().st_size / 1e6:.0f} MB)", flush=True)
     taken: set[str] = set()
     free = shutil.disk_usage(scratch).free
     try:

@@ -252,9 +252,9 @@ def test_requests_that_cannot_be_met_say_what_to_do(place, tmp_path):
         ("how the dataset is to be called", "folders", {}),
         ("Dataset012_Knee", "folders", {"name": "12_Knee"}),
         ("say where the masks are", "folders", {"name": NAME}),
-        ("has no image file", "split", {"name": NAME}),
+        ("has no image file", "train-val", {"name": NAME}),
         ("unknown profile", "folders", {"name": NAME, "profile": "knee"}),
-        ("--order means nothing for split", "split", {"name": NAME, "order": ("a", "b")}),
+        ("--order means nothing for train-val", "train-val", {"name": NAME, "order": ("a", "b")}),
         ("--spacing means nothing for masks", "masks", {"name": NAME, "spacing_mm": (1.0, 1.0, 1.0)}),
         ("a folder of masks means nothing for msd", "msd", {"name": NAME, "masks": "m"}),
     ):
@@ -268,18 +268,18 @@ def test_requests_that_cannot_be_met_say_what_to_do(place, tmp_path):
             parse_labels(wrong)
 
 
-# split
+# train-val
 
 
 def test_a_split_in_folders_becomes_the_fold(place, tmp_path, capsys):
     for part, names, first in (("train", ["1", "2", "3"], 0), ("valid", ["1"], 5), ("test", ["7"], 7)):
         write_pairs(tmp_path / "d" / part / "images", tmp_path / "d" / part / "masks", names, names, first=first)
-    made = import_dataset(place, "split", str(tmp_path / "d"), name=NAME, channels=("MR",), yes=True)
+    made = import_dataset(place, "train-val", str(tmp_path / "d"), name=NAME, channels=("MR",), yes=True)
     fold = json.loads((made / "splits.json").read_text())["folds"]
     assert fold == [{"train": ["train_1", "train_2", "train_3"], "val": ["val_1"]}]
     assert {"imagesTs/test_7_0000.nii.gz", "labelsTs/test_7.nii.gz"} <= tree(made)
     shutil.rmtree(tmp_path / "d" / "test" / "masks")
-    other = import_dataset(place, "split", str(tmp_path / "d"), name="Dataset004_B", channels=("MR",), yes=True)
+    other = import_dataset(place, "train-val", str(tmp_path / "d"), name="Dataset004_B", channels=("MR",), yes=True)
     assert "has no masks and is left out" in capsys.readouterr().out
     assert not (other / "imagesTs").exists()
     plan_and_preprocess(place, NAME, PlanOptions(configurations=("2d",)))
@@ -428,7 +428,7 @@ def test_profiles_are_whole_and_listed():
         assert profile.labels["background"] == 0
     assert list(PROFILES["knee_cartilage"].labels.values()) == list(range(7))
     assert PROFILES["lower_limb_bones"].licence is None
-    assert set(IMPORTS) == {"msd", "nnunet", "folders", "masks", "split", "hdf5"}
+    assert set(IMPORTS) == {"msd", "nnunet", "folders", "masks", "train-val", "hdf5"}
 
 
 def test_the_patients_of_a_profile_make_the_folds(place, tmp_path):

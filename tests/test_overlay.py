@@ -132,6 +132,10 @@ def test_regions_are_scored_as_regions_and_coloured_as_written():
     shown = {"names": ("whole", "core"), "values": (1, 2), "regions": ((1, 2), (2,))}
     assert heading(scene(prediction, truth, **shown)) == "c1: Dice whole 1.000, core 0.000"
     assert [name for name, _ in colouring(scene(truth, **shown))[1]] == ["whole", "core"]
+    shown["regions"] = ((1, 2, 3), (2, 3))
+    truth[0, 0, 0] = 3
+    colours, legend = colouring(scene(truth, **shown))
+    assert colours(np.array([[3]]))[0, 0, :3] == pytest.approx(dict(legend)["core"]), "painted last"
 
 
 def test_classes_that_were_not_annotated_have_no_verdict():

@@ -279,14 +279,15 @@ def colouring(scene: Scene) -> tuple[Any, list[tuple[str, Any]]]:
         several = len(scene.classes) > 1
         legend: list[tuple[str, Any]] = [entry for value, entry in VERDICTS.items() if several or value != OTHER_CLASS]
     else:
-        # What a voxel of each class is written as; of a region that is one of its values. A class has one colour in
-        # all cases, by its place among the names.
-        written = {} if scene.labels is None else dict(zip(scene.labels.names[1:], scene.labels.values[1:]))
-        written |= {n: value for n, value in scene.classes.items() if n not in written and isinstance(value, int)}
-        palette = colormaps["tab10" if len(written) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-        present = set(np.unique(scene.prediction).tolist())
-        marks = {value: palette[n % len(palette)] for n, value in enumerate(written.values()) if value in present}
-        legend = [(name, marks[value]) for name, value in written.items() if value in present]
+        # A value of several regions is that of the last one, which is painted over the others. A class has one colour
+        # in all cases, by its place among the names.
+        order = list(scene.classes)
+        classes = {value: name for name, values in scene.classes.items() for value in np.ravel(values).tolist()}
+        palette = colormaps["tab10" if len(order) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+        present = [value for value in np.unique(scene.prediction).tolist() if value in classes]
+        marks = {value: palette[order.index(classes[value]) % len(palette)] for value in present}
+        named = {classes[value]: marks[value] for value in present}
+        legend = [(name, named[name]) for name in order if name in named]
         if len(legend) > NAMED:
             legend = [*legend[:NAMED], (f"and {len(legend) - NAMED} more", (0.5, 0.5, 0.5))]
 
