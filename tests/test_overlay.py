@@ -113,8 +113,12 @@ def test_verdicts_by_hand():
     truth = np.array([0, 0, 1, 1, 2, 1, 9])
     prediction = np.array([0, 1, 0, 1, 1, 2, 1])
     assert verdicts(truth, prediction).tolist() == [0, TOO_MUCH, MISSING, RIGHT, *[OTHER_CLASS] * 3]
-    assert verdicts(truth, prediction, ignored=9).tolist()[-1] == 0
-    assert verdicts(np.array([5, 5, 0]), np.array([5, 0, 0]), background=5).tolist() == [0, TOO_MUCH, RIGHT]
+    labels = Labels(names=("background", "a", "b"), values=(0, 1, 2), ignore=9)
+    assert verdicts(truth, prediction, labels).tolist()[-1] == 0
+    labels = Labels(names=("background", "a"), values=(5, 0))
+    assert verdicts(np.array([5, 5, 0]), np.array([5, 0, 0]), labels).tolist() == [0, TOO_MUCH, RIGHT]
+    labels = Labels(names=("background", "whole", "core"), values=(0, 2, 1), regions=((1, 2, 3), (1, 3)))
+    assert verdicts(np.array([3, 2, 0]), np.array([1, 1, 3]), labels).tolist() == [RIGHT, OTHER_CLASS, TOO_MUCH]
 
 
 def test_dice_of_the_heading_by_hand():

@@ -193,16 +193,18 @@ def window(shown: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def verdicts(truth: np.ndarray, prediction: np.ndarray, background: int = 0, ignored: int | None = None) -> np.ndarray:
-    """RIGHT, TOO_MUCH, MISSING or OTHER_CLASS for every voxel with foreground in either, 0 elsewhere; same shape."""
+def verdicts(truth: np.ndarray, prediction: np.ndarray, labels: Labels | None = None) -> np.ndarray:
+    """RIGHT, TOO_MUCH, MISSING or OTHER_CLASS for each voxel, 0 for background in both; by regions where there are any."""
+    plain = 0, None, ()
+    background, ignored, regions = plain if labels is None else (labels.values[0], labels.ignore, labels.regions)
+    same = [np.isin(truth, region) == np.isin(prediction, region) for region in regions] or [truth == prediction]
     marks = np.zeros(truth.shape, np.uint8)
     found, there = prediction != background, truth != background
     marks[found & ~there] = TOO_MUCH
     marks[~found & there] = MISSING
     marks[found & there] = OTHER_CLASS
-    marks[found & (truth == prediction)] = RIGHT
-    if ignored is not None:
-        marks[truth == ignored] = 0
+    marks[found & there & np.logical_and.reduce(same)] = RIGHT
+    marks[truth == ignored] = 0
     return marks
 
 
@@ -225,9 +227,7 @@ def draw(scene: Scene, path: Path) -> None:
     shown, inside = (np.take(array, positions, axis) for array in (scene.image, foreground))
     low, high = window(shown.astype(np.float64), inside) if scene.image.ndim == 3 else (0.0, float(max(1, shown.max())))
     colours, legend = colouring(scene)
-    marks = scene.prediction
-    if scene.truth is not None:
-        marks = verdicts(scene.truth, scene.prediction, scene.background, scene.ignored)
+    marks = scene.prediction if scene.truth is None else verdicts(scene.truth, scene.prediction, scene.labels)
     rows, columns = [edge for a, edge in enumerate(scene.grid.spacing_mm) if a != axis]
     height = scene.grid.shape[1 if axis == 0 else 0] * rows / (scene.grid.shape[1 if axis == 2 else 2] * columns)
     flat = len(positions) == 1
