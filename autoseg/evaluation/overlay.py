@@ -194,7 +194,7 @@ def window(shown: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
 
 
 def verdicts(truth: np.ndarray, prediction: np.ndarray, labels: Labels | None = None) -> np.ndarray:
-    """RIGHT, TOO_MUCH, MISSING or OTHER_CLASS for each voxel, 0 for background in both; by regions where there are any."""
+    """RIGHT, TOO_MUCH, MISSING or OTHER_CLASS for each voxel, 0 for background in both; by regions if there are any."""
     plain = 0, None, ()
     background, ignored, regions = plain if labels is None else (labels.values[0], labels.ignore, labels.regions)
     same = [np.isin(truth, region) == np.isin(prediction, region) for region in regions] or [truth == prediction]
