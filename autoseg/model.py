@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autoseg.checkpoint import load_weights
-from autoseg.inference import predict_logits
+from autoseg.inference import Swap, predict_logits
 from autoseg.networks import build
 from autoseg.preprocess import PreparedCase, prepare, project
 from autoseg.records import AutosegError, load_json, to_json
@@ -47,7 +47,7 @@ class Model:
         """Prepared case -> mean logits (K, Z, Y, X) of all folds on the prepared grid, float32.
 
         prior: labels (Z, Y, X) of the earlier stage on the same grid; left out, `before` predicts them.
-        step: distance of tiles as a share of the patch; mirror: average over all flips too.
+        step: distance of tiles as a share of the patch; mirror: average over all flips that the plan allows too.
         """
         patch = self.configuration.patch
         image = np.asarray(case.image[...])
@@ -65,10 +65,21 @@ class Model:
             patch=patch,
             heads=self.plan.labels.heads,
             step=step,
-            mirror_axes=tuple(range(len(patch))) if mirror else (),
+            mirror_axes=self.plan.mirroring.in_patch(len(patch)).axes(len(patch)) if mirror else (),
+            swap=self.swap(),
             device=self.device,
             progress=progress,
         ).numpy()
+
+    def swap(self) -> Swap | None:
+        """What trades places in a mirrored view: heads of left and right, and in a cascade the masks of both."""
+        mirroring = self.plan.mirroring.in_patch(self.configuration.dimension)
+        if not mirroring.swapped or mirroring.left_right is None:
+            return None
+        labels, images = self.plan.labels, len(self.plan.channels)
+        order = mirroring.order(labels.count)
+        masks = [images + order[index] - 1 for index in labels.foreground] if self.configuration.previous_stage else []
+        return Swap(axis=mirroring.left_right, channels=(*range(images), *masks), heads=order)
 
 
 def is_finished(folder: Path) -> bool:

@@ -38,6 +38,9 @@ class CaseFingerprint:
     """Voxels after the crop divided by voxels before."""
     content_hash: str = ""
     """Of the files and of what dataset.json says about them; tells whether anything has changed since."""
+    across: dict[int, float] | None = None
+    """Class -> its centre of mass along the canonical X axis, 0 to 1 from the patient's right to left side of the
+    cropped image; only classes that the case has. None in a fingerprint that was taken without."""
 
 
 @record
@@ -112,6 +115,53 @@ class Configuration:
 
 
 @record
+class Mirroring:
+    """What becomes of labels in a mirror image, for training and for prediction by mirrored views alike.
+
+    Axes are those of the plan, and in what `in_patch` returns those of a patch; classes are positions in `Labels.names`.
+    As it is by default, every axis is mirrored and labels stay what they are.
+    """
+
+    left_right: int | None = None
+    """The axis that runs from one side of the patient to the other; None where no label depends on it."""
+    swapped: tuple[tuple[int, int], ...] = ()
+    """Pairs of classes that trade places where `left_right` is mirrored."""
+    forbidden: tuple[int, ...] = ()
+    """Axes along which there are no mirror images."""
+
+    def __post_init__(self) -> None:
+        axes = {*self.forbidden} if self.left_right is None else {self.left_right, *self.forbidden}
+        classes = [index for pair in self.swapped for index in pair]
+        if not axes <= {0, 1, 2}:
+            raise ValueError(f"mirroring speaks of axes 0, 1 and 2, found {sorted(axes)}")
+        if len(set(classes)) != len(classes) or min(classes, default=1) < 1:
+            raise ValueError(f"swapped classes are pairs that share no class, without the background: {self.swapped}")
+        if classes and self.left_right is None:
+            raise ValueError("classes are swapped along an axis: give left_right")
+
+    def in_patch(self, dimension: Dimension) -> "Mirroring":
+        """The same for patches of so many axes, which are the last ones of the plan."""
+        lost = 3 - dimension
+        if not lost:
+            return self
+        across = None if self.left_right is None or self.left_right < lost else self.left_right - lost
+        return Mirroring(
+            left_right=across,
+            swapped=self.swapped if across is not None else (),
+            forbidden=tuple(axis - lost for axis in self.forbidden if axis >= lost),
+        )
+
+    def axes(self, dimension: Dimension) -> tuple[int, ...]:
+        """The axes along which patches of so many axes may be mirrored."""
+        return tuple(axis for axis in range(dimension) if axis not in self.forbidden)
+
+    def order(self, classes: int) -> tuple[int, ...]:
+        """What each of so many classes, the background first, is called in a mirror image along `left_right`."""
+        mates = dict(self.swapped) | {b: a for a, b in self.swapped}
+        return tuple(mates.get(index, index) for index in range(classes))
+
+
+@record
 class Reason:
     """Why a planning decision came out as it did."""
 
@@ -137,8 +187,14 @@ class Plan:
     labels: Labels
     data_hash: str = ""
     """Of the cases that it was made from."""
+    mirroring: Mirroring = Mirroring()
     configurations: tuple[Configuration, ...]
     reasons: tuple[Reason, ...] = ()
+
+    def __post_init__(self) -> None:
+        for index in (index for pair in self.mirroring.swapped for index in pair):
+            if index >= self.labels.count:
+                raise ValueError(f"mirroring.swapped: there is no class {index}, the last is {self.labels.count - 1}")
 
     def in_channels(self, configuration: Configuration) -> int:
         """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class."""

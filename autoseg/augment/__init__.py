@@ -21,7 +21,7 @@ from autoseg.augment import classic, foreign
 from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation, Policy, Source
 from autoseg.augment.foreign import Transform
 from autoseg.records import AutosegError
-from autoseg.schema import Dimension
+from autoseg.schema import Dimension, Mirroring
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Drawn", "Policy", "Source", "Transform", "make_augmentation"]
 
@@ -50,19 +50,21 @@ class Augmentation(Protocol):
         ...
 
 
-Maker = Callable[[tuple[int, ...], Dimension, tuple[bool, ...]], Augmentation]
+Maker = Callable[[tuple[int, ...], Dimension, tuple[bool, ...], Mirroring], Augmentation]
 
 
 def _follow(policy: Policy) -> Maker:
-    return lambda patch, dimension, masked: DefaultAugmentation(
-        policy=policy, patch=patch, dimension=dimension, masked=masked
+    return lambda patch, dimension, masked, mirroring: DefaultAugmentation(
+        policy=policy, patch=patch, dimension=dimension, masked=masked, mirroring=mirroring
     )
 
 
-def _classic(patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, ...]) -> Augmentation:
+def _classic(
+    patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, ...], mirroring: Mirroring
+) -> Augmentation:
     return foreign.ForeignAugmentation(
         name="batchgenerators",
-        transform=classic.classic(patch),
+        transform=classic.classic(patch, mirroring),
         box=classic.enlarged(patch),
         patch=patch,
         masked=masked,
@@ -72,10 +74,18 @@ def _classic(patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, .
 AUGMENTATIONS: dict[str, Maker] = {"default": _follow(DEFAULT), "none": _follow(NONE), "batchgenerators": _classic}
 
 
-def make_augmentation(name: str, *, patch: Sequence[int], dimension: Dimension, masked: Sequence[bool]) -> Augmentation:
+def make_augmentation(
+    name: str,
+    *,
+    patch: Sequence[int],
+    dimension: Dimension,
+    masked: Sequence[bool],
+    mirroring: Mirroring = Mirroring(),
+) -> Augmentation:
     """The augmentation called `name` for patches of shape `patch`: (Z, Y, X), or (Y, X) where `dimension` is 2.
 
     `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
+    `mirroring`: in the axes of the patch; a callable of your own does not see it and must mirror nothing it forbids.
     Raises AutosegError for a name that is neither in AUGMENTATIONS nor a callable's `package.module:name`.
     """
     patch, masked = tuple(patch), tuple(masked)
@@ -88,4 +98,4 @@ def make_augmentation(name: str, *, patch: Sequence[int], dimension: Dimension, 
     if name not in AUGMENTATIONS:
         known = ", ".join(AUGMENTATIONS)
         raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
-    return AUGMENTATIONS[name](patch, dimension, masked)
+    return AUGMENTATIONS[name](patch, dimension, masked, mirroring)

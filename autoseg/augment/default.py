@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoseg.augment import geometry, intensity
 from autoseg.records import record
-from autoseg.schema import Dimension
+from autoseg.schema import Dimension, Mirroring
 
 Source = tuple[Tensor, Tensor]
 Range = tuple[float, float]
@@ -91,12 +91,14 @@ class DefaultAugmentation:
     """Draws and applies a `Policy` to patches of one shape.
 
     `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
+    `mirroring`: in the axes of the patch.
     """
 
     policy: Policy
     patch: tuple[int, ...]
     dimension: Dimension
     masked: tuple[bool, ...]
+    mirroring: Mirroring = Mirroring()
 
     @property
     def planar(self) -> bool:
@@ -134,7 +136,7 @@ class DefaultAugmentation:
         return Draws(
             patch=self.patch,
             affine=affine,
-            mirrored=rng.random((batch, axes)) < policy.mirror,
+            mirrored=(rng.random((batch, axes)) < policy.mirror) & np.isin(range(axes), self.mirroring.axes(axes)),
             noise_sigma=noise_sigma,
             noise_seed=noise_seed,
             blur_sigma=blur_sigma,
@@ -156,7 +158,7 @@ class DefaultAugmentation:
         image = torch.empty((len(sources), len(first), *self.patch), dtype=torch.float32, device=first.device)
         labels = torch.empty((len(sources), *self.patch), dtype=torch.int64, device=first.device)
         for sample, (source_image, source_labels) in enumerate(sources):
-            _place(draws, sample, source_image, source_labels, image[sample], labels[sample])
+            self._place(draws, sample, source_image, source_labels, image[sample], labels[sample])
             _shade(draws, sample, image[sample])
         return finish(image, labels, self.masked)
 
@@ -170,8 +172,22 @@ class DefaultAugmentation:
         for sample, labels in enumerate(maps):
             # An image without channels: only labels are moved.
             none = first.new_empty((0, *labels.shape), dtype=torch.float32)
-            _place(draws, sample, none, labels, none.new_empty((0, *self.patch)), moved[sample])
+            self._place(draws, sample, none, labels, none.new_empty((0, *self.patch)), moved[sample])
         return moved.clamp_(min=0)
+
+    def _place(
+        self, draws: Draws, sample: int, image: Tensor, labels: Tensor, out_image: Tensor, out_labels: Tensor
+    ) -> None:
+        """Read image (C, *source) and labels (*source) of one sample as drawn into the outputs (C, *patch), (*patch)."""
+        shape = draws.source_shape(sample)
+        image, labels = geometry.centre(image, shape), geometry.centre(labels, shape)
+        affine, mirrored = draws.affine[sample], draws.mirrored[sample]
+        if np.array_equal(affine, np.eye(len(shape))):
+            geometry.mirror_into(image, labels, mirrored, out_image, out_labels)
+        else:
+            geometry.warp_into(image, labels, affine * np.where(mirrored, -1.0, 1.0), out_image, out_labels)
+        if self.mirroring.swapped and mirrored[self.mirroring.left_right]:
+            geometry.swap_classes(out_labels, self.mirroring.swapped)
 
 
 def is_planar(patch: tuple[int, ...]) -> bool:
@@ -206,16 +222,6 @@ def _about_one(rng: np.random.Generator, probability: float, span: Range, each: 
     below = rng.random(each) < 0.5
     factors = np.where(below, rng.uniform(span[0], 1.0, each), rng.uniform(1.0, span[1], each))
     return np.where(chosen, factors, 1.0)
-
-
-def _place(draws: Draws, sample: int, image: Tensor, labels: Tensor, out_image: Tensor, out_labels: Tensor) -> None:
-    shape = draws.source_shape(sample)
-    image, labels = geometry.centre(image, shape), geometry.centre(labels, shape)
-    affine, mirrored = draws.affine[sample], draws.mirrored[sample]
-    if np.array_equal(affine, np.eye(len(shape))):
-        geometry.mirror_into(image, labels, mirrored, out_image, out_labels)
-    else:
-        geometry.warp_into(image, labels, affine * np.where(mirrored, -1.0, 1.0), out_image, out_labels)
 
 
 def _shade(draws: Draws, sample: int, image: Tensor) -> None:

@@ -5,6 +5,7 @@ be no larger than `source_shape` says. Mirroring is folded into the map: a patch
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -77,6 +78,17 @@ def mirror_into(image: Tensor, labels: Tensor, mirrored: np.ndarray, out_image: 
     axes = [axis - len(mirrored) for axis in np.flatnonzero(mirrored).tolist()]
     out_image.copy_(image.flip(axes) if axes else image)
     out_labels.copy_(labels.flip(axes) if axes else labels)
+
+
+def swap_classes(labels: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+    """In place: of each pair of classes, every voxel of one in `labels` (any shape, integers) becomes the other."""
+    size = 1 + max(max(pair) for pair in pairs)
+    order = torch.arange(size, dtype=labels.dtype)
+    for a, b in pairs:
+        order[a], order[b] = b, a
+    # Read by table, in one pass however many pairs there are; what lies beyond the table stays.
+    swapped = order.to(labels.device)[labels.clamp(0, size - 1).long()]
+    labels.copy_(torch.where((labels < 0) | (labels >= size), labels, swapped))
 
 
 def warp_into(image: Tensor, labels: Tensor, affine: np.ndarray, out_image: Tensor, out_labels: Tensor) -> None:

@@ -197,7 +197,7 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     old = load_json(Fingerprint, path)
     if [case.case for case in old.cases] != [case.id for case in dataset.cases]:
         return None
-    if old.channel_names != dataset.channel_names:
+    if old.channel_names != dataset.channel_names or any(case.across is None for case in old.cases):
         return None
     outcomes = map_cases(
         lambda case: hash_case(dataset, case),

@@ -241,7 +241,8 @@ def seconds_a_case(
         clock = time.monotonic()
         network(tile).sum().item()
     view = time.monotonic() - clock
-    return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch)
+    mirrored = plan.mirroring.in_patch(configuration.dimension).axes(configuration.dimension)
+    return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch, mirrored)
 
 
 def say_share(budget: float, total: float, tasks: Sequence[Task], spent: Spent) -> None:
