@@ -85,7 +85,8 @@ def predict_logits(
     patch: size of a tile in voxels, (Z, Y, X), or (Y, X) for 2D networks, which see every slice of Z by itself. An
     image smaller than it is padded with zeros on both sides, the odd voxel at the end.
     step: distance between tiles as a share of the patch, at most. mirror_axes: positions in `patch`; all their
-    combinations are flipped, predicted and flipped back. swap: what trades places then; None: nothing. tile_batch: tiles (or mirrored views of one) in a call.
+    combinations are flipped, predicted and flipped back. swap: what trades places then; None: nothing.
+    tile_batch: tiles (or mirrored views of one) in a call.
     autocast: lower precision for the networks, for example torch.bfloat16; None leaves them in their own.
     progress: called with (tiles done, all tiles).
 

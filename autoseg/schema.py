@@ -118,8 +118,8 @@ class Configuration:
 class Mirroring:
     """What becomes of labels in a mirror image, for training and for prediction by mirrored views alike.
 
-    Axes are those of the plan, and in what `in_patch` returns those of a patch; classes are positions in `Labels.names`.
-    As it is by default, every axis is mirrored and labels stay what they are.
+    Axes are those of the plan, after `in_patch` those of a patch; classes are positions in `Labels.names`. By default
+    every axis is mirrored and labels stay what they are.
     """
 
     left_right: int | None = None
@@ -139,7 +139,7 @@ class Mirroring:
         if classes and self.left_right is None:
             raise ValueError("classes are swapped along an axis: give left_right")
 
-    def in_patch(self, dimension: Dimension) -> "Mirroring":
+    def in_patch(self, dimension: int) -> "Mirroring":
         """The same for patches of so many axes, which are the last ones of the plan."""
         lost = 3 - dimension
         if not lost:
@@ -151,7 +151,7 @@ class Mirroring:
             forbidden=tuple(axis - lost for axis in self.forbidden if axis >= lost),
         )
 
-    def axes(self, dimension: Dimension) -> tuple[int, ...]:
+    def axes(self, dimension: int) -> tuple[int, ...]:
         """The axes along which patches of so many axes may be mirrored."""
         return tuple(axis for axis in range(dimension) if axis not in self.forbidden)
 
@@ -159,6 +159,9 @@ class Mirroring:
         """What each of so many classes, the background first, is called in a mirror image along `left_right`."""
         mates = dict(self.swapped) | {b: a for a, b in self.swapped}
         return tuple(mates.get(index, index) for index in range(classes))
+
+
+EVERY_AXIS = Mirroring()
 
 
 @record
@@ -187,7 +190,7 @@ class Plan:
     labels: Labels
     data_hash: str = ""
     """Of the cases that it was made from."""
-    mirroring: Mirroring = Mirroring()
+    mirroring: Mirroring = EVERY_AXIS
     configurations: tuple[Configuration, ...]
     reasons: tuple[Reason, ...] = ()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoseg.labels import Labels
-from autoseg.schema import Fingerprint, Mirroring, Reason
+from autoseg.schema import EVERY_AXIS, Fingerprint, Mirroring, Reason
 
 SIDES: dict[str, Literal["left", "right"]] = {
     **dict.fromkeys(("left", "l", "lt", "lh"), "left"),
@@ -21,13 +21,13 @@ SIDES: dict[str, Literal["left", "right"]] = {
 }
 """Whole words of a class name that say a side."""
 
-UNLIKE = frozenset(
-    "ventricle ventricles ventricular atrium atria atrial appendage heart cardiac myocardium myocardial coronary "
-    "liver hepatic portal bile colon colic gastric gastroepiploic".split()
-)
+UNLIKE = {
+    *("ventricle", "ventricles", "ventricular", "atrium", "atria", "atrial", "appendage", "heart", "cardiac"),
+    *("myocardium", "myocardial", "coronary", "liver", "hepatic", "portal", "bile", "colon", "colic", "gastric"),
+}
 """Beside these words left and right are two different things, and none is the other's mirror image."""
 
-LATERAL = frozenset(("lateral", "lat"))
+LATERAL = {"lateral", "lat"}
 """Words with which a ventricle is one of the brain's, which are mirror images."""
 
 CHAMBERS: dict[str, Literal["left", "right"]] = {
@@ -78,7 +78,7 @@ def mirroring(
     """
     found = {index: said for index, name in enumerate(labels.names) if index and (said := sided(name))}
     if not found:
-        return Mirroring(), ()
+        return EVERY_AXIS, ()
     across = axis_order.index(2)
     pairs, alone = _mates(found)
     swapped, facts, lone = [], [], [f"{labels.names[index]} ({why})" for index, why in alone.items()]

@@ -21,7 +21,7 @@ from autoseg.augment import classic, foreign
 from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation, Policy, Source
 from autoseg.augment.foreign import Transform
 from autoseg.records import AutosegError
-from autoseg.schema import Dimension, Mirroring
+from autoseg.schema import EVERY_AXIS, Dimension, Mirroring
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Drawn", "Policy", "Source", "Transform", "make_augmentation"]
 
@@ -80,7 +80,7 @@ def make_augmentation(
     patch: Sequence[int],
     dimension: Dimension,
     masked: Sequence[bool],
-    mirroring: Mirroring = Mirroring(),
+    mirroring: Mirroring = EVERY_AXIS,
 ) -> Augmentation:
     """The augmentation called `name` for patches of shape `patch`: (Z, Y, X), or (Y, X) where `dimension` is 2.
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from autoseg.augment import geometry
 from autoseg.augment.default import is_planar, rotation_limit_rad
 from autoseg.augment.foreign import Transform
-from autoseg.schema import Mirroring
+from autoseg.schema import EVERY_AXIS, Mirroring
 
 _GLOBAL_GENERATORS = threading.Lock()
 
 
-def classic(patch: tuple[int, ...], mirroring: Mirroring = Mirroring()) -> Transform:
+def classic(patch: tuple[int, ...], mirroring: Mirroring = EVERY_AXIS) -> Transform:
     """The transform from boxes of `enlarged(patch)` to patches, of the type that `foreign.Transform` describes."""
     steps = _steps(patch, mirroring)
 

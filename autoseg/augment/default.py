@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoseg.augment import geometry, intensity
 from autoseg.records import record
-from autoseg.schema import Dimension, Mirroring
+from autoseg.schema import EVERY_AXIS, Dimension, Mirroring
 
 Source = tuple[Tensor, Tensor]
 Range = tuple[float, float]
@@ -98,7 +98,7 @@ class DefaultAugmentation:
     patch: tuple[int, ...]
     dimension: Dimension
     masked: tuple[bool, ...]
-    mirroring: Mirroring = Mirroring()
+    mirroring: Mirroring = EVERY_AXIS
 
     @property
     def planar(self) -> bool:
@@ -178,7 +178,7 @@ class DefaultAugmentation:
     def _place(
         self, draws: Draws, sample: int, image: Tensor, labels: Tensor, out_image: Tensor, out_labels: Tensor
     ) -> None:
-        """Read image (C, *source) and labels (*source) of one sample as drawn into the outputs (C, *patch), (*patch)."""
+        """Read a box, image (C, *source) and labels (*source), as drawn into (C, *patch) and (*patch)."""
         shape = draws.source_shape(sample)
         image, labels = geometry.centre(image, shape), geometry.centre(labels, shape)
         affine, mirrored = draws.affine[sample], draws.mirrored[sample]
