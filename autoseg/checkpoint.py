@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from autoseg.records import AutosegError, load_json, record, save_json, sync
 from autoseg.schedule import Rhythm
@@ -53,14 +53,21 @@ def save_weights(network: nn.Module, path: Path) -> None:
     sync(path.parent)
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Fill the network from `path`. Raises AutosegError for a missing, broken or unfitting file."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in `path` (safetensors) by name. Raises AutosegError for a missing or broken file."""
     try:
-        network.load_state_dict(load_file(path))
+        return load_file(path)
     except FileNotFoundError:
         raise AutosegError(f"{path} does not exist; train this fold first") from None
     except SafetensorError as error:
         raise AutosegError(f"{path} is damaged ({error}); train again or restore the file") from None
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill the network from `path`. Raises AutosegError for a missing, broken or unfitting file."""
+    tensors = read_weights(path)
+    try:
+        network.load_state_dict(tensors)
     except RuntimeError as error:
         raise AutosegError(f"the weights in {path} do not fit the planned network: {error}") from None
 

@@ -72,9 +72,12 @@ def plan_and_preprocess_verb(
     configurations: Annotated[
         list[str] | None, typer.Option("-c", "--configuration", help="Preprocess only this; may be repeated.")
     ] = None,
-    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "unet",
+    preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} [unet]")] = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Take over the plan of this model (a file or a fold folder), for fine-tuning.")
+    ] = None,
     plan: PlanOption = "default",
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
@@ -91,14 +94,17 @@ def plan_and_preprocess_verb(
     if help_fields:
         describe_plan_fields(place, dataset, plan)
         return
+    if like is not None and (preset, gpu_memory, spacing) != (None, None, None):
+        raise AutosegError("--like takes over network, memory and spacing; leave out --preset, --gpu-memory, --spacing")
     plan_and_preprocess(
         place,
         dataset,
         PlanOptions(
             name=plan,
-            preset=preset,
+            preset=preset or "unet",
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
+            like=like,
             configurations=tuple(configurations or ()),
             group_by=group_by,
             test_fraction=test_fraction,
@@ -123,7 +129,7 @@ def train_verb(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     device: DeviceOption = "auto",
     pretrained: Annotated[
-        Path | None, typer.Option(help="Start from these weights: a fold folder or a .safetensors file.")
+        Path | None, typer.Option(help="Begin with this: a model file, a fold folder, a .safetensors file.")
     ] = None,
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="Only predict and score held-out cases.")
@@ -234,7 +240,8 @@ def predict_verb(
     ] = None,
     run: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
     model: Annotated[
-        Path | None, typer.Option("-m", "--model", help="Folder of the model: a configuration of a run, or a fold.")
+        Path | None,
+        typer.Option("-m", "--model", help="A model file, or the folder of a configuration of a run, or of a fold."),
     ] = None,
     step_size: Annotated[float, typer.Option(min=0.05, max=1.0, help="Distance of tiles, share of the patch.")] = 0.5,
     no_tta: Annotated[bool, typer.Option("--no-tta", help="No mirroring: several times faster.")] = False,
@@ -265,21 +272,90 @@ def predict_verb(
     predict(Workspace.find(workspace), source, target, options)
 
 
+@app.command("export")
+def export_verb(
+    target: Annotated[Path, typer.Option("-o", "--output", help="The file to write, NAME.autoseg.")],
+    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Dataset of the model.")] = None,
+    configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="Configuration.")] = None,
+    folds: Annotated[
+        list[str] | None, typer.Option("-f", "--fold", help="Only this fold; may be repeated [all finished].")
+    ] = None,
+    run: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="Folder of a configuration of a run, or of a fold.")
+    ] = None,
+    licence: Annotated[str, typer.Option(help="Under which others may use it: a name, or a file with its text.")] = "",
+    note: Annotated[str, typer.Option(help="Anything else to state: authors, what to cite, intended use.")] = "",
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Write a trained model to one file that others can use: predict -m, info, train --pretrained, autoseg.load."""
+    from autoseg.pipeline.predict import PredictOptions
+    from autoseg.pipeline.share import export_model
+
+    options = PredictOptions(
+        dataset=dataset, configuration=configuration, folds=tuple(folds or ()), run=run, model=model
+    )
+    export_model(Workspace.find(workspace), target, options, licence, note)
+
+
+@app.command("info")
+def info_verb(file: Annotated[Path, typer.Argument(help="A model file.")]) -> None:
+    """Check a model file and say what it segments, how well, and what one may do with it."""
+    from autoseg.pipeline.share import info
+
+    info(file)
+
+
+@app.command("import-nnunet")
+def import_nnunet_verb(
+    source: Annotated[Path, typer.Argument(help="Folder of trained models of nnU-Net v2, or a zip exported by it.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="The file to write, NAME.autoseg.")],
+    configuration: Annotated[
+        str | None, typer.Option("-c", "--configuration", help="Configuration [the only one there is].")
+    ] = None,
+    folds: Annotated[
+        list[str] | None, typer.Option("-f", "--fold", help="Only this fold; may be repeated [all finished].")
+    ] = None,
+) -> None:
+    """Make a model file of a model that nnU-Net v2 has trained. Nothing in its files is executed."""
+    from autoseg.interop.nnunet import open_nnunet
+
+    model = open_nnunet(source, configuration, tuple(folds or ()))
+    model.write(target)
+    print("\n".join(model.notes))
+    print(f"Model: {target}")
+
+
 @app.command("evaluate")
 def evaluate_verb(
     truth: Annotated[Path, typer.Argument(help="Folder of true label files.")],
     prediction: Annotated[Path, typer.Argument(help="Folder of predicted label files, same names.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Whose labels [a dataset.json in or above the folders, else all values]."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for summary.json and summary.csv [predictions].")
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Tolerance of the surface Dice in mm.")] = 1.0,
     partial: Annotated[bool, typer.Option("--partial", help="Score only the cases that were predicted.")] = False,
     workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Score predictions: Dice, IoU, volume error, HD95, ASSD and surface Dice, per case and class."""
     from autoseg.evaluation import evaluate_folders, save_summary, table
+    from autoseg.layout import labels_in
 
-    summary = evaluate_folders(truth, prediction, tolerance_mm=tolerance, workers=workers, partial=partial)
+    labels, annotated = (None, None) if dataset is None else labels_in(Workspace.find(workspace).dataset(dataset)[1])
+    summary = evaluate_folders(
+        truth,
+        prediction,
+        labels=labels,
+        annotated=annotated,
+        tolerance_mm=tolerance,
+        workers=workers,
+        partial=partial,
+    )
     save_summary(summary, output or prediction)
     print(table(summary))
     print(f"\nScores: {(output or prediction) / 'summary.json'}")

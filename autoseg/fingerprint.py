@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autoseg.labels import Labels
 from autoseg.preprocess import Cropped
 from autoseg.records import AutosegError
 from autoseg.schema import CaseFingerprint, ChannelStats, Dimension, Fingerprint
@@ -28,9 +29,11 @@ class Measured:
     dimension: Dimension
 
 
-def measure_case(cropped: Cropped, content_hash: str, case_count: int) -> Measured:
-    """Measure one cropped case of a dataset of `case_count` cases."""
-    foreground = np.flatnonzero(cropped.labels > 0)
+def measure_case(
+    cropped: Cropped, labels: Labels, content_hash: str, case_count: int, annotated: tuple[str, ...] | None = None
+) -> Measured:
+    """Measure one cropped case of a dataset of `case_count` cases. Ignored voxels are no foreground."""
+    foreground = np.flatnonzero(labels.is_foreground(cropped.labels))
     channels = cropped.image.shape[0]
     if foreground.size:
         drawn = np.random.default_rng(SEED).choice(foreground, SAMPLES // case_count)
@@ -43,21 +46,26 @@ def measure_case(cropped: Cropped, content_hash: str, case_count: int) -> Measur
         spacing_mm=canonical_grid(cropped.stored).spacing_mm,
         crop_ratio=cropped.ratio,
         content_hash=content_hash,
-        across=across(cropped.labels, foreground),
+        annotated=annotated,
+        across=across(cropped.labels, foreground, labels),
     )
     return Measured(facts=facts, samples=samples, dimension=cropped.stored.dimension)
 
 
-def across(labels: np.ndarray, foreground: np.ndarray) -> dict[int, float]:
-    """Class -> centre of mass along the last axis of `labels` (Z, Y, X), from 0 to 1, to four digits.
+def across(indices: np.ndarray, foreground: np.ndarray, labels: Labels) -> dict[int, float]:
+    """Class -> its centre of mass along the last axis of a label map (Z, Y, X), 0 to 1, to four digits.
 
-    `foreground`: flat indices of all voxels that have a class. They are in order, so every row is read once.
+    Only of classes that occur. `foreground`: flat positions of all voxels that have a class.
     """
-    width = labels.shape[-1]
-    classes = labels.reshape(-1)[foreground]
-    counts = np.bincount(classes)
-    sums = np.bincount(classes, weights=foreground % width)
-    return {int(c): round(float(sums[c] / counts[c] + 0.5) / width, 4) for c in np.flatnonzero(counts)}
+    width = indices.shape[-1]
+    found = indices.reshape(-1)[foreground]
+    counts = np.bincount(found, minlength=len(labels.stored))
+    sums = np.bincount(found, weights=foreground % width, minlength=len(labels.stored))
+    return {
+        index: round(float(sums[own].sum() / counts[own].sum() + 0.5) / width, 4)
+        for index, own in enumerate(map(list, labels.members), start=1)
+        if counts[own].any()
+    }
 
 
 def channel_stats(samples: np.ndarray) -> ChannelStats | None:

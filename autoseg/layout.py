@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ class Case:
     id: str
     images: tuple[str, ...]
     label: str | None = None
+    annotated: tuple[str, ...] | None = None
+    """The classes that were annotated, where not all were."""
 
 
 @record
@@ -39,6 +42,20 @@ class Dataset:
     file_ending: str
     cases: tuple[Case, ...]
     notes: tuple[str, ...] = ()
+
+    def annotated(self) -> dict[str, tuple[str, ...]]:
+        """Case -> classes that were annotated in it; only of cases where not all were."""
+        return {case.id: case.annotated for case in self.cases if case.annotated is not None}
+
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know of the labels, one line each; nothing for plain classes annotated everywhere."""
+        partly, lines = self.annotated(), self.labels.remarks()
+        if not partly:
+            return lines
+        whole = len(self.cases) - len(partly)
+        counts = {name: whole + sum(name in listed for listed in partly.values()) for name in self.labels.names[1:]}
+        in_words = ", ".join(f"{name} in {count}" for name, count in counts.items())
+        return (*lines, f"{len(partly)} of {len(self.cases)} cases are annotated in part: {in_words}")
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -61,9 +78,11 @@ def open_dataset(folder: Path) -> Dataset:
         cases = listed_cases(content["dataset"], folder, len(channel_names), faults)
     else:
         cases = paired_cases(folder, len(channel_names), ending, faults)
+    if not faults and "annotated" in content:
+        cases = with_annotated(cases, content["annotated"], labels, faults)
     if faults:
         raise AutosegError(listed(f"{folder} is not laid out as it should be", faults))
-    notes = []
+    notes = list(labels.ambiguities())
     if content.get("numTraining", len(cases)) != len(cases):
         notes.append(f"dataset.json says numTraining {content['numTraining']}, found are {len(cases)} cases")
     return Dataset(
@@ -127,10 +146,23 @@ def read_label_names(content: Mapping[str, Any], faults: list[str]) -> Labels | 
         faults.append(f"labels: must go from name to value, not from value to name; write {turned}")
     else:
         try:
-            return Labels.from_dataset(named)
+            return Labels.from_dataset(named, content.get("regions_class_order"))
         except AutosegError as error:
             faults.append(str(error).removeprefix("dataset.json: "))
     return None
+
+
+def labels_in(folder: Path) -> tuple[Labels, dict[str, tuple[str, ...]]]:
+    """Labels of the dataset.json in `folder`, and case -> annotated classes of the cases where not all are.
+
+    Nothing else in it is looked at. Raises AutosegError that lists all faults of these entries.
+    """
+    content, faults = read_description(folder), list[str]()
+    labels = read_label_names(content, faults)
+    annotated = {} if labels is None else read_annotated(content.get("annotated", {}), labels, faults)
+    if labels is None or faults:
+        raise AutosegError(listed(f"{folder / 'dataset.json'} has faults", faults))
+    return labels, annotated
 
 
 def read_ending(content: Mapping[str, Any], folder: Path, faults: list[str]) -> str:
@@ -292,6 +324,34 @@ def listed_cases(entries: Any, folder: Path, channels: int, faults: list[str]) -
         files = [str(path) for path in paths]
         cases.append(Case(id=case, images=tuple(files[: len(images)]), label=files[-1] if label else None))
     return tuple(cases)
+
+
+def with_annotated(cases: tuple[Case, ...], entries: Any, labels: Labels, faults: list[str]) -> tuple[Case, ...]:
+    """The cases with what `annotated` of dataset.json says of them: {case: [class, ...]}, all classes where nothing."""
+    listing = read_annotated(entries, labels, faults)
+    if unknown := sorted(set(listing) - {case.id for case in cases}):
+        faults.append(f"annotated: {names(unknown)} without images; correct the name or remove the entry")
+    never = [name for name in labels.names[1:] if all(name not in listing.get(case.id, (name,)) for case in cases)]
+    if cases and never and not faults:
+        faults.append(f"annotated: no case has {names(never)}; add a case that has, or remove the class from labels")
+    return tuple(replace(case, annotated=listing.get(case.id)) for case in cases)
+
+
+def read_annotated(entries: Any, labels: Labels, faults: list[str]) -> dict[str, tuple[str, ...]]:
+    """Case -> classes annotated in it, of the cases where they are not all; in the order of `labels`."""
+    classes = labels.names[1:]
+    if not isinstance(entries, dict):
+        faults.append(f'annotated: must be like {{"case_1": ["{classes[0]}"]}}, found {json.dumps(entries)[:80]}')
+        return {}
+    listing = {}
+    for case, entry in entries.items():
+        if not isinstance(entry, list) or not entry or any(name not in classes for name in entry):
+            faults.append(
+                f"annotated: {case} must list one or more of {', '.join(classes)}, found {json.dumps(entry)[:80]}"
+            )
+        elif set(entry) != set(classes):
+            listing[case] = tuple(name for name in classes if name in entry)
+    return listing
 
 
 def files_with(folder: Path, ending: str) -> list[Path]:

@@ -2,53 +2,74 @@
 
 Both losses are one function of the class probabilities whose gradient is known in closed form. Writing that gradient
 down needs one buffer of the size of the logits in each direction; automatic differentiation of the textbook
-formulas, with one-hot targets, needs five or more, which at a hundred classes is most of a GPU.
+formulas, with one-hot targets, needs five or more, which at a hundred classes is most of a GPU. Regions have a sigmoid
+each and the binary cross-entropy.
+
+Ignored voxels are in no sum, and their gradient is zero. A class that was not annotated in a case is in no mean there;
+where classes exclude each other its probability counts as background, since that is what its voxels are labelled as
+(the marginal loss of Shi et al., Medical Image Analysis 2021). Where nothing is left the loss is zero.
 Sources: soft Dice after Drozdzal et al. (DLMIA 2016), the sum and the scales after nnU-Net (Isensee et al., 2021).
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from autoseg.labels import Labels
 
 SMOOTH = 1e-5
 """Added to numerator and denominator of Dice: a class absent from target and prediction scores 1."""
 
 
 class _DiceCrossEntropy(torch.autograd.Function):
-    """dice_share * (-mean soft Dice) + ce_share * (mean cross-entropy) of logits (B, K, R, X), target (B, R, X)."""
+    """dice_share * (-mean soft Dice) + ce_share * (mean cross-entropy) of logits (B, K, R, X), target (B, R, X).
+
+    ignored: mask (B, R, X) or None. counted: (B, K), 1 where a Dice enters the mean, else 0; None: all but background.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, dice_share: float, ce_share: float, batch_dice: bool
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        ignored: Tensor | None,
+        counted: Tensor | None,
+        dice_share: float,
+        ce_share: float,
+        batch_dice: bool,
     ) -> Tensor:
         shares = torch.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        cross_entropy = -shares.gather(1, target[:, None]).mean()
+        if ignored is None:
+            cross_entropy = -shares.gather(1, target[:, None]).mean()
+            ctx.by_log_share = -ce_share / target.numel()
+            weight = torch.ones_like(target, dtype=shares.dtype)
+        else:
+            target = target.masked_fill(ignored, 0)
+            weight = (~ignored).to(shares.dtype)
+            voxels = weight.sum().clamp_(min=1)
+            cross_entropy = -shares.gather(1, target[:, None]).masked_fill_(ignored[:, None], 0).sum() / voxels
+            ctx.by_log_share = -ce_share / voxels
         shares.exp_()
+        if ignored is not None:
+            shares.masked_fill_(ignored[:, None], 0)
         expected = shares.sum((2, 3))
         hit = _sum_by_class(shares.gather(1, target[:, None])[:, 0], target, logits.shape[1])
-        present = _sum_by_class(torch.ones_like(target, dtype=shares.dtype), target, logits.shape[1])
-        del shares
-        if batch_dice:
-            expected, hit, present = (statistic.sum(0, keepdim=True) for statistic in (expected, hit, present))
-        numerator, denominator = 2 * hit + SMOOTH, expected + present + SMOOTH
-        foreground = (numerator / denominator)[:, 1:]
-        scale = dice_share / foreground.numel()
-        # Derivatives by the two sums of a class: over all voxels, and over the voxels where the class is true.
-        by_expected = scale * numerator / denominator**2
-        by_hit = -2 * scale / denominator
-        by_expected[:, 0] = by_hit[:, 0] = 0
-        ctx.save_for_backward(logits, target, by_expected, by_hit)
-        ctx.by_log_share = -ce_share / target.numel()
-        return ce_share * cross_entropy - dice_share * foreground.mean()
+        present = _sum_by_class(weight, target, logits.shape[1])
+        del shares, weight
+        mean, by_expected, by_hit = _mean_dice(expected, hit, present, counted, 1, dice_share, batch_dice)
+        ctx.save_for_backward(logits, target, ignored, by_expected, by_hit)
+        return ce_share * cross_entropy - dice_share * mean
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, target, by_expected, by_hit = ctx.saved_tensors
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, ignored, by_expected, by_hit = ctx.saved_tensors
         samples, classes = logits.shape[:2]
         by_expected, by_hit = ((outer * part).expand(samples, classes) for part in (by_expected, by_hit))
         by_log_share = outer * ctx.by_log_share
@@ -60,7 +81,98 @@ class _DiceCrossEntropy(torch.autograd.Function):
         for k in range(classes):
             gradient[:, k].mul_(by_expected[:, k, None, None] - mean)
         gradient.scatter_add_(1, target[:, None], at_truth[:, None])
-        return gradient.to(logits.dtype), None, None, None, None
+        if ignored is not None:
+            gradient.masked_fill_(ignored[:, None], 0)
+        return gradient.to(logits.dtype), *[None] * 6
+
+
+class _DiceBinaryCrossEntropy(torch.autograd.Function):
+    """As `_DiceCrossEntropy` for regions: head k is true where `table[k]` (K, indices) holds at the target's index."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        ignored: Tensor | None,
+        counted: Tensor | None,
+        table: Tensor,
+        dice_share: float,
+        ce_share: float,
+        batch_dice: bool,
+    ) -> Tensor:
+        samples, regions = logits.shape[:2]
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        surprise, expected, hit, present = logits.new_zeros(4, samples, regions, dtype=kind)
+        for k in range(regions):
+            logit, truth = logits[:, k].to(kind), table[k][target]
+            terms = F.binary_cross_entropy_with_logits(logit, truth.to(kind), reduction="none")
+            share = logit.sigmoid()
+            if ignored is not None:
+                terms.masked_fill_(ignored, 0)
+                share.masked_fill_(ignored, 0)
+                truth &= ~ignored
+            surprise[:, k], expected[:, k], present[:, k] = (part.sum((1, 2)) for part in (terms, share, truth))
+            hit[:, k] = share.mul_(truth).sum((1, 2))
+        mean, by_expected, by_hit = _mean_dice(expected, hit, present, counted, 0, dice_share, batch_dice)
+        voxels = surprise.new_full((samples, 1), target[0].numel())
+        if ignored is not None:
+            voxels -= ignored.flatten(1).sum(1, keepdim=True)
+        entries = torch.ones_like(surprise) if counted is None else counted
+        by_term = entries / (entries * voxels).sum().clamp_(min=1)
+        ctx.save_for_backward(logits, target, ignored, table, by_expected, by_hit, ce_share * by_term)
+        return ce_share * (by_term * surprise).sum() - dice_share * mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, ignored, table, *parts = ctx.saved_tensors
+        by_expected, by_hit, by_term = ((outer * part).expand(logits.shape[:2])[..., None, None] for part in parts)
+        gradient = torch.sigmoid(logits.to(by_expected.dtype))
+        for k in range(logits.shape[1]):
+            share, truth = gradient[:, k], table[k][target]
+            of_dice = (by_expected[:, k] + by_hit[:, k] * truth) * (1 - share) * share
+            share.sub_(truth.to(share.dtype)).mul_(by_term[:, k]).add_(of_dice)
+        if ignored is not None:
+            gradient.masked_fill_(ignored[:, None], 0)
+        return gradient.to(logits.dtype), *[None] * 7
+
+
+def _mean_dice(
+    expected: Tensor,
+    hit: Tensor,
+    present: Tensor,
+    counted: Tensor | None,
+    first: int,
+    share: float,
+    batch_dice: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean soft Dice from sums (B, K), and the derivatives of -share times it by `expected` and by `hit`.
+
+    The mean is over the entries that are `counted`, or where that is None over all classes from `first` on. With
+    `batch_dice` a class is pooled over the samples where it counts, and its derivatives may be (1, K).
+    """
+    if counted is not None:
+        expected, hit, present = (statistic * counted for statistic in (expected, hit, present))
+    if batch_dice:
+        expected, hit, present = (statistic.sum(0, keepdim=True) for statistic in (expected, hit, present))
+    numerator, denominator = 2 * hit + SMOOTH, expected + present + SMOOTH
+    quotient = numerator / denominator
+    scale: Tensor | float
+    if counted is None:
+        chosen = quotient[:, first:]
+        mean, scale = chosen.mean(), share / chosen.numel()
+    else:
+        weight = counted.amax(0, keepdim=True) if batch_dice else counted
+        weight = weight / weight.sum().clamp(min=1)
+        mean, scale = (weight * quotient).sum(), share * weight
+    # By the two sums of a class: over all voxels, and over the voxels where the class is true.
+    by_expected = scale * numerator / denominator**2
+    by_hit = -2 * scale / denominator
+    if counted is None:
+        by_expected[:, :first] = by_hit[:, :first] = 0
+        return mean, by_expected, by_hit
+    return mean, by_expected * counted, by_hit * counted
 
 
 def _sum_by_class(values: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -70,36 +182,106 @@ def _sum_by_class(values: Tensor, target: Tensor, classes: int) -> Tensor:
     return bins.scatter_add_(1, target, values).sum(2)
 
 
-def _loss(logits: Tensor, target: Tensor, dice_share: float, ce_share: float, batch_dice: bool) -> Tensor:
+@lru_cache(maxsize=16)
+def _table(members: tuple[tuple[int, ...], ...], indices: int, device: torch.device) -> Tensor:
+    """Whether an index of a label map belongs to a region, bool (regions, indices)."""
+    return torch.tensor([[index in own for index in range(indices)] for own in members], device=device)
+
+
+def _merge(logits: Tensor, target: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
+    """Put classes that are not `annotated`, (B, K-1), to the background: in logits (B, K, R, X), target (B, R, X).
+
+    log(exp(a) + exp(b)) of the logits is the logit of the sum of two shares; a class that is merged has share 0.
+    """
+    merged = F.pad(~annotated, (1, 1), value=False)  # as many columns as a label map can have indices, ignored too
+    apart = F.pad(annotated, (1, 0), value=False)[..., None, None]
+    whole = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    first = whole.masked_fill(apart, -torch.inf).logsumexp(1, keepdim=True)
+    others = whole.masked_fill(merged[:, :-1, None, None], -torch.inf)[:, 1:]
+    hidden = merged.gather(1, target.flatten(1)).view_as(target)
+    return torch.cat([first, others], 1), target.masked_fill(hidden, 0)
+
+
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    dice_share: float,
+    ce_share: float,
+    batch_dice: bool,
+    labels: Labels | None,
+    annotated: Tensor | None,
+) -> Tensor:
     if logits.shape[2:] != target.shape[1:] or len(logits) != len(target):
         raise ValueError(
             f"logits (B, K, *s) and target (B, *s) do not fit: {tuple(logits.shape)}, {tuple(target.shape)}"
         )
+    exclusive = labels is None or labels.exclusive
     rows = target.long().reshape(len(target), -1, target.shape[-1])
     shaped = logits.reshape(*logits.shape[:2], *rows.shape[1:])
-    return _DiceCrossEntropy.apply(shaped, rows, dice_share, ce_share, batch_dice)
+    ignored = None if labels is None or labels.ignored is None else rows == labels.ignored
+    counted = None
+    if ignored is not None or annotated is not None:
+        counted = logits.new_ones(logits.shape[:2], dtype=torch.promote_types(logits.dtype, torch.float32))
+        if exclusive:
+            counted[:, 0] = 0
+        if annotated is not None:
+            counted[:, int(exclusive) :] *= annotated
+        if ignored is not None:
+            counted *= ~ignored.flatten(1).all(1, keepdim=True)
+    if exclusive:
+        if annotated is not None:
+            shaped, rows = _merge(shaped, rows, annotated)
+        return _DiceCrossEntropy.apply(shaped, rows, ignored, counted, dice_share, ce_share, batch_dice)
+    assert labels is not None
+    table = _table(labels.members, len(labels.known), logits.device)
+    return _DiceBinaryCrossEntropy.apply(shaped, rows, ignored, counted, table, dice_share, ce_share, batch_dice)
 
 
-def dice_ce(logits: Tensor, target: Tensor, *, batch_dice: bool) -> Tensor:
+def dice_ce(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    batch_dice: bool,
+    labels: Labels | None = None,
+    annotated: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy minus soft Dice: from -1 (perfect) upwards.
 
-    logits (B, K, *s) of any floating type; target (B, *s) integer with values in 0..K-1. The result is a scalar in
-    float32, or float64 for such logits; so are all sums on the way. Cross-entropy is the mean over voxels, Dice the
-    mean over the K-1 foreground classes of (2 sum(p g) + 1e-5) / (sum(p) + sum(g) + 1e-5): sums over each sample and
-    then the mean over the batch, or over the whole batch with `batch_dice`. A foreground class that the target lacks
-    pushes its probability to 0. Raises ValueError for shapes that do not fit.
+    logits (B, K, *s) of any floating type; target (B, *s) integer, a label map of `labels` with no negative index; None
+    means K classes that exclude each other. annotated: bool (B, classes without background), which classes were
+    annotated in each sample; None: all.
+    The result is a scalar in float32, or float64 for such logits; so are all sums on the way. Cross-entropy is the mean
+    over voxels (and regions), Dice the mean over the K-1 foreground classes (K regions) of
+    (2 sum(p g) + 1e-5) / (sum(p) + sum(g) + 1e-5): sums over each sample and then the mean over the batch, or over the
+    whole batch with `batch_dice`. A foreground class that the target lacks pushes its probability to 0. Ignored voxels,
+    samples without any other, and classes that were not annotated in a sample take part in nothing; zero where nothing
+    is left. Raises ValueError for shapes that do not fit.
     """
-    return _loss(logits, target, 1.0, 1.0, batch_dice)
+    return _loss(logits, target, 1.0, 1.0, batch_dice, labels, annotated)
 
 
-def dice(logits: Tensor, target: Tensor, *, batch_dice: bool) -> Tensor:
+def dice(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    batch_dice: bool,
+    labels: Labels | None = None,
+    annotated: Tensor | None = None,
+) -> Tensor:
     """Minus soft Dice, from -1 (perfect) to 0; arguments as in `dice_ce`."""
-    return _loss(logits, target, 1.0, 0.0, batch_dice)
+    return _loss(logits, target, 1.0, 0.0, batch_dice, labels, annotated)
 
 
-def cross_entropy(logits: Tensor, target: Tensor, *, batch_dice: bool) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    batch_dice: bool,
+    labels: Labels | None = None,
+    annotated: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy over voxels; arguments as in `dice_ce`, of which `batch_dice` changes nothing here."""
-    return _loss(logits, target, 0.0, 1.0, batch_dice)
+    return _loss(logits, target, 0.0, 1.0, batch_dice, labels, annotated)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"dice_ce": dice_ce, "dice": dice, "ce": cross_entropy}

@@ -14,10 +14,12 @@ import numpy as np
 from autoseg.labels import UNSEEN, Labels
 from autoseg.records import record
 from autoseg.resample import resample_argmax, resample_image, resample_labels, resample_logits
-from autoseg.schema import ChannelNorm, Configuration, Plan
-from autoseg.volume import Box, Grid, Volume, bounding_box, canonical_grid, cut, paste
+from autoseg.schema import ChannelNorm, Configuration, Orientation, Plan, Resampling
+from autoseg.volume import Box, Grid, Volume, bounding_box, canonical_axes, canonical_grid, cut, paste
 
 LOCATION_SEED = 1234
+ANNOTATED = -1
+"""Among the locations of a case: voxels that are not ignored, where others are."""
 MOST_LOCATIONS = 10_000
 LEAST_FRACTION = 0.01
 
@@ -27,25 +29,59 @@ PREPROCESS_VERSION = 1
 
 @record
 class Trace:
-    """All that leads from a prepared case back to its file. `axis_order`, `spacing_mm` and `shape` as in the plan."""
+    """All that leads from a prepared case back to its file. `axis_order`, `spacing_mm` and `shape` as in the plan.
+
+    `crop` is a box of the canonical grid.
+    """
 
     case: str
     stored: Grid
     crop: Box
     axis_order: tuple[int, int, int]
+    orientation: Orientation = "canonical"
     spacing_mm: tuple[float, float, float]
     shape: tuple[int, int, int]
 
     @property
     def cropped_shape(self) -> tuple[int, int, int]:
         """Shape after the crop and before resampling, in plan order."""
-        return tuple(self.crop.shape[axis] for axis in self.axis_order)  # type: ignore[return-value]
+        return tuple(self.crop.shape[axis] for axis in self.axes[0])  # type: ignore[return-value]
 
     @property
     def original_spacing_mm(self) -> tuple[float, float, float]:
         """Spacing before resampling, in plan order."""
         spacing = canonical_grid(self.stored).spacing_mm
-        return tuple(spacing[axis] for axis in self.axis_order)  # type: ignore[return-value]
+        return tuple(spacing[axis] for axis in self.axes[0])  # type: ignore[return-value]
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """See `plan_axes`."""
+        return plan_axes(self.stored, self.orientation, self.axis_order)
+
+
+def plan_axes(
+    stored: Grid, orientation: Orientation, axis_order: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """How a canonical array of a case gets to plan order: (order, flips).
+
+    Plan axis i is canonical axis order[i], reversed where flips[i]. 2D images are never turned.
+    """
+    order, flips = (0, 1, 2), (False, False, False)
+    if orientation == "file":
+        back, reversed_ = canonical_axes(stored)
+        order = (back.index(0), back.index(1), back.index(2))
+        flips = (reversed_[order[0]], reversed_[order[1]], reversed_[order[2]])
+    elif orientation == "ras" and stored.dimension == 3:
+        flips = (False, True, True)
+    return tuple(order[axis] for axis in axis_order), tuple(flips[axis] for axis in axis_order)
+
+
+def _turn(array: np.ndarray, axes: tuple[tuple[int, ...], tuple[bool, ...]]) -> np.ndarray:
+    """The trailing canonical axes of `array` in plan order; contiguous."""
+    order, flips = axes
+    lead = array.ndim - 3
+    moved = array.transpose(*range(lead), *(lead + axis for axis in order))
+    return np.ascontiguousarray(np.flip(moved, tuple(lead + axis for axis, flip in enumerate(flips) if flip)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,7 +106,7 @@ class PreparedCase:
     """What training and prediction read, in plan order.
 
     image: float32 (C, Z, Y, X); labels: integer (Z, Y, X), `UNSEEN` outside the content;
-    locations: class index -> int32 (n, 3), voxels of that class to centre patches on.
+    locations: class number, from 1, or `ANNOTATED` -> int32 (n, 3), voxels of that class to centre patches on.
     """
 
     case: str
@@ -158,20 +194,24 @@ def new_shape(shape: Sequence[int], current_mm: Sequence[float], target_mm: Sequ
     return tuple(max(1, round(c / t * n)) for n, c, t in zip(shape, current_mm, target_mm))
 
 
-def find_locations(labels: np.ndarray, classes: Sequence[int]) -> dict[int, np.ndarray]:
-    """For each class that occurs, voxels (n, 3) drawn without replacement with a fixed seed.
+def find_locations(indices: np.ndarray, labels: Labels) -> dict[int, np.ndarray]:
+    """For each class that occurs in a label map (Z, Y, X), voxels (n, 3) drawn without replacement with a fixed seed.
 
-    n is 10 000, all of them where there are fewer, and never less than 1 % of the class.
+    n is 10 000, all of them where there are fewer, and never less than 1 % of the class. A map with ignored voxels has
+    such voxels of the annotated rest, background included, under `ANNOTATED`.
     """
     rng = np.random.default_rng(LOCATION_SEED)
     found = {}
-    for index in classes:
-        where = np.flatnonzero(labels == index)
+    wanted = dict(enumerate(labels.members, start=1))
+    if labels.ignored is not None and (indices == labels.ignored).any():
+        wanted[ANNOTATED] = (UNSEEN, 0, *labels.foreground)
+    for index, members in wanted.items():
+        where = np.flatnonzero(np.isin(indices, members) if len(members) > 1 else indices == members[0])
         if not where.size:
             continue
         count = max(min(MOST_LOCATIONS, where.size), int(np.ceil(LEAST_FRACTION * where.size)))
         chosen = where if count == where.size else np.sort(rng.choice(where, count, replace=False))
-        found[index] = np.stack(np.unravel_index(chosen, labels.shape), axis=1).astype(np.int32)
+        found[index] = np.stack(np.unravel_index(chosen, indices.shape), axis=1).astype(np.int32)
     return found
 
 
@@ -182,12 +222,12 @@ def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configur
     """
     if len(plan.channels) != cropped.image.shape[0]:
         raise ValueError(f"the image has {cropped.image.shape[0]} channels, the plan expects {len(plan.channels)}")
-    order = plan.axis_order
+    axes = plan_axes(cropped.stored, plan.orientation, plan.axis_order)
     image = np.stack([normalise_channel(x, norm, cropped.content) for x, norm in zip(cropped.image, plan.channels)])
-    image = np.ascontiguousarray(image.transpose(0, *(1 + axis for axis in order)), dtype=np.float32)
-    labels = np.ascontiguousarray(cropped.labels.transpose(order))
+    image = _turn(image.astype(np.float32, copy=False), axes)
+    labels = _turn(cropped.labels, axes)
     spacing = canonical_grid(cropped.stored).spacing_mm
-    current = tuple(spacing[axis] for axis in order)
+    current = tuple(spacing[axis] for axis in axes[0])
     for configuration in configurations:
         target = target_spacing_mm(configuration, current)
         shape = new_shape(labels.shape, current, target)
@@ -196,12 +236,13 @@ def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configur
             case=cropped.case,
             image=resample_image(image, current, target, shape, configuration.resampling),
             labels=resampled,
-            locations=find_locations(resampled, plan.labels.foreground),
+            locations=find_locations(resampled, plan.labels),
             trace=Trace(
                 case=cropped.case,
                 stored=cropped.stored,
                 crop=cropped.crop,
-                axis_order=order,
+                axis_order=plan.axis_order,
+                orientation=plan.orientation,
                 spacing_mm=target,
                 shape=shape,  # type: ignore[arg-type]
             ),
@@ -215,22 +256,47 @@ def prepare(
     return next(prepare_each(crop_to_content(case, image, labels, stored), plan, [configuration]))
 
 
-def restore(logits: np.ndarray, trace: Trace, configuration: Configuration) -> np.ndarray:
-    """Inverse of `prepare` for logits (K, Z, Y, X): class indices on the file's canonical grid, background outside.
+def restore(logits: np.ndarray, trace: Trace, labels: Labels, configuration: Configuration) -> np.ndarray:
+    """Inverse of `prepare` for logits (K, Z, Y, X): label map int16 on the file's canonical grid, background outside.
 
     The logits are resampled, not the labels, and one class at a time, so that memory does not grow with the classes.
     """
     current, original = trace.spacing_mm, trace.original_spacing_mm
-    indices = resample_argmax(logits, current, original, trace.cropped_shape, configuration.resampling)
+    indices = _decode(logits, current, original, trace.cropped_shape, labels, configuration.resampling)
     return _uncrop(indices, trace, 0)
 
 
-def project(logits: np.ndarray, trace: Trace, onto: Trace, configuration: Configuration) -> np.ndarray:
-    """Logits (K, Z, Y, X) of one configuration -> class indices int16 on the prepared grid of another, `onto`.
+def project(logits: np.ndarray, trace: Trace, onto: Trace, labels: Labels, configuration: Configuration) -> np.ndarray:
+    """Logits (K, Z, Y, X) of one configuration -> label map int16 on the prepared grid of another, `onto`.
 
     What the next stage of a cascade reads. Both are the same case, so both have the same crop.
     """
-    return resample_argmax(logits, trace.spacing_mm, onto.spacing_mm, onto.shape, configuration.resampling)
+    return _decode(logits, trace.spacing_mm, onto.spacing_mm, onto.shape, labels, configuration.resampling)
+
+
+def _decode(
+    logits: np.ndarray,
+    current_mm: Sequence[float],
+    target_mm: Sequence[float],
+    shape: Sequence[int],
+    labels: Labels,
+    rules: Resampling,
+) -> np.ndarray:
+    """Resampled logits -> label map, a head at a time."""
+    if labels.exclusive:
+        return resample_argmax(logits, current_mm, target_mm, shape, rules)
+    heads = (resample_logits(logit[None], current_mm, target_mm, shape, rules)[0] for logit in logits)
+    return labels.decode(heads).astype(np.int16)
+
+
+def project_labels(indices: np.ndarray, onto: Trace, configuration: Configuration) -> np.ndarray:
+    """Class indices on the canonical grid of a case, as `restore` gives them -> on the prepared grid `onto`.
+
+    For cascades that are imported: the labels are resampled as labels, by the rules of the later stage.
+    """
+    cropped = _turn(cut(indices, onto.crop, 0), onto.axes)
+    here = onto.original_spacing_mm, onto.spacing_mm, onto.shape
+    return resample_labels(cropped, *here, configuration.resampling)
 
 
 def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, configuration: Configuration) -> np.ndarray:
@@ -238,14 +304,17 @@ def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, conf
     current, original = trace.spacing_mm, trace.original_spacing_mm
     resampled = resample_logits(logits, current, original, trace.cropped_shape, configuration.resampling)
     probabilities = _uncrop(labels.probabilities(resampled).astype(np.float32), trace, 0)
-    outside = np.ones(probabilities.shape[1:], bool)
-    outside[trace.crop.slices()] = False
-    probabilities[0][outside] = 1
+    if labels.exclusive:
+        outside = np.ones(probabilities.shape[1:], bool)
+        outside[trace.crop.slices()] = False
+        probabilities[0][outside] = 1
     return probabilities
 
 
 def _uncrop(array: np.ndarray, trace: Trace, fill: float) -> np.ndarray:
     """Trailing axes from cropped plan order back to the whole canonical grid."""
+    order, flips = trace.axes
     lead = array.ndim - 3
-    back = array.transpose(*range(lead), *(lead + trace.axis_order.index(axis) for axis in range(3)))
+    array = np.flip(array, tuple(lead + axis for axis, flip in enumerate(flips) if flip))
+    back = array.transpose(*range(lead), *(lead + order.index(axis) for axis in range(3)))
     return paste(back, trace.crop, canonical_grid(trace.stored).shape, fill)

@@ -73,7 +73,9 @@ def hash_case(dataset: Dataset, case: Case) -> str:
     Raises AutosegError if a file is missing.
     """
     image = hash_files(case.images, (str(READ_VERSION), str(len(dataset.channel_names))))
-    label = hash_files([case.label] if case.label else [], (str(READ_VERSION), str(dataset.labels.values)))
+    listed = () if case.annotated is None else (str(case.annotated),)
+    said = (str(READ_VERSION), str(dataset.labels.meaning), *listed)
+    label = hash_files([case.label] if case.label else [], said)
     return f"{image}-{label}"
 
 
@@ -123,7 +125,7 @@ def load_case(dataset: Dataset, case: Case) -> LoadedCase:
         except AutosegError as error:
             fault(*problem_and_cure(error))
     if image is not None:
-        found, labels = check_case(case.id, image, label, dataset.labels, dataset.channel_names)
+        found, labels = check_case(case.id, image, label, dataset.labels, dataset.channel_names, case.annotated)
         findings += found
     return LoadedCase(
         case=case.id,
@@ -142,11 +144,17 @@ def problem_and_cure(error: AutosegError) -> tuple[str, str]:
 
 
 def check_case(
-    case: str, image: Volume, label: Volume | None, labels: Labels, channel_names: Sequence[str]
+    case: str,
+    image: Volume,
+    label: Volume | None,
+    labels: Labels,
+    channel_names: Sequence[str],
+    annotated: Sequence[str] | None = None,
 ) -> tuple[tuple[Finding, ...], np.ndarray | None]:
     """Findings of a decoded case, and its labels as int16 class indices (Z, Y, X) on the image's grid.
 
     `label` (1, Z, Y, X) holds values of the file. The indices are None without label or where an error forbids them.
+    annotated: the classes that the label may hold; None: all.
     """
     findings: list[Finding] = []
 
@@ -178,10 +186,16 @@ def check_case(
     except ValueError:
         unexpected = labels.unexpected(label.array)
         cure = "name them in `labels` of dataset.json, or replace them in the file"
-        known = ", ".join(map(str, sorted(labels.values)))
+        known = ", ".join(map(str, sorted(labels.known)))
         found("error", f"label values {names(map(str, unexpected))}, named are {known}", cure)
         return tuple(findings), None
-    if not indices.any():
+    if annotated is not None and (extra := labels.not_annotated(indices, annotated)):
+        cure = f"add their class to its entry in `annotated` of dataset.json ({', '.join(annotated)}), or remove them"
+        found("error", f"label values {names(map(str, extra))}, of classes that are not listed as annotated", cure)
+        return tuple(findings), None
+    if (indices == labels.ignored).all():
+        found("warning", "nothing is annotated: every voxel is ignored", "remove the case, nothing is learnt from it")
+    elif not labels.is_foreground(indices).any():
         found("warning", "no foreground: every label is background", "fine if the structure is absent")
     return tuple(findings), indices
 

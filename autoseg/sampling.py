@@ -7,7 +7,7 @@ needs no saved random state. A patch is chosen by its centre; only the box that 
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
@@ -21,7 +21,7 @@ from torch import Tensor
 from autoseg.augment import Augmentation, Drawn
 from autoseg.augment.prior import PriorDraws, corrupt, draw_prior, to_masks
 from autoseg.labels import UNSEEN
-from autoseg.preprocess import PreparedCase
+from autoseg.preprocess import ANNOTATED, PreparedCase
 from autoseg.records import AutosegError
 from autoseg.store import load_case, read_case
 from autoseg.volume import Box, cut
@@ -90,12 +90,14 @@ class Sources:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """What one training step sees: image (B, C, *patch) float32, labels (B, *patch) int64 class indices."""
+    """What one training step sees: image (B, C, *patch) float32, labels (B, *patch) int64, a label map."""
 
     step: int
     patches: tuple[Patch, ...]
     image: Tensor
     labels: Tensor
+    annotated: Tensor | None = None
+    """Which classes were annotated, (B, classes without background) bool; None where no case lacks any."""
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -119,14 +121,17 @@ def choose_patch(case: PreparedCase, patch: Sequence[int], foreground: bool, rng
     """Choose one patch of a case (2D patches: one slice): anywhere, or centred on a voxel of a random class.
 
     With `foreground` a class is drawn uniformly among those that the case holds, then one of its stored voxels; a
-    case without foreground gives a random patch.
+    case without foreground gives a random patch. Where a case has ignored voxels, a random patch is centred on one of
+    the others: otherwise it might show nothing to learn from.
     """
     shape = case.labels.shape
     edges = (1,) * (3 - len(patch)) + tuple(patch)
     wanted: Sequence[int | None] = (None, None, None)
-    if foreground and case.locations:
-        classes = sorted(case.locations)
+    classes = sorted(case.locations.keys() - {ANNOTATED}) if foreground else []
+    voxels = case.locations.get(ANNOTATED)
+    if classes:
         voxels = case.locations[classes[int(rng.integers(len(classes)))]]
+    if voxels is not None:
         wanted = [int(v) for v in voxels[int(rng.integers(len(voxels)))]]
     start = tuple(place_axis(n, edge, want, rng) for n, edge, want in zip(shape, edges, wanted))
     return Box(start=start, stop=tuple(a + edge for a, edge in zip(start, edges)))
@@ -191,6 +196,8 @@ class Sampler:
     seed: int
     stream: Stream
     prior: Prior | None = None
+    annotated: Mapping[str, tuple[bool, ...]] | None = None
+    """Case -> which classes were annotated, background apart; None where no case lacks any."""
 
     def sources(self, step: int) -> Sources:
         """Everything of step `step`, read from the cases. Raises AutosegError that names the case it failed on."""
@@ -238,7 +245,10 @@ class Sampler:
             if sources.prior_draws is not None:
                 masks = corrupt(masks, sources.prior_draws)
             image = torch.cat([image, masks], dim=1)
-        return Batch(step=sources.step, patches=sources.patches, image=image, labels=labels)
+        annotated = None
+        if self.annotated is not None:
+            annotated = torch.tensor([self.annotated[patch.case] for patch in sources.patches], device=device)
+        return Batch(step=sources.step, patches=sources.patches, image=image, labels=labels, annotated=annotated)
 
 
 def prefetch(load: Callable[[int], Sources], steps: Iterable[int], threads: int) -> Iterator[Sources]:

@@ -1,7 +1,7 @@
 """The frozen records that are saved as JSON: fingerprint, plan, recipe, run.
 
 Spatial tuples run in array order: (Z, Y, X) for 3D, (Y, X) for 2D configurations. In a Plan they run in *plan
-order*, which is canonical order permuted by `Plan.axis_order`. Lengths are millimetres.
+order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. Lengths are millimetres.
 """
 
 from typing import Literal
@@ -9,9 +9,14 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveFloat
 
 from autoseg.labels import Labels
+from autoseg.mirroring import EVERY_AXIS, Flips, Mirroring, other_index
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
 
 Dimension = Literal[2, 3]
+
+Orientation = Literal["canonical", "file", "ras"]
+"""Which axes the networks see: the canonical ones (left-posterior-superior), those of each file as they are stored, or
+right-anterior-superior. Plans made here are canonical; the others are those of imported models."""
 
 
 @record
@@ -38,9 +43,11 @@ class CaseFingerprint:
     """Voxels after the crop divided by voxels before."""
     content_hash: str = ""
     """Of the files and of what dataset.json says about them; tells whether anything has changed since."""
+    annotated: tuple[str, ...] | None = None
+    """The classes that were annotated, where not all were."""
     across: dict[int, float] | None = None
-    """Class -> its centre of mass along the canonical X axis, 0 to 1 from the patient's right to left side of the
-    cropped image; only classes that the case has. None in a fingerprint that was taken without."""
+    """Class (position in `Labels.names`) -> its centre of mass along the canonical X axis, 0 at the patient's right
+    to 1 at the left end of the cropped image; only classes that the case has. None in fingerprints taken without."""
 
 
 @record
@@ -58,6 +65,10 @@ class Fingerprint:
     def data_hash(self) -> str:
         """One hash over the content of all cases."""
         return hash_text(*(case.content_hash for case in self.cases))
+
+    def annotated(self) -> dict[str, tuple[str, ...]]:
+        """Case -> classes that were annotated in it; only of cases where not all were."""
+        return {case.case: case.annotated for case in self.cases if case.annotated is not None}
 
 
 @record
@@ -110,58 +121,14 @@ class Configuration:
     resampling: Resampling = Resampling()
     previous_stage: str | None = None
     """The configuration whose predictions are extra inputs (cascade), or None."""
+    prior: Literal["logits", "labels"] = "logits"
+    """What of the previous stage is brought onto the grid of this one when predicting: its logits, or its labels on the
+    grid of the file, as nnU-Net does with the files that its first stage has written."""
+    mirror_axes: tuple[int, ...] | None = None
+    """Positions in `patch` along which there may be mirror images, in training and prediction; None: all of them. What
+    `Plan.mirroring` forbids is forbidden all the same."""
     prepared: str
     """The configuration whose prepared cases are read; its own name unless data are shared."""
-
-
-@record
-class Mirroring:
-    """What becomes of labels in a mirror image, for training and for prediction by mirrored views alike.
-
-    Axes are those of the plan, after `in_patch` those of a patch; classes are positions in `Labels.names`. By default
-    every axis is mirrored and labels stay what they are.
-    """
-
-    left_right: int | None = None
-    """The axis that runs from one side of the patient to the other; None where no label depends on it."""
-    swapped: tuple[tuple[int, int], ...] = ()
-    """Pairs of classes that trade places where `left_right` is mirrored."""
-    forbidden: tuple[int, ...] = ()
-    """Axes along which there are no mirror images."""
-
-    def __post_init__(self) -> None:
-        axes = {*self.forbidden} if self.left_right is None else {self.left_right, *self.forbidden}
-        classes = [index for pair in self.swapped for index in pair]
-        if not axes <= {0, 1, 2}:
-            raise ValueError(f"mirroring speaks of axes 0, 1 and 2, found {sorted(axes)}")
-        if len(set(classes)) != len(classes) or min(classes, default=1) < 1:
-            raise ValueError(f"swapped classes are pairs that share no class, without the background: {self.swapped}")
-        if classes and self.left_right is None:
-            raise ValueError("classes are swapped along an axis: give left_right")
-
-    def in_patch(self, dimension: int) -> "Mirroring":
-        """The same for patches of so many axes, which are the last ones of the plan."""
-        lost = 3 - dimension
-        if not lost:
-            return self
-        across = None if self.left_right is None or self.left_right < lost else self.left_right - lost
-        return Mirroring(
-            left_right=across,
-            swapped=self.swapped if across is not None else (),
-            forbidden=tuple(axis - lost for axis in self.forbidden if axis >= lost),
-        )
-
-    def axes(self, dimension: int) -> tuple[int, ...]:
-        """The axes along which patches of so many axes may be mirrored."""
-        return tuple(axis for axis in range(dimension) if axis not in self.forbidden)
-
-    def order(self, classes: int) -> tuple[int, ...]:
-        """What each of so many classes, the background first, is called in a mirror image along `left_right`."""
-        mates = dict(self.swapped) | {b: a for a, b in self.swapped}
-        return tuple(mates.get(index, index) for index in range(classes))
-
-
-EVERY_AXIS = Mirroring()
 
 
 @record
@@ -182,10 +149,12 @@ class Plan:
     name: str = "default"
     dataset: str
     preset: str
-    gpu_memory_gb: float
+    gpu_memory_gb: float | None
+    """What a training step was planned to fill; None if the plan was made elsewhere."""
     dimension: Dimension
     axis_order: tuple[int, int, int]
-    """Plan axis i is canonical axis axis_order[i]; the coarsest axis comes first."""
+    """Plan axis i is axis axis_order[i] of `orientation`; the coarsest axis comes first."""
+    orientation: Orientation = "canonical"
     channels: tuple[ChannelNorm, ...]
     labels: Labels
     data_hash: str = ""
@@ -195,13 +164,20 @@ class Plan:
     reasons: tuple[Reason, ...] = ()
 
     def __post_init__(self) -> None:
-        for index in (index for pair in self.mirroring.swapped for index in pair):
-            if index >= self.labels.count:
-                raise ValueError(f"mirroring.swapped: there is no class {index}, the last is {self.labels.count - 1}")
+        if not self.mirroring.swapped:
+            return
+        try:
+            other_index(self.labels, self.mirroring.swapped)
+        except ValueError as error:
+            raise ValueError(f"mirroring.swapped: {error}") from None
 
     def in_channels(self, configuration: Configuration) -> int:
         """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class."""
         return len(self.channels) + (len(self.labels.foreground) if configuration.previous_stage else 0)
+
+    def flips(self, configuration: Configuration) -> Flips:
+        """The mirror images of a configuration's patches, in training and prediction."""
+        return self.mirroring.flips(self.labels, configuration.dimension, configuration.mirror_axes)
 
     def configuration(self, name: str) -> Configuration:
         """The configuration called `name`; raises AutosegError that lists the ones there are."""

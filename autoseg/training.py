@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -75,18 +76,15 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
     """(loss, logits at full resolution) of one batch."""
-    loss = LOSSES[parts.recipe.loss]
+    loss = partial(
+        LOSSES[parts.recipe.loss], batch_dice=parts.batch_dice, labels=parts.labels, annotated=batch.annotated
+    )
     with autocast(parts.tuning, parts.device):
         if not parts.recipe.deep_supervision:
             logits = parts.network(batch.image)
-            return loss(logits, batch.labels, batch_dice=parts.batch_dice), logits
+            return loss(logits, batch.labels), logits
         scales = parts.network(batch.image, all_scales=True)
-        targets = scale_targets(batch.labels, parts.strides)
-
-        def of_scale(logits: Tensor, target: Tensor) -> Tensor:
-            return loss(logits, target, batch_dice=parts.batch_dice)
-
-        return deep_supervision(of_scale, scales, targets), scales[0]
+        return deep_supervision(loss, scales, scale_targets(batch.labels, parts.strides)), scales[0]
 
 
 def training_step(
@@ -141,32 +139,48 @@ def validate(
 ) -> tuple[float | None, dict[str, float | None]]:
     """(mean loss, pseudo-Dice of each class) over `steps` batches of random validation patches of an epoch.
 
-    Counts are pooled over all patches; a class that is neither present nor predicted is None. `between` is called
-    before each batch.
+    Counts are pooled over all patches, without ignored voxels and without the classes that were not annotated in a
+    patch's case; a class that is neither present nor predicted is None. `between` is called before each batch.
     """
     first = epoch * parts.recipe.validation_steps
     losses: list[float] = []
-    counts = torch.zeros(3, parts.labels.count, dtype=torch.float64)
+    counts = torch.zeros(3, parts.labels.count - 1, dtype=torch.float64)
     parts.network.eval()
     with torch.inference_mode():
         for batch in batches(parts.validation, range(first, first + steps), parts.recipe.loader_threads, parts.device):
             between()
             loss, logits = batch_loss(parts, batch)
             losses.append(loss.item())
-            predicted = logits.argmax(1).flatten()
-            joint = torch.bincount(
-                batch.labels.flatten() * parts.labels.count + predicted, minlength=counts[0].numel() ** 2
-            )
-            table = joint.reshape(parts.labels.count, -1).cpu().double()
-            counts += torch.stack([table.diagonal(), table.sum(0), table.sum(1)])
+            found = class_counts(logits, batch.labels, parts.labels)
+            if batch.annotated is not None:
+                found *= batch.annotated
+            counts += found.sum(1).cpu()
     parts.network.train()
     dice = {
         name: (2 * counts[0, i] / (counts[1, i] + counts[2, i])).item() if counts[1:, i].sum() > 0 else None
-        for i, name in enumerate(parts.labels.names)
-        if i > 0
+        for i, name in enumerate(parts.labels.names[1:])
     }
     finite = [loss for loss in losses if math.isfinite(loss)]
     return (sum(finite) / len(finite) if finite else None), dice
+
+
+def class_counts(logits: Tensor, target: Tensor, labels: Labels) -> Tensor:
+    """Voxels of each class in each sample that were hit, predicted and true: (3, B, classes without background).
+
+    logits (B, K, *s), target (B, *s) a label map; ignored voxels count nowhere.
+    """
+    if not labels.exclusive:
+        inside, rows = logits.flatten(2) > 0, target.flatten(1)
+        true = torch.stack([torch.isin(rows, rows.new_tensor(members)) for members in labels.members], 1)
+        if labels.ignored is not None:
+            inside &= (rows != labels.ignored)[:, None]
+        return torch.stack([part.sum(2) for part in (inside & true, inside, true)])
+    samples, heads, indices = len(target), labels.heads, len(labels.known)
+    sample = torch.arange(samples, device=target.device).reshape(-1, *[1] * (target.ndim - 1))
+    places = (sample * indices + target) * heads + logits.argmax(1)
+    joint = torch.bincount(places.flatten(), minlength=samples * indices * heads).reshape(samples, indices, heads)
+    joint = joint[:, :heads]  # the index of ignored voxels is the last
+    return torch.stack([joint.diagonal(dim1=1, dim2=2), joint.sum(1), joint.sum(2)])[..., 1:]
 
 
 def record_bad_step(folder: Path, batch: Batch) -> None:

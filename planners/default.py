@@ -86,7 +86,21 @@ def plan(
         labels=labels,
         mirroring=mirrored,
         configurations=configurations,
-        reasons=(spacing_reason, order_reason, *channel_reasons, *mirror_reasons, *reasons),
+        reasons=(*_labels(labels), spacing_reason, order_reason, *channel_reasons, *mirror_reasons, *reasons),
+    )
+
+
+def _labels(labels: Labels) -> tuple[Reason, ...]:
+    """What regions and the ignored value mean for the network and the written labels; nothing for plain classes."""
+    return tuple(
+        Reason(
+            decision="labels",
+            rule="regions have a sigmoid each and are written as regions_class_order says, else larger ones first; "
+            "ignored voxels take part in nothing",
+            inputs=", ".join(f"{name} {value}" for name, value in labels.scored.items()),
+            outcome=remark,
+        )
+        for remark in labels.remarks()
     )
 
 

@@ -10,8 +10,9 @@ WIDTH = 110
 
 def explain(plan: Plan) -> str:
     """The plan as text for a person: a table of its configurations, then every decision with its reason."""
+    memory = f", {plan.gpu_memory_gb:g} GB of GPU memory" if plan.gpu_memory_gb is not None else ""
     lines = [
-        f"Plan {plan.name!r} for {plan.dataset}: preset {plan.preset}, {plan.gpu_memory_gb:g} GB of GPU memory",
+        f"Plan {plan.name!r} for {plan.dataset}: preset {plan.preset}{memory}",
         "",
         f"{'configuration':20}{'patch':18}{'batch':>6}  spacing (mm)",
     ]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoseg.labels import Labels
-from autoseg.schema import EVERY_AXIS, Fingerprint, Mirroring, Reason
+from autoseg.mirroring import EVERY_AXIS, Mirroring, other_index
+from autoseg.schema import Fingerprint, Orientation, Reason
 
 SIDES: dict[str, Literal["left", "right"]] = {
     **dict.fromkeys(("left", "l", "lt", "lh"), "left"),
@@ -68,52 +69,92 @@ def sided(name: str) -> Sided | None:
     return Sided(side=inside.pop(), rest=words, mirrored=False) if not sides and len(inside) == 1 else None
 
 
+def says_sides(labels: Labels) -> bool:
+    """Whether some class name says a side; without one, mirror images are met as ever."""
+    return any(sided(name) for name in labels.names[1:])
+
+
 def mirroring(
-    fingerprint: Fingerprint, labels: Labels, axis_order: tuple[int, int, int]
+    fingerprint: Fingerprint, labels: Labels, axis_order: tuple[int, int, int], orientation: Orientation = "canonical"
 ) -> tuple[Mirroring, tuple[Reason, ...]]:
     """How mirror images are met, and why; the default and no reason where no class name says a side.
 
-    2D images do not say how they lie. Their last axis counts as left-right if a pair lies apart along it; otherwise
-    a class that cannot be renamed forbids both axes.
+    2D images do not say how they lie: their last axis counts as left-right if a pair lies apart along it, else neither
+    axis is mirrored. Where networks see each file's own axes (`orientation` "file"), any axis of a 3D image may be
+    left-right, and none is mirrored.
     """
     found = {index: said for index, name in enumerate(labels.names) if index and (said := sided(name))}
     if not found:
         return EVERY_AXIS, ()
-    across = axis_order.index(2)
     pairs, alone = _mates(found)
-    swapped, facts, lone = [], [], [f"{labels.names[index]} ({why})" for index, why in alone.items()]
+    lone = [f"{labels.names[index]} ({why})" for index, why in alone.items()]
+    facts, confirmed = [], []
     for left, right in pairs:
         both = f"{labels.names[left]} and {labels.names[right]}"
-        gaps = _gaps(fingerprint, left, right)
-        ahead, behind = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
-        facts.append(f"{both}: apart in the same order in {max(ahead, behind)} of {len(gaps)} cases with both")
-        if not gaps:
-            lone.append(f"{both} (no case has both, so nothing confirms that they are a pair)")
-        elif max(ahead, behind) < APART * len(gaps):
-            lone.append(f"{both} (not apart in the same order)")
+        fact, objection = _examine(fingerprint, labels, left, right)
+        facts.append(f"{both}: {fact}")
+        if objection:
+            lone.append(f"{both} ({objection})")
         else:
-            swapped.append((left, right))
-            if behind > ahead and fingerprint.dimension == 3:
-                facts[-1] += " (left on the patient's right side: check names and the orientation in the files)"
-    known = fingerprint.dimension == 3 or bool(swapped)
-    forbidden = () if not lone else (across,) if known else tuple(axis for axis in range(3) if axis_order[axis])
-    made = Mirroring(left_right=across, swapped=tuple(swapped), forbidden=forbidden)
-    axes = " and ".join(f"axis {axis}" for axis in forbidden or (across,))
-    outcome = (
-        f"no mirror images along {axes}, because of {_listed(lone)}"
-        if lone
-        else f"mirror images along {axes}, in which {len(swapped)} pair{'s' * (len(swapped) > 1)} of classes "
-        f"trade{'s' * (len(swapped) == 1)} places"
-    )
+            confirmed.append((left, right))
+    lone = lone or _not_alike(labels, confirmed)
+
+    across = axis_order.index(2)
+    if orientation == "file" and fingerprint.dimension == 3:
+        lone = ["the axes: they are those of each file, and any may be left-right"]
+        made = Mirroring(forbidden=(0, 1, 2))
+    elif not lone:
+        made = Mirroring(left_right=across, swapped=tuple(confirmed))
+    elif fingerprint.dimension == 3 or confirmed:
+        made = Mirroring(left_right=across, forbidden=(across,))
+    else:
+        made = Mirroring(forbidden=tuple(axis for axis in range(3) if axis_order[axis]))
+    if lone:
+        outcome = f"no mirror images along {_axes(made.forbidden)}, because of {_listed(lone)}"
+    else:
+        trade = "1 pair of classes trades" if len(confirmed) == 1 else f"{len(confirmed)} pairs of classes trade"
+        outcome = f"{trade} places in mirror images along {_axes((across,))}"
     reason = Reason(
         decision="left and right",
         rule="classes whose names differ in left and right alone trade places in a mirror image, if they lie in the "
-        f"same order from left to right in at least {APART:.0%} of the cases; any other class that is named after a "
+        f"same order from side to side in at least {APART:.0%} of the cases; any other class that is named after a "
         "side forbids mirror images along that axis, in training and prediction",
         inputs=_listed(facts),
         outcome=outcome,
     )
     return made, (reason,)
+
+
+def _examine(fingerprint: Fingerprint, labels: Labels, left: int, right: int) -> tuple[str, str]:
+    """What the cases say of a pair of classes, in words, and why it must not trade places; empty if it may."""
+    cases = [case.across for case in fingerprint.cases if case.across and {left, right} <= case.across.keys()]
+    # Towards the patient's left, in image widths.
+    gaps = [places[left] - places[right] for places in cases]
+    ahead, behind = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+    fact = f"apart in the same order in {max(ahead, behind)} of {len(gaps)} cases with both"
+    if behind > ahead and fingerprint.dimension == 3:
+        fact += ", left on the patient's right side (check the names, and the orientation in the files)"
+    names = {labels.names[left], labels.names[right]}
+    if not gaps:
+        return fact, "no case has both, so nothing confirms that they are a pair"
+    if max(ahead, behind) < APART * len(gaps):
+        return fact, "not apart in the same order"
+    if any(len(names & {*classes}) == 1 for classes in fingerprint.annotated().values()):
+        return fact, "in some cases only one of the two was annotated"
+    return fact, ""
+
+
+def _not_alike(labels: Labels, pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """Why label maps cannot be renamed although all pairs may trade places; empty if they can."""
+    try:
+        other_index(labels, pairs)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _axes(axes: Sequence[int]) -> str:
+    return " and ".join(f"axis {axis}" for axis in axes)
 
 
 def _mates(found: dict[int, Sided]) -> tuple[list[tuple[int, int]], dict[int, str]]:
@@ -130,12 +171,6 @@ def _mates(found: dict[int, Sided]) -> tuple[list[tuple[int, int]], dict[int, st
         elif said.side == "left":
             pairs.append((index, same[0]))
     return pairs, alone
-
-
-def _gaps(fingerprint: Fingerprint, left: int, right: int) -> list[float]:
-    """How far `left` lies towards the patient's left of `right`, in image widths, in each case that has both."""
-    places = [case.across for case in fingerprint.cases if case.across and {left, right} <= case.across.keys()]
-    return [place[left] - place[right] for place in places]
 
 
 def _listed(items: Sequence[str]) -> str:

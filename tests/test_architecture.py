@@ -11,12 +11,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ROWS = [
-    {"records", "labels", "schema", "progress", "parallel", "workspace", "settings", "signals", "supervise"},
+    {
+        "records",
+        "labels",
+        "mirroring",
+        "schema",
+        "progress",
+        "parallel",
+        "workspace",
+        "settings",
+        "signals",
+        "supervise",
+    },
     {"volume", "resample", "readers"},
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
     {"networks", "losses", "augment", "devices", "schedule", "history"},
     {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
-    {"training", "tuning", "postprocess", "model"},
+    {"training", "tuning", "postprocess", "bundle", "model", "predictor", "transfer", "interop"},
     {"pipeline"},
     {"cli", "__main__"},
 ]
@@ -37,6 +48,7 @@ WITHOUT_TORCH = {
     "splits",
     "evaluation",
     "postprocess",
+    "bundle",
     *ROWS[0],
     "planners",
     "datasets",

@@ -18,8 +18,8 @@ RUNNER = CliRunner()
 OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
-        "dataset", "configurations", "preset", "gpu_memory", "spacing", "plan", "group_by", "test_fraction", "workers",
-        "workspace", "set_", "help_fields",
+        "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
+        "workers", "workspace", "set_", "help_fields",
     },
     "train": {
         "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "device", "pretrained",
@@ -33,7 +33,10 @@ OPTIONS = {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
-    "evaluate": {"truth", "prediction", "output", "tolerance", "partial", "workers"},
+    "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
+    "info": {"file"},
+    "import-nnunet": {"source", "target", "configuration", "folds"},
+    "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
     "demo": {"workspace", "device"},
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from toys import grid
+from toys import LABELS, grid
 
 from autoseg import fingerprint
 from autoseg.fingerprint import channel_stats, measure_case, summarise
+from autoseg.labels import Labels
 from autoseg.preprocess import crop_to_content
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Fingerprint
@@ -15,12 +16,24 @@ from autoseg.volume import Volume
 def measured(name, image, labels, dimension=3):
     here = grid(image.shape[1:], dimension=dimension)
     cropped = crop_to_content(name, Volume(array=image.astype(np.float32), grid=here), labels, here)
-    return measure_case(cropped, f"hash of {name}", 2)
+    return measure_case(cropped, LABELS, f"hash of {name}", 2)
 
 
 def test_no_foreground_at_all_gives_no_statistics():
     nothing = measured("a", np.ones((1, 5, 7, 11)), np.zeros((5, 7, 11), np.int16))
     assert summarise("D", ("MR",), [nothing]).intensities == (None,)
+
+
+def test_ignored_voxels_are_no_foreground():
+    image, marked = np.full((1, 5, 7, 11), 50.0), np.zeros((5, 7, 11), np.int16)
+    image[0, 1], marked[1] = 10, 1
+    marked[3] = 2  # the index after the last class
+    here = grid(marked.shape)
+    cropped = crop_to_content("a", Volume(array=image.astype(np.float32), grid=here), marked, here)
+    labels = Labels.from_dataset({"background": 0, "a": 1, "ignore": 7})
+    found = measure_case(cropped, labels, "hash", 1000, ("a",))
+    assert set(found.samples[0]) == {10}
+    assert summarise("D", ("MR",), [found]).annotated() == {"a": ("a",)}
 
 
 def test_statistics_by_hand():

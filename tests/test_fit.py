@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toys import balls_dataset, configuration, plan, write_balls
+from toys import BALLS, balls_dataset, configuration, plan, write_balls
 
+from autoseg.bundle import ModelCard
 from autoseg.evaluation import evaluate_pairs, save_summary
+from autoseg.labels import Labels
 from autoseg.layout import open_dataset
-from autoseg.model import open_run
+from autoseg.model import in_folders, open_run
 from autoseg.pipeline import fit as module
-from autoseg.pipeline.crossval import ModelCard, all_folds, cross_validate, held_out, postprocessing_for
+from autoseg.pipeline.crossval import all_folds, cross_validate, held_out
 from autoseg.pipeline.data import PlanOptions
 from autoseg.pipeline.fit import FitOptions, Spent, Task, find_tasks, fit, fit_table, share, stages
 from autoseg.pipeline.predict import PredictOptions, predict
@@ -67,7 +69,7 @@ def test_all_folds_are_trained_merged_and_followed_by_predict(place, capsys, tmp
     predict(place, unseen / "imagesTs", tmp_path / "out", PredictOptions(device="cpu"))
     printed = capsys.readouterr().out
     assert "fold 0, 1, 2" in printed
-    assert f"Post-processing: {card.postprocessing.describe(('background', 'big', 'small'))}" in printed
+    assert f"Post-processing: {card.postprocessing.describe(Labels.from_dataset(BALLS))}" in printed
 
 
 def test_a_rule_that_helps_is_found_stored_and_applied_unless_left_out(place, capsys, tmp_path):
@@ -90,7 +92,7 @@ def test_a_rule_that_helps_is_found_stored_and_applied_unless_left_out(place, ca
     assert card.dice["big"] < 1
     assert card.dice_postprocessed["big"] == 1
     assert (folder / "crossval_postprocessed" / "summary.json").is_file()
-    rule, words = postprocessing_for(folds)
+    rule, words = in_folders(folds).postprocessing()
     assert rule == card.postprocessing
     assert "largest component of" in words
 
@@ -106,9 +108,9 @@ def test_a_rule_of_other_weights_is_not_used(place):
     card = load_json(ModelCard, fold.parent / "model.json")
     rule = PostProcessing(cases=1, steps=(Step(members=(1,), dice_before=0.1, dice_after=0.2),))
     save_json(replace(card, postprocessing=rule), fold.parent / "model.json")
-    assert postprocessing_for([fold])[0] == rule
+    assert in_folders([fold]).postprocessing()[0] == rule
     save_json(replace(card, folds={"fold_0": "other"}, postprocessing=rule), fold.parent / "model.json")
-    assert postprocessing_for([fold])[0] is None
+    assert in_folders([fold]).postprocessing()[0] is None
 
 
 def test_the_last_fold_trained_by_hand_completes_the_cross_validation(place, capsys):

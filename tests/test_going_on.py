@@ -14,8 +14,8 @@ from test_pipeline import NAME, PLAN, tree
 from test_predict import finished_run
 from toys import balls_dataset, grid
 
-from autoseg.model import weights_hash
-from autoseg.pipeline.crossval import MODEL, ModelCard
+from autoseg.bundle import ModelCard
+from autoseg.model import CARD, weights_hash
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.postprocess import PostProcessing, Step
@@ -87,7 +87,7 @@ def add_rule(place):
         dice_postprocessed={},
         postprocessing=PostProcessing(cases=4, steps=(Step(members=(1, 2), dice_before=0.5, dice_after=0.6),)),
     )
-    save_json(card, place / "m" / MODEL)
+    save_json(card, place / "m" / CARD)
 
 
 def truncate(place, case):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoseg.labels import Labels
-from autoseg.records import AutosegError
+from autoseg.records import AutosegError, load_json, save_json
 
 ODD = Labels.from_dataset({"vein": 1024, "background": 0, "artery": 7, "stent": -3})
 
@@ -47,8 +47,17 @@ def test_unexpected_values_are_named():
 @pytest.mark.parametrize(
     ("entry", "word"),
     [
-        ({"background": 0, "whole": [1, 2]}, "region"),
-        ({"background": 0, "a": 1, "ignore": 2}, "ignore"),
+        ({"background": 0, "a": 1, "ignore": 1}, "ignored and cannot be that of a class"),
+        ({"background": 0, "a": 1, "ignore": [2, 3]}, "'ignore' must be one integer"),
+        ({"background": [0, 2], "a": 1}, "'background' must be one integer"),
+        ({"background": 0, "ignore": 2}, "at least one class"),
+        ({"background": 0, "a": []}, "integer"),
+        ({"background": 0, "a": [1, True]}, "integer"),
+        ({"background": 0, "a": [0, 1]}, "other than the background's"),
+        ({"background": 0, "a": [1, 2, 2]}, "each once"),
+        ({"background": 0, "a": [1, 2], "b": [2, 1]}, "unique"),
+        ({"background": 0, "a": [1, 2], "b": [2, 3]}, "share .2. and neither contains the other"),
+        ({"background": 0, "a": [1, 2], "b": 1, "c": 2}, "'a' consists of smaller regions alone"),
         ({"a": 1}, "background"),
         ({"background": 0, "a": "1"}, "integer"),
         ({"background": 0, "a": 1, "b": 1}, "unique"),
@@ -58,6 +67,115 @@ def test_unexpected_values_are_named():
 def test_what_is_not_supported_is_refused_with_its_word(entry, word):
     with pytest.raises(AutosegError, match=word):
         Labels.from_dataset(entry)
+
+
+# Regions.
+
+BRATS = Labels.from_dataset({"background": 0, "core": [4, 1], "whole": [1, 2, 4], "enhancing": 4, "ignore": 9})
+
+
+def test_larger_regions_come_first_and_have_values_of_their_own():
+    assert BRATS.names == ("background", "whole", "core", "enhancing")
+    assert BRATS.regions == ((1, 2, 4), (1, 4), (4,))
+    assert BRATS.values == (0, 2, 1, 4)
+    assert (BRATS.heads, BRATS.count, BRATS.exclusive) == (3, 4, False)
+    assert BRATS.stored == (0, 1, 2, 4)
+    assert BRATS.ignored == 4
+    assert BRATS.members == ((1, 2, 3), (1, 3), (3,))
+    assert BRATS.scored == {"whole": (1, 2, 4), "core": (1, 4), "enhancing": (4,)}
+    assert "whole [1, 2, 4] as 2, core [1, 4] as 1, enhancing [4] as 4" in BRATS.remarks()[0]
+    assert "9" in BRATS.remarks()[1]
+    assert not ODD.remarks()
+
+
+def test_lists_of_one_value_are_plain_classes():
+    assert Labels.from_dataset({"background": [0], "a": [3], "b": 1}).exclusive
+
+
+def test_regions_apart_from_each_other_keep_their_order():
+    made = Labels.from_dataset({"background": 0, "left": [5, 6], "right": [3, 4], "tip": 6})
+    assert made.names[1:] == ("left", "right", "tip")
+    assert made.values[1:] == (5, 3, 6)
+
+
+def test_a_given_order_is_taken_as_it_is():
+    made = Labels.from_dataset({"background": 0, "a": [1, 2], "b": 1, "c": 2}, [1, 1, 2])
+    assert (made.names[1:], made.values[1:]) == (("a", "b", "c"), (1, 1, 2))
+    assert made.ambiguities() == ()
+
+
+@pytest.mark.parametrize("order", [[1], [1, "2"], [1, True], {"a": 1, "b": 2}, [3, 2]])
+def test_an_order_that_fits_no_region_is_refused(order):
+    with pytest.raises(AutosegError, match=r"regions_class_order|none of its values"):
+        Labels.from_dataset({"background": 0, "a": [1, 2], "b": 2}, order)
+
+
+def test_an_order_that_loses_regions_is_said():
+    entries = {"background": 0, "core": 2, "whole": [1, 2]}
+    (said,) = Labels.from_dataset(entries, [2, 1]).ambiguities()
+    assert "core, whole is written as 1, which means whole" in said
+    assert Labels.from_dataset(entries).ambiguities() == ()
+    assert BRATS.ambiguities() == ()
+
+
+def test_later_regions_are_painted_over_earlier_ones():
+    # whole: - + + + -; core: - - + - -; enhancing: - - + + +
+    logits = np.array([[-1, 1, 1, 1, 0], [-1, 0, 2, -3, -1], [-1, -1, 1, 1, 1]], np.float32)
+    assert BRATS.to_values(BRATS.decode(logits)).tolist() == [0, 2, 4, 4, 4]
+    assert BRATS.decode(iter(logits)).tolist() == BRATS.decode(torch.from_numpy(logits)).tolist() == [0, 2, 3, 3, 3]
+    swapped = Labels(names=BRATS.names, values=BRATS.values, regions=((1, 2, 4), (1, 4), (4,)))
+    assert np.array_equal(swapped.decode(logits), BRATS.decode(logits)), "the ignored value changes nothing"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**30))
+def test_what_is_decoded_from_the_true_regions_lies_in_the_same_regions(seed):
+    indices = np.random.default_rng(seed).integers(0, 4, (5, 7))
+    masks = np.stack([np.isin(indices, own) for own in BRATS.members])
+    again = BRATS.decode(masks - 0.5)
+    assert np.array_equal(np.stack([np.isin(again, own) for own in BRATS.members]), masks)
+
+
+def test_sigmoids_agree_between_numpy_and_torch():
+    logits = np.array([[-1000.0, -2, 0], [3, 1000, 0.5], [0, 0, 0]], np.float32)
+    ours = BRATS.probabilities(logits)
+    assert ours[:, 2] == pytest.approx([0.5, 1 / (1 + np.exp(-0.5)), 0.5])
+    assert np.allclose(ours, BRATS.probabilities(torch.from_numpy(logits)).numpy(), atol=1e-6)
+
+
+# The ignored value.
+
+
+def test_the_ignored_value_has_the_last_index_and_no_head():
+    made = Labels.from_dataset({"background": 0, "ignore": 1, "a": 7, "b": 2})
+    assert (made.names, made.heads, made.ignored) == (("background", "a", "b"), 3, 3)
+    indices = made.to_indices(np.array([1, 0, 7, 2]))
+    assert indices.tolist() == [3, 0, 1, 2]
+    assert made.to_values(indices).tolist() == [1, 0, 7, 2]
+    assert made.is_foreground(indices).tolist() == [False, False, True, True]
+    assert list(made.foreground) == [1, 2]
+    assert made.unexpected(np.array([1, 3])) == [3]
+
+
+def test_labels_that_were_saved_before_there_were_regions_still_load(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text('{"names": ["background", "a"], "values": [0, 3]}')
+    assert load_json(Labels, path) == Labels.from_dataset({"background": 0, "a": 3})
+    save_json(BRATS, path)
+    assert load_json(Labels, path) == BRATS
+
+
+# Classes that were not annotated.
+
+
+def test_values_of_classes_that_were_not_annotated():
+    assert ODD.flags(None) == (True, True, True)
+    assert ODD.flags(("stent",)) == (False, False, True)
+    assert ODD.not_annotated(np.array([-1, 0, 3]), ["stent"]) == []
+    assert ODD.not_annotated(np.array([-1, 0, 1, 2, 3]), ["stent"]) == [7, 1024]
+    # Enhancing lies in the core, so that it may be there; the rest of the whole may not.
+    assert BRATS.not_annotated(np.array([0, 1, 3, 4]), ["core"]) == []
+    assert BRATS.not_annotated(np.array([0, 1, 2, 3, 4]), ["core"]) == [2]
 
 
 def test_probabilities_agree_between_numpy_and_torch_and_sum_to_one():

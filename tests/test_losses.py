@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from autoseg.labels import Labels
 from autoseg.losses import LOSSES, cross_entropy, deep_supervision, dice, dice_ce, scale_targets, scale_weights
 
 
@@ -112,6 +113,167 @@ def test_a_step_against_the_gradient_lowers_the_loss():
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="do not fit"):
         dice_ce(torch.zeros(1, 2, 5, 7), torch.zeros(1, 7, 5, dtype=torch.long), batch_dice=True)
+
+
+# Regions, ignored voxels, classes that were not annotated.
+
+PLAIN = Labels.from_dataset({"background": 0, "a": 1, "b": 2, "c": 3})
+PARTLY = Labels.from_dataset({"background": 0, "a": 1, "b": 2, "c": 3, "ignore": 9})
+REGIONS = Labels.from_dataset({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "apart": 4})
+REGIONS_PARTLY = Labels.from_dataset({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "apart": 4, "ignore": 9})
+EVERY = {"plain": PLAIN, "ignore": PARTLY, "regions": REGIONS, "regions and ignore": REGIONS_PARTLY}
+
+
+def formula(logits, target, *, labels, annotated, batch_dice, dice_share=1.0, ce_share=1.0):
+    """The same losses voxel list by voxel list, by automatic differentiation; everything that does not count is cut."""
+    samples, classes = logits.shape[0], len(labels.members)
+    annotated = torch.ones(samples, classes, dtype=torch.bool) if annotated is None else annotated
+    shares, truths, surprise, entries = [], [], [], 0
+    for sample in range(samples):
+        keep = target[sample] != labels.ignored if labels.ignored is not None else target[sample] >= 0
+        mine, true = logits[sample][:, keep], target[sample][keep]
+        truth = torch.stack([torch.isin(true, torch.tensor(own)) for own in labels.members]).to(logits.dtype)
+        if labels.exclusive:
+            share = mine.softmax(0)
+            hidden = ~annotated[sample]
+            background = share[0] + share[1:][hidden].sum(0)
+            of_truth = torch.where(true > 0, (share[1:] * truth).sum(0), background)
+            surprise.append(-of_truth.log().sum())
+            entries += true.numel()
+            shares.append(share[1:])
+        else:
+            share = mine.sigmoid()
+            terms = -(truth * share.log() + (1 - truth) * (1 - share).log())
+            surprise.append(terms[annotated[sample]].sum())
+            entries += true.numel() * int(annotated[sample].sum())
+            shares.append(share)
+        truths.append(truth)
+    parts = []
+    for k in range(classes):
+        counting = [s for s in range(samples) if annotated[s, k] and truths[s].shape[1]]
+        sums = [
+            (
+                2 * (shares[s][k] * truths[s][k]).sum(),
+                shares[s][k].sum() + truths[s][k].sum(),
+            )
+            for s in counting
+        ]
+        if batch_dice and sums:
+            sums = [(sum(a for a, _ in sums), sum(b for _, b in sums))]
+        parts += [(a + 1e-5) / (b + 1e-5) for a, b in sums]
+    mean = sum(parts) / max(len(parts), 1)
+    return ce_share * sum(surprise) / max(entries, 1) - dice_share * mean
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient_are_those_of_the_formula(name, kind, batch_dice, some):
+    labels, generator = EVERY[kind], torch.Generator().manual_seed(6)
+    logits = torch.randn(3, labels.heads, 5, 7, dtype=torch.float64, generator=generator, requires_grad=True)
+    target = torch.randint(len(labels.known), (3, 5, 7), generator=generator)
+    target[0] = len(labels.known) - 1  # one class everywhere, or nothing annotated at all
+    annotated = None
+    if some:
+        annotated = torch.tensor([[True, False, True], [True, True, True], [False, False, True]])
+        for sample, flags in enumerate(annotated):
+            allowed = {0, labels.ignored, *(i for own, said in zip(labels.members, flags) if said for i in own)}
+            for index in range(1, len(labels.known)):
+                if index not in allowed:
+                    target[sample][target[sample] == index] = 0
+    more = {"batch_dice": batch_dice, "labels": labels, "annotated": annotated}
+    dice_share, ce_share = SHARES[name]
+    ours = LOSSES[name](logits, target.to(torch.int16), **more)
+    reference = formula(logits, target, dice_share=dice_share, ce_share=ce_share, **more)
+    torch.testing.assert_close(ours, reference)
+    (gradient,) = torch.autograd.grad(3 * ours, logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad(3 * reference, logits)[0])
+    if labels.ignored is not None:
+        hidden = (target == labels.ignored)[:, None].expand_as(gradient)
+        assert hidden.any() and not gradient[hidden].any(), "exactly zero"
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_gradient_of_each_kind_is_the_derivative(kind):
+    labels, generator = EVERY[kind], torch.Generator().manual_seed(7)
+    logits = torch.randn(2, labels.heads, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    target = torch.tensor([[[0, 1, 3], [3, 0, len(labels.known) - 1]], [[0, 0, 1], [1, 0, 0]]])
+    annotated = torch.tensor([[True, True, True], [True, False, False]])
+    for batch_dice in (False, True):
+        loss = partial(dice_ce, batch_dice=batch_dice, labels=labels, annotated=annotated)
+        assert torch.autograd.gradcheck(loss, (logits, target))
+
+
+def test_plain_labels_change_no_bit():
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(2, 4, 5, 7, generator=generator, requires_grad=True)
+    target = torch.randint(4, (2, 5, 7), generator=generator)
+    for batch_dice in (False, True):
+        plain = dice_ce(logits, target, batch_dice=batch_dice)
+        named = dice_ce(logits, target, batch_dice=batch_dice, labels=PLAIN)
+        assert torch.equal(plain, named)
+        assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (plain, named)))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("labels", [PARTLY, REGIONS_PARTLY])
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_a_batch_of_ignored_voxels_alone_is_zero(labels, batch_dice, kind):
+    logits = (100 * torch.randn(2, labels.heads, 5, 7)).to(kind).requires_grad_()
+    target = torch.full((2, 5, 7), labels.ignored)
+    loss = dice_ce(logits, target, batch_dice=batch_dice, labels=labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("labels", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_every_kind_stays_finite(labels, kind, size):
+    noise = size * torch.randn(2, labels.heads, 5, 7, generator=torch.Generator().manual_seed(3))
+    logits = noise.to(kind).requires_grad_()
+    annotated = torch.tensor([[False, False, True], [True, True, False]])
+    for index in (0, len(labels.known) - 1):
+        target = torch.full((2, 5, 7), index)
+        loss = dice_ce(logits, target, batch_dice=True, labels=labels, annotated=annotated)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.dtype == torch.float32 and loss.isfinite()
+        assert gradient.dtype == kind and gradient.isfinite().all()
+
+
+def test_regions_by_hand():
+    # Two voxels: index 1 (whole) and 3 (whole and core); p(whole) = 0.8, 0.5; p(core) = 0.4, 0.5; p(apart) = 1/2, 1/4.
+    shares = torch.tensor([[0.8, 0.5], [0.4, 0.5], [0.5, 0.25]], dtype=torch.float64)
+    logits, target = shares.logit()[None], torch.tensor([[1, 3]])
+    surprise = -sum(math.log(p) for p in (0.8, 0.5, 0.6, 0.5, 0.5, 0.75)) / 6
+    assert cross_entropy(logits, target, batch_dice=False, labels=REGIONS).item() == pytest.approx(surprise)
+    parts = (2.6 + 1e-5) / (3.3 + 1e-5), (1 + 1e-5) / (1.9 + 1e-5), 1e-5 / (0.75 + 1e-5)
+    assert dice(logits, target, batch_dice=False, labels=REGIONS).item() == pytest.approx(-sum(parts) / 3)
+
+
+def test_ignored_voxels_by_hand():
+    # The second voxel is ignored: what is left is one voxel of class a at p = 1/2.
+    logits = logits_of([[0.25, 0.1], [0.5, 0.2], [0.125, 0.3], [0.125, 0.4]])
+    more = {"batch_dice": False, "labels": PARTLY}
+    target = torch.tensor([[1, PARTLY.ignored]])
+    assert cross_entropy(logits, target, **more).item() == pytest.approx(math.log(2))
+    parts = (1 + 1e-5) / (1.5 + 1e-5), 1e-5 / (0.125 + 1e-5), 1e-5 / (0.125 + 1e-5)
+    assert dice(logits, target, **more).item() == pytest.approx(-sum(parts) / 3)
+
+
+def test_classes_that_were_not_annotated_count_as_background_by_hand():
+    # Only b was annotated: at the first voxel background, a and c together have 7/8, at the second b has 0.3.
+    logits = logits_of([[0.25, 0.1], [0.5, 0.2], [0.125, 0.3], [0.125, 0.4]])
+    annotated, target = torch.tensor([[False, True, False]]), torch.tensor([[0, 2]])
+    more = {"batch_dice": False, "labels": PLAIN, "annotated": annotated}
+    surprise = -(math.log(7 / 8) + math.log(0.3)) / 2
+    assert cross_entropy(logits, target, **more).item() == pytest.approx(surprise)
+    assert dice(logits, target, **more).item() == pytest.approx(-(0.6 + 1e-5) / (0.425 + 1 + 1e-5))
+    # A voxel of such a class that is there all the same is one of the background's.
+    drawn = torch.tensor([[3, 2]])
+    assert torch.equal(dice_ce(logits, drawn, **more), dice_ce(logits, target, **more))
 
 
 @pytest.mark.parametrize(

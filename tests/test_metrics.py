@@ -8,6 +8,7 @@ from scipy.spatial.distance import cdist
 from autoseg.evaluation.metrics import METRICS, CaseScore, class_indices, joint_histogram, score_case, surface
 
 EXAMPLES = settings(max_examples=25, deadline=None)
+RNG_REGIONS = np.random.default_rng(17)
 SPACING = (3.0, 0.7, 1.3)
 
 
@@ -283,3 +284,38 @@ def test_padding_with_background_changes_only_the_true_negatives(pair):
     padded = score(np.pad(truth, margin), np.pad(prediction, margin), spacing_mm)
     assert_same(padded, plain, METRICS)
     assert padded.tn > plain.tn
+
+
+# Regions and ignored voxels.
+
+
+def test_regions_are_scored_as_their_masks():
+    truth, prediction = RNG_REGIONS.integers(0, 4, (2, 5, 7, 11))
+    classes = {"whole": (1, 2, 3), "core": (2, 3), "rim": 1}
+    found = score_case("c", truth, prediction, SPACING, classes, 1.0)
+    assert [score.label for score in found] == ["whole", "core", "rim"]
+    for score, values in zip(found, ((1, 2, 3), (2, 3), (1,))):
+        masks = [np.isin(array, values).astype(np.uint8) for array in (truth, prediction)]
+        (alone,) = score_case("c", *masks, SPACING, {score.label: 1}, 1.0)
+        assert score == alone
+
+
+@pytest.mark.parametrize("classes", [{"a": 1, "b": 2}, {"whole": (1, 2), "b": 2}])
+def test_ignored_voxels_count_nowhere(classes):
+    truth, prediction = RNG_REGIONS.integers(0, 3, (2, 5, 7, 11))
+    ignored = RNG_REGIONS.random(truth.shape) < 0.3
+    found = score_case("c", np.where(ignored, 9, truth), prediction, SPACING, classes, 1.0, ignore=9)
+    other = RNG_REGIONS.integers(0, 3, truth.shape)
+    assert found == score_case("c", np.where(ignored, 9, truth), np.where(ignored, other, prediction), SPACING,
+                               classes, 1.0, ignore=9)  # fmt: skip
+    plain = score_case("c", np.where(ignored, 0, truth), np.where(ignored, 0, prediction), SPACING, classes, 1.0)
+    for score, cut in zip(found, plain):
+        assert score.tp + score.fp + score.fn + score.tn == (~ignored).sum()
+        assert (score.tp, score.fp, score.fn) == (cut.tp, cut.fp, cut.fn)
+        assert (score.dice, score.hd95_mm, score.surface_dice) == (cut.dice, cut.hd95_mm, cut.surface_dice)
+
+
+def test_a_case_of_ignored_voxels_alone_is_undefined():
+    truth = np.full((5, 7, 11), 9)
+    (score,) = score_case("c", truth, np.ones_like(truth), SPACING, {"a": 1}, ignore=9)
+    assert (score.tn, score.dice, score.undefined) == (0, None, "truth and prediction empty")

@@ -8,15 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from safetensors.torch import load_file
 from toys import balls_dataset, write_balls
 
 from autoseg.layout import open_dataset
 from autoseg.pipeline.crossval import cross_validate
 from autoseg.pipeline.data import PlanOptions, check, plan_and_preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
+from autoseg.pipeline.share import export_model
 from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.planners import plan_like
 from autoseg.records import AutosegError, load_json
-from autoseg.schema import Run
+from autoseg.schema import Fingerprint, Run
 from autoseg.store import list_cases
 from autoseg.workspace import Workspace
 
@@ -209,6 +213,55 @@ def test_pretrained_weights_are_where_training_starts(place):
     assert (fine / "weights.safetensors").read_bytes() == (first / "weights.safetensors").read_bytes()
     with pytest.raises(AutosegError, match="pretrained"):
         train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, epochs=1, run="fine", changes=still))
+
+
+def test_a_model_file_is_planned_like_and_fine_tuned(place, tmp_path, capsys):
+    """Other classes, another spacing and a channel more: the plan is that of the file, the known class stays known."""
+    plan_and_preprocess(
+        place, "7", replace(PLAN, changes={**PLAN.changes, "configurations.3d_fullres.spacing_mm": [1.2, 1, 1]})
+    )
+    train_fold(place, "7", "3d_fullres", "0", TRAIN)
+    export_model(place, tmp_path / "m.autoseg", PredictOptions())
+    source = load_json(Run, place.fold(NAME, "default", "3d_fullres", 0) / "run.json").plan
+    other = place.raw("Dataset008_More")
+    for seed in range(4):
+        write_balls(other, f"c{seed}", seed + 20, channels=2)
+    labels = {"background": 0, "little": 300, "big": 7}
+    facts = {"channel_names": {"0": "PD", "1": "MR"}, "labels": labels, "numTraining": 4, "file_ending": ".nii.gz"}
+    (other / "dataset.json").write_text(json.dumps(facts))
+
+    options = PlanOptions(like=tmp_path / "m.autoseg", configurations=("3d_fullres",))
+    made = plan_and_preprocess(place, "8", options)
+    assert "as in m.autoseg, made for Dataset007_Balls (--like)" in capsys.readouterr().out
+    ours, theirs = made.configuration("3d_fullres"), source.configuration("3d_fullres")
+    assert ours == replace(theirs, median_shape=ours.median_shape)
+    assert ours.median_shape != theirs.median_shape
+    assert [channel.channel for channel in made.channels] == ["PD", "MR"]
+    assert made.channels[1] == source.channels[0]
+    assert made.labels.names == ("background", "little", "big")
+    assert made.dataset == "Dataset008_More"
+    assert plan_and_preprocess(place, "8", replace(options, keep=True)) == made
+
+    still = replace(TRAIN, epochs=1, pretrained=tmp_path / "m.autoseg", changes={**QUICK, "learning_rate": 0.0})
+    train_fold(place, "8", "3d_fullres", "0", still)
+    assert "background taken over, little new, big taken over, small dropped" in capsys.readouterr().out
+    fold = place.fold("Dataset008_More", "default", "3d_fullres", 0)
+    new = load_file(fold / "weights.safetensors")
+    old = load_file(place.fold(NAME, "default", "3d_fullres", 0) / "weights.safetensors")
+    assert torch.equal(new["encoder.0.0.conv.weight"][:, 1], old["encoder.0.0.conv.weight"][:, 0])
+    assert not new["encoder.0.0.conv.weight"][:, 0].any()
+    assert torch.equal(new["heads.0.weight"][[0, 2]], old["heads.0.weight"][[0, 1]])
+    table = (fold / "pretrained.txt").read_text()
+    assert len(table.splitlines()) == len(new) + 2
+    assert "PD zero, MR taken over" in table
+    with pytest.raises(AutosegError, match="for 3D images"):
+        plan_like(
+            source,
+            replace(load_json(Fingerprint, place.prepared(NAME) / "fingerprint.json"), dimension=2),
+            source.labels,
+            source,
+            "m.autoseg",
+        )
 
 
 def test_a_plan_is_kept_only_for_the_data_and_labels_it_was_made_from(place):

@@ -3,8 +3,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from toys import LABELS
 
-from autoseg.postprocess import PostProcessing, Step, apply, find_components, fit, keep_largest, keep_largest_each
+from autoseg.labels import Labels
+from autoseg.postprocess import (
+    PostProcessing,
+    Step,
+    apply,
+    apply_steps,
+    choose,
+    choose_for_regions,
+    find_components,
+    fit,
+    keep_largest,
+    keep_largest_each,
+    region_dice,
+)
 from autoseg.records import load_json, save_json
 
 EXAMPLES = settings(max_examples=30, deadline=None)
@@ -152,9 +166,7 @@ def test_the_mean_over_cases_decides():
 def test_words_say_what_is_done():
     assert "nothing" in PostProcessing(cases=3).describe()
     rule = PostProcessing(cases=3, steps=(Step(members=(1, 2), dice_before=0.5, dice_after=0.75),))
-    assert rule.describe(["background", "liver", "lesion"]) == (
-        "keep the largest component of liver, lesion (mean Dice 0.5000 to 0.7500)"
-    )
+    assert rule.describe(LABELS) == ("keep the largest component of liver, lesion (mean Dice 0.5000 to 0.7500)")
     assert "class 1, class 2" in rule.describe()
 
 
@@ -223,3 +235,73 @@ def test_fitting_agrees_with_scoring_everything_again(seed, class_count, cases):
         assert np.array_equal(apply(prediction, rule), expected)
     if rule.steps and len(rule.steps[0].members) > 1:
         assert rule.steps[0].dice_before == pytest.approx(mean(class_means(pairs, class_count)))
+
+
+# Regions, ignored voxels, classes that were not annotated.
+
+NESTED = Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2, "ignore": 9})
+
+
+def line(*values):
+    return np.array([[values]])
+
+
+def rule_for(pairs, labels=NESTED):
+    def measure(steps):
+        return [region_dice(truth, apply_steps(prediction, steps), labels) for truth, prediction in pairs]
+
+    return choose_for_regions(measure, labels.members)
+
+
+def test_dice_of_regions_by_hand():
+    truth, prediction = line(0, 1, 2, 2, 3), line(1, 1, 1, 2, 2)
+    assert region_dice(truth, prediction, NESTED).tolist() == [6 / 7, 2 / 3]
+    assert region_dice(truth, prediction, NESTED, (False, True)).tolist() == pytest.approx([np.nan, 2 / 3], nan_ok=True)
+    assert np.isnan(region_dice(line(0, 3), line(0, 2), NESTED)).all(), "ignored voxels are in no Dice"
+
+
+def test_a_region_is_cleaned_with_all_that_lies_within():
+    truth = line(0, 1, 2, 2, 1, 0, 0, 0)
+    prediction = line(0, 1, 2, 2, 1, 0, 2, 1)
+    rule = rule_for([(truth, prediction)])
+    assert [step.members for step in rule.steps] == [(1, 2)]
+    assert apply(prediction, rule).tolist() == truth.tolist()
+    assert "component of whole (mean Dice" in rule.describe(NESTED)
+    assert [step.members for step in rule.rejected] == [(2,)], "the foreground is tried once"
+
+
+def test_a_step_that_harms_another_region_is_not_taken():
+    # The whole would rise from 8/10 to 6/7 without its two small parts, one of which is all there is of the core.
+    truth, prediction = line(1, 1, 1, 0, 2, 0, 0, 0), line(1, 1, 1, 0, 2, 0, 1, 1)
+    labels = Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2, "apart": 3})
+    rule = rule_for([(truth, prediction)], labels)
+    assert rule.steps == ()
+    assert [step.members for step in rule.rejected] == [(1, 2, 3), (1, 2), (2,), (3,)]
+    assert (rule.rejected[1].dice_before, rule.rejected[1].dice_after) == pytest.approx((8 / 10, 6 / 7))
+
+
+def test_steps_are_applied_one_after_the_other():
+    # The rim of the larger part goes first: what remains of the core decides then.
+    labels = line(1, 2, 2, 0, 2, 2, 2, 1, 1, 0, 1)
+    assert apply_steps(labels, [(1,), (1, 2)]).tolist() == [[[0, 0, 0, 0, 2, 2, 2, 1, 1, 0, 0]]]
+    assert apply_steps(labels, [(1, 2), (1,)]).tolist() == [[[0, 0, 0, 0, 2, 2, 2, 1, 1, 0, 0]]]
+    apart = line(1, 1, 1, 0, 2, 1, 2, 2)
+    assert apply_steps(apart, [(1,), (1, 2)]).tolist() == [[[1, 1, 1, 0, 0, 0, 0, 0]]]
+    assert apply_steps(apart, [(1, 2), (1,)]).tolist() == [[[0, 0, 0, 0, 2, 1, 2, 2]]]
+
+
+def test_ignored_voxels_make_a_component_large_and_count_in_no_dice():
+    truth, prediction = line(1, 1, 0, 3, 3, 3), line(1, 1, 0, 1, 1, 1)
+    found = find_components(truth, prediction, 3, ignored=3)
+    assert (found.size.tolist(), found.counted.tolist(), found.hits.tolist()) == ([2, 3], [2, 0], [2, 0])
+    assert found.truth.tolist() == [1, 2, 0]
+    # Removing the smaller, true part would cost everything; the ignored one cannot be told from it by prediction.
+    assert choose([found], 3).steps == ()
+    assert choose([found], 3).rejected[0].dice_before == 1
+
+
+def test_classes_that_were_not_annotated_have_no_say():
+    # Class 1 would gain from keeping its largest part, if it had been annotated.
+    truth, prediction = line(1, 1, 0, 0, 0, 2), line(1, 1, 0, 1, 0, 2)
+    assert [step.members for step in choose([find_components(truth, prediction, 3)], 3).steps] == [(1,)]
+    assert choose([find_components(truth, prediction, 3, scored=(False, True))], 3).steps == ()

@@ -1,6 +1,7 @@
 """prepare and restore: exact where no interpolation is involved, the same for every stored form, blind to labels."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from toys import LABELS, OBLIQUE, ball, configuration, grid, plan
 
-from autoseg.labels import UNSEEN
+from autoseg.labels import UNSEEN, Labels
 from autoseg.preprocess import (
     content_mask,
     crop_to_content,
@@ -17,6 +18,7 @@ from autoseg.preprocess import (
     normalise_channel,
     prepare,
     prepare_each,
+    project,
     restore,
     restore_probabilities,
 )
@@ -133,10 +135,33 @@ def test_restore_undoes_prepare_where_nothing_is_interpolated(shape, order, axes
     here = configuration(spacing_mm=spacing)
     case = prepare("a", Volume(array=image[None], grid=canonical), labels, stored, made, here)
     logits = one_hot(np.maximum(np.asarray(case.labels), 0))
-    assert np.array_equal(restore(logits, case.trace, here), labels)
+    assert np.array_equal(restore(logits, case.trace, LABELS, here), labels)
     maps = restore_probabilities(100 * logits, case.trace, LABELS, here)
     assert np.array_equal(maps.argmax(0), labels)
     assert np.allclose(maps.sum(0), 1)
+
+
+def test_regions_are_resampled_as_logits_and_painted_afterwards():
+    labels = Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2, "ignore": 9})
+    here, onto = configuration(spacing_mm=(2.0, 1.3, 0.8)), configuration("b", spacing_mm=(3.0, 2.0, 1.1))
+    made, stored = replace(plan(here, onto), labels=labels), grid((7, 11, 13))
+    image = np.zeros((1, 7, 11, 13), np.float32)
+    image[:, 1:6, 2:9, 1:12] = RNG.random((5, 7, 11)) + 1
+    marked = (image[0] > 0) * RNG.integers(0, 4, image.shape[1:]).astype(np.int16)
+    case, other = (
+        prepare("a", Volume(array=image, grid=stored), marked, stored, made, wanted) for wanted in (here, onto)
+    )
+    logits = RNG.normal(0, 3, (2, *case.trace.shape)).astype(np.float32)
+    maps = restore_probabilities(logits, case.trace, labels, here)
+    inside = np.zeros(stored.shape, bool)
+    inside[case.trace.crop.slices()] = True
+    assert not maps[:, ~inside].any(), "outside the crop there is no region"
+    found = restore(logits, case.trace, labels, here)
+    assert found.dtype == np.int16
+    assert np.array_equal(found, np.where(maps[1] > 0.5, 2, np.where(maps[0] > 0.5, 1, 0)))
+    projected = project(logits, case.trace, other.trace, labels, here)
+    assert projected.shape == other.trace.shape
+    assert set(np.unique(projected)) == {0, 1, 2}
 
 
 def test_restore_comes_close_where_spacing_changes():
@@ -146,7 +171,7 @@ def test_restore_comes_close_where_spacing_changes():
     here, stored = configuration(spacing_mm=(1.7, 1.3, 0.8)), grid(shape, (3.0, 1.0, 1.0))
     case = prepare("a", Volume(array=image, grid=stored), labels, stored, plan(), here)
     assert case.image.shape == (1, 21, 24, 41)
-    back = restore(one_hot(np.asarray(case.labels)), case.trace, here)
+    back = restore(one_hot(np.asarray(case.labels)), case.trace, LABELS, here)
     dice = 2 * (back & labels).sum() / (back.sum() + labels.sum())
     assert dice > 0.97
 
@@ -168,14 +193,17 @@ def test_several_configurations_from_one_crop_equal_one_by_one():
         next(prepare_each(cropped, plan(), [fine]))
 
 
+THREE = Labels.from_dataset({"background": 0, "a": 1, "b": 2, "c": 3})
+
+
 def test_locations_are_of_their_class_distinct_and_bounded():
     labels = np.zeros((40, 40, 40), np.int16)
     labels[:30] = 1
     labels[35, 3, 4:9] = 2
-    found = find_locations(labels, [1, 2, 3])
+    found = find_locations(labels, THREE)
     assert sorted(found) == [1, 2]
     assert len(found[1]) == 10_000
     assert len(np.unique(found[1], axis=0)) == 10_000
     assert (labels[tuple(found[1].T)] == 1).all()
     assert found[2].tolist() == [[35, 3, x] for x in range(4, 9)]
-    assert np.array_equal(find_locations(labels, [1])[1], found[1])
+    assert np.array_equal(find_locations(labels, LABELS)[1], found[1])

@@ -177,8 +177,14 @@ def test_a_description_that_is_no_json_object(folder, text, said):
         ({"labels": None, "label": {"background": 0}}, "labels: missing ('label' is not read; rename it)"),
         ({"labels": {"0": "background", "1": "liver"}}, 'write {"background": 0, "liver": 1}'),
         ({"labels": ["background", "liver"]}, 'labels: must be like {"background": 0'),
-        ({"labels": {"background": 0, "all": [1, 2]}}, "region"),
-        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "ignore"),
+        ({"labels": {"background": 0, "all": [1, "2"]}}, "label 'all' must be an integer or a list of them"),
+        ({"labels": {"background": 0, "a": [1, 2], "b": [2, 3]}}, 'add "regions_class_order"'),
+        (
+            {"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [1]},
+            "one integer for each of a, b",
+        ),
+        ({"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [3, 2]}, "none of its values"),
+        ({"labels": {"background": 0, "a": 1, "ignore": 1}}, "ignored and cannot be"),
         ({"labels": {"liver": 1}}, "must name the background"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "unique"),
         ({"file_ending": None}, 'file_ending: missing; add "file_ending": ".nii.gz"'),
@@ -195,10 +201,61 @@ def test_faults_of_the_description(folder, changes, said):
 
 
 def test_all_faults_of_the_description_come_at_once(folder):
-    describe(folder, channel_names=None, labels={"background": 0, "all": [1, 2]}, file_ending="nii")
+    describe(folder, channel_names=None, labels={"background": 0, "all": "1"}, file_ending="nii")
     said = refusal(folder).splitlines()
     assert len(said) == 4
     assert [line.strip().split()[0].rstrip(":") for line in said[1:]] == ["channel_names", "label", "file_ending"]
+
+
+def test_regions_and_an_order_that_loses_some(folder):
+    describe(folder, labels={"background": 0, "lesion": 1024, "all": [7, 1024]})
+    dataset = open_dataset(folder)
+    assert dataset.labels.names == ("background", "all", "lesion")
+    assert dataset.notes == ()
+    describe(folder, labels={"background": 0, "lesion": 1024, "all": [7, 1024]}, regions_class_order=[1024, 7])
+    dataset = open_dataset(folder)
+    assert dataset.labels.names == ("background", "lesion", "all")
+    assert "lesion, all is written as 7" in dataset.notes[0]
+
+
+def test_what_was_annotated_in_which_case(folder):
+    first = [hash_case(open_dataset(folder), case) for case in open_dataset(folder).cases]
+    describe(folder, annotated={"a": ["lesion"], "b": ["lesion", "liver"]})
+    dataset = open_dataset(folder)
+    assert [case.annotated for case in dataset.cases] == [("lesion",), None, None]
+    assert dataset.annotated() == {"a": ("lesion",)}
+    assert [hash_case(dataset, case) == old for case, old in zip(dataset.cases, first)] == [False, True, True]
+    (found,) = load_case(dataset, dataset.cases[0]).findings
+    assert found.severity == "error"
+    assert "label values 7, of classes that are not listed as annotated" in found.problem
+
+
+@pytest.mark.parametrize(
+    ("annotated", "said"),
+    [
+        (["a"], 'must be like {"case_1": ["liver"]}'),
+        ({"a": []}, "annotated: a must list one or more of liver, lesion, found []"),
+        ({"a": "liver"}, 'found "liver"'),
+        ({"a": [["liver"]]}, 'found [["liver"]]'),
+        ({"a": ["Liver"]}, 'found ["Liver"]'),
+        ({"x": ["liver"]}, "annotated: x without images"),
+        ({key: ["liver"] for key in ("a", "b", "c_2020")}, "annotated: no case has lesion"),
+    ],
+)
+def test_faults_of_what_was_annotated(folder, annotated, said):
+    describe(folder, annotated=annotated)
+    assert said in refusal(folder)
+
+
+def test_a_case_of_ignored_voxels_alone():
+    made = Labels.from_dataset({"background": 0, "x": 1, "ignore": 4})
+    place = Grid(shape=SHAPE, spacing_mm=(1.0, 1.0, 1.0))
+    image = Volume(array=RNG.random((1, *SHAPE), np.float32), grid=place)
+    for value, said in ((4, "nothing is annotated"), (0, "no foreground")):
+        label = Volume(array=np.full((1, *SHAPE), value, np.uint8), grid=place)
+        (found,), indices = check_case("c", image, label, made, ("MR",))
+        assert said in found.problem
+        assert set(np.unique(indices)) == {2 if value else 0}
 
 
 def move(folder, source, target):
@@ -503,8 +560,10 @@ def test_the_table_lists_everything_aligned_and_errors_first(folder):
 # Real datasets.
 
 
-def test_real_regions_are_refused_by_name(real_data):
-    assert "region" in refusal(real_data / "Dataset042_BraTS")
+def test_real_regions_are_read_as_written(real_data):
+    labels = open_dataset(real_data / "Dataset042_BraTS").labels
+    assert labels.regions == ((1, 2, 3, 4), (1, 3, 4), (4,))
+    assert labels.values == (0, 2, 1, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Patches: inside the image, on the class they were drawn for, repeatable step by step, errors with their case."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,8 @@ from hypothesis import strategies as st
 from toys import configuration, grid, plan
 
 from autoseg.augment import make_augmentation
-from autoseg.labels import UNSEEN
-from autoseg.preprocess import prepare
+from autoseg.labels import UNSEEN, Labels
+from autoseg.preprocess import ANNOTATED, prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import (
     PreparedCases,
@@ -92,6 +94,51 @@ def test_forced_patches_hold_every_class_equally_often(patch):
             seen[index] += bool((found == index).any())
     if len(patch) == 2:
         assert 110 < seen[1] < 190
+
+
+PARTLY = Labels.from_dataset({"background": 0, "liver": 7, "lesion": 200, "ignore": 9})
+REGIONS = Labels.from_dataset({"background": 0, "both": [7, 200], "lesion": 200})
+
+
+def labelled_case(labels, marked):
+    volume = Volume(array=np.ones((1, *SHAPE), np.float32), grid=grid(SHAPE))
+    return prepare("a", volume, marked, grid(SHAPE), replace(plan(), labels=labels), configuration())
+
+
+def test_patches_of_a_case_with_ignored_voxels_are_centred_on_others():
+    marked = np.full(SHAPE, PARTLY.ignored, np.int16)
+    assert labelled_case(PARTLY, marked).locations == {}, "nothing is annotated, so anywhere will do"
+    marked[3, 4, 5] = 0
+    marked[3, 4, 6] = 2
+    case, rng = labelled_case(PARTLY, marked), np.random.default_rng(2)
+    assert case.locations[ANNOTATED].tolist() == [[3, 4, 5], [3, 4, 6]]
+    assert case.locations[2].tolist() == [[3, 4, 6]]
+    for patch in ((3, 3, 3), (3, 3)):
+        starts = {choose_patch(case, patch, False, rng).start for _ in range(40)}
+        assert {start[2] for start in starts} == {4, 5}
+        assert {choose_patch(case, patch, True, rng).start[2] for _ in range(40)} == {5}
+    everything = labelled_case(PARTLY, np.where(marked == PARTLY.ignored, 0, marked))
+    assert ANNOTATED not in everything.locations
+    assert len({choose_patch(everything, (3, 3, 3), False, rng).start for _ in range(40)}) > 20
+
+
+def test_forced_patches_hold_every_region():
+    marked = np.zeros(SHAPE, np.int16)
+    marked[1, 1, 1:9] = 1
+    marked[5, 9, 11] = 2
+    case, rng = labelled_case(REGIONS, marked), np.random.default_rng(3)
+    assert len(case.locations[1]) == 9, "the first region holds the second"
+    assert case.locations[2].tolist() == [[5, 9, 11]]
+    seen = sum(choose_patch(case, (1, 1, 1), True, rng).start == (5, 9, 11) for _ in range(300))
+    assert 130 < seen < 200  # 1/2 + 1/2 * 1/9
+
+
+def test_a_batch_says_what_was_annotated_in_each_case(folder):
+    flags = {"a": (True, False), "b": (True, True), "c": (False, True)}
+    made, cpu = replace(sampler(folder), annotated=flags), torch.device("cpu")
+    batch = made.assemble(made.sources(0), cpu)
+    assert batch.annotated.tolist() == [list(flags[case]) for case in batch.cases]
+    assert sampler(folder).assemble(made.sources(0), cpu).annotated is None
 
 
 def test_the_share_of_forced_samples_by_hand():

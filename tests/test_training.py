@@ -14,6 +14,7 @@ from autoseg.checkpoint import read_progress
 from autoseg.computing import safe_base
 from autoseg.evaluation.plots import training_curves
 from autoseg.history import read_metrics
+from autoseg.labels import Labels
 from autoseg.networks import build
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
@@ -21,7 +22,7 @@ from autoseg.sampling import PreparedCases, Sampler, Stream
 from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
 from autoseg.store import write_case
-from autoseg.training import BAD_STEPS, Parts, make_optimizer, train, training_step
+from autoseg.training import BAD_STEPS, Parts, class_counts, make_optimizer, train, training_step
 from autoseg.volume import Volume
 
 SHAPE, PATCH = (9, 13, 15), (8, 12, 12)
@@ -41,6 +42,10 @@ def write_cases(folder, spoil=None):
         write_case(folder, case, key=name)
 
 
+def made_spec():
+    return network(features=(6, 8, 10))
+
+
 def parts(tmp_path, run="run", augmentation="default", tuning=None, **recipe):
     made = Recipe(**{"epochs": 3, "steps_per_epoch": 4, "validation_steps": 2, "seed": 1, **recipe})
     cases = PreparedCases(tmp_path / "cases", 1 << 30)
@@ -52,7 +57,7 @@ def parts(tmp_path, run="run", augmentation="default", tuning=None, **recipe):
             augmentation=make_augmentation(name, patch=PATCH, dimension=3, masked=(False,)), stream=stream,
         )  # fmt: skip
 
-    spec = network(features=(6, 8, 10))
+    spec = made_spec()
     return Parts(
         network=build(spec, 1, LABELS.heads),
         training=sampler(Stream.TRAINING, augmentation),
@@ -126,6 +131,49 @@ def test_it_learns_and_writes_what_it_should(place):
     assert {p.name for p in made.folder.iterdir()} == {"checkpoint_000000096", "metrics.jsonl", "weights.safetensors"}
     training_curves(lines, made.folder / "progress.png")
     assert (made.folder / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+COUNTED = {
+    "plain": Labels.from_dataset({"background": 0, "a": 1, "b": 2}),
+    "ignore": Labels.from_dataset({"background": 0, "a": 1, "b": 2, "ignore": 9}),
+    "regions": Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2, "ignore": 9}),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_counts_of_the_pseudo_dice_are_those_of_masks(kind):
+    labels, generator = COUNTED[kind], torch.Generator().manual_seed(0)
+    logits = torch.randn(2, labels.heads, 5, 7, generator=generator)
+    target = torch.randint(len(labels.known), (2, 5, 7), generator=generator)
+    found = class_counts(logits, target, labels)
+    assert found.shape == (3, 2, 2)
+    for sample, number in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        valid = target[sample] != labels.ignored if labels.ignored is not None else target[sample] >= 0
+        true = torch.isin(target[sample], torch.tensor(labels.members[number])) & valid
+        inside = logits[sample].argmax(0) == number + 1 if labels.exclusive else logits[sample, number] > 0
+        predicted = inside & valid
+        expected = [(predicted & true).sum(), predicted.sum(), true.sum()]
+        assert found[:, sample, number].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "annotated"),
+    [
+        (COUNTED["regions"], None),
+        (COUNTED["ignore"], None),
+        (COUNTED["plain"], {"a": (True, False), "b": (False, True), "c": (True, True)}),
+        (COUNTED["regions"], {"a": (True, False), "b": (False, True), "c": (True, True)}),
+    ],
+)
+def test_every_kind_of_labels_learns(place, labels, annotated):
+    made = parts(place, epochs=4, steps_per_epoch=10, augmentation="none", learning_rate=0.02)
+    network = build(made_spec(), 1, labels.heads)
+    samplers = {name: replace(getattr(made, name), annotated=annotated) for name in ("training", "validation")}
+    train(replace(made, network=network, labels=labels, **samplers))
+    lines = read_metrics(made.folder)
+    assert lines[-1]["training_loss"] < lines[0]["training_loss"] - 0.3
+    assert set(lines[-1]["pseudo_dice"]) == set(labels.names[1:])
+    assert max(lines[-1]["pseudo_dice"].values()) > 0.5
 
 
 class Stop(BaseException):

@@ -86,9 +86,12 @@ def write_balls(folder: Path, name: str, seed: int, split: str = "Tr", channels:
     write_labels(labels, stored, folder / f"labels{split}" / f"{name}.nii.gz")
 
 
-def balls_dataset(raw: Path, cases: int = 4, prefix: str = "") -> None:
-    """A raw dataset of `cases` cases, two a patient: p0_0, p0_1, p1_0, ...; with a prefix c: c0, c1, c2, ..."""
+def balls_dataset(raw: Path, cases: int = 4, prefix: str = "", **more) -> None:
+    """A raw dataset of `cases` cases, two a patient: p0_0, p0_1, p1_0, ...; with a prefix c: c0, c1, c2, ...
+
+    more: entries of dataset.json, in place of the usual ones or beside them.
+    """
     for seed in range(cases):
         write_balls(raw, f"{prefix}{seed}" if prefix else f"p{seed // 2}_{seed % 2}", seed)
-    facts = {"channel_names": {"0": "MR"}, "labels": BALLS, "numTraining": cases, "file_ending": ".nii.gz"}
+    facts = {"channel_names": {"0": "MR"}, "labels": BALLS, "numTraining": cases, "file_ending": ".nii.gz", **more}
     (raw / "dataset.json").write_text(json.dumps(facts))

@@ -20,8 +20,9 @@ from torch import Tensor
 from autoseg.augment import classic, foreign
 from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation, Policy, Source
 from autoseg.augment.foreign import Transform
+from autoseg.mirroring import ALL_AXES, Flips
 from autoseg.records import AutosegError
-from autoseg.schema import EVERY_AXIS, Dimension, Mirroring
+from autoseg.schema import Dimension
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Drawn", "Policy", "Source", "Transform", "make_augmentation"]
 
@@ -50,21 +51,19 @@ class Augmentation(Protocol):
         ...
 
 
-Maker = Callable[[tuple[int, ...], Dimension, tuple[bool, ...], Mirroring], Augmentation]
+Maker = Callable[[tuple[int, ...], Dimension, tuple[bool, ...], Flips], Augmentation]
 
 
 def _follow(policy: Policy) -> Maker:
-    return lambda patch, dimension, masked, mirroring: DefaultAugmentation(
-        policy=policy, patch=patch, dimension=dimension, masked=masked, mirroring=mirroring
+    return lambda patch, dimension, masked, flips: DefaultAugmentation(
+        policy=policy, patch=patch, dimension=dimension, masked=masked, flips=flips
     )
 
 
-def _classic(
-    patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, ...], mirroring: Mirroring
-) -> Augmentation:
+def _classic(patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, ...], flips: Flips) -> Augmentation:
     return foreign.ForeignAugmentation(
         name="batchgenerators",
-        transform=classic.classic(patch, mirroring),
+        transform=classic.classic(patch, flips),
         box=classic.enlarged(patch),
         patch=patch,
         masked=masked,
@@ -80,12 +79,12 @@ def make_augmentation(
     patch: Sequence[int],
     dimension: Dimension,
     masked: Sequence[bool],
-    mirroring: Mirroring = EVERY_AXIS,
+    flips: Flips = ALL_AXES,
 ) -> Augmentation:
     """The augmentation called `name` for patches of shape `patch`: (Z, Y, X), or (Y, X) where `dimension` is 2.
 
     `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
-    `mirroring`: in the axes of the patch; a callable of your own does not see it and must mirror nothing it forbids.
+    `flips`: the mirror images there are. A callable of your own does not see it: see `foreign.Transform`.
     Raises AutosegError for a name that is neither in AUGMENTATIONS nor a callable's `package.module:name`.
     """
     patch, masked = tuple(patch), tuple(masked)
@@ -98,4 +97,4 @@ def make_augmentation(
     if name not in AUGMENTATIONS:
         known = ", ".join(AUGMENTATIONS)
         raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
-    return AUGMENTATIONS[name](patch, dimension, masked, mirroring)
+    return AUGMENTATIONS[name](patch, dimension, masked, flips)

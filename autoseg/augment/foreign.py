@@ -21,7 +21,7 @@ Transform = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor
 
 Labels are -1 outside the image content; the callable may change its arguments in place. It should take every random
 decision from `rng`, so that a seed repeats a run. Where the plan tells left from right (`Plan.mirroring`), it must not
-mirror along that axis.
+mirror along that axis: nobody else could say which samples it has mirrored.
 """
 
 

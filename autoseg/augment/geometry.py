@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoseg.labels import UNSEEN
+
 # Voxels handled at once: on the CPU what stays in the cache, elsewhere what keeps temporary arrays below ~0.5 GB.
 _SLAB_CPU = 1 << 17
 _SLAB_DEVICE = 1 << 22
@@ -80,15 +82,11 @@ def mirror_into(image: Tensor, labels: Tensor, mirrored: np.ndarray, out_image: 
     out_labels.copy_(labels.flip(axes) if axes else labels)
 
 
-def swap_classes(labels: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-    """In place: of each pair of classes, every voxel of one in `labels` (any shape, integers) becomes the other."""
-    size = 1 + max(max(pair) for pair in pairs)
-    order = torch.arange(size, dtype=labels.dtype)
-    for a, b in pairs:
-        order[a], order[b] = b, a
-    # Read by table, in one pass however many pairs there are; what lies beyond the table stays.
-    swapped = order.to(labels.device)[labels.clamp(0, size - 1).long()]
-    labels.copy_(torch.where((labels < 0) | (labels >= size), labels, swapped))
+def rename(labels: Tensor, indices: Sequence[int]) -> None:
+    """In place: every voxel of index i in `labels` (any shape) becomes indices[i]; `UNSEEN` stays what it is."""
+    # -1 reads the last entry of the table.
+    table = torch.tensor((*indices, UNSEEN), dtype=labels.dtype, device=labels.device)
+    labels.copy_(table[labels.long()])
 
 
 def warp_into(image: Tensor, labels: Tensor, affine: np.ndarray, out_image: Tensor, out_labels: Tensor) -> None:

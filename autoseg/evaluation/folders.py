@@ -1,17 +1,17 @@
 """Evaluate label files: find the pairs of truth and prediction, refuse what cannot be compared, score in threads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from autoseg.evaluation.metrics import DEFAULT_TOLERANCE_MM, CaseScore, score_case
 from autoseg.evaluation.summary import Summary, summarise
 from autoseg.labels import Labels
+from autoseg.layout import labels_in
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import ENDINGS, read_labels
-from autoseg.records import AutosegError, load_json
+from autoseg.records import AutosegError
 from autoseg.volume import Volume, mismatch
 
 NAMES_SHOWN = 10
@@ -25,6 +25,7 @@ def evaluate_folders(
     prediction: Path,
     *,
     labels: Labels | None = None,
+    annotated: Mapping[str, Sequence[str]] | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     workers: int | None = None,
     partial: bool = False,
@@ -34,6 +35,7 @@ def evaluate_folders(
 
     A case is a file name without its ending. `labels` default to those of a dataset.json in or above either folder, and
     without one to the values found in the files, 0 being the background. Predictions without a truth are passed over.
+    annotated: case -> classes to score, where not all were annotated; it comes from the dataset.json too.
 
     Raises AutosegError that names the cases without prediction (unless `partial`: then they are passed over), whose
     grids differ, or that hold values which no label has.
@@ -48,14 +50,16 @@ def evaluate_folders(
     pairs = [(case, truths[case], predictions[case]) for case in sorted(set(truths) & set(predictions))]
     if not pairs:
         raise AutosegError(f"no case of {truth} has a prediction in {prediction}; files of one case share one name")
-    labels = labels or _find_labels(truth, prediction) or _labels_in(pairs, workers, quiet)
-    return evaluate_pairs(pairs, labels, tolerance_mm=tolerance_mm, workers=workers, quiet=quiet)
+    if labels is None:
+        labels, annotated = _find_labels(truth, prediction) or (_labels_in(pairs, workers, quiet), annotated)
+    return evaluate_pairs(pairs, labels, annotated=annotated, tolerance_mm=tolerance_mm, workers=workers, quiet=quiet)
 
 
 def evaluate_pairs(
     pairs: Sequence[Pair],
     labels: Labels,
     *,
+    annotated: Mapping[str, Sequence[str]] | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     workers: int | None = None,
     quiet: bool = False,
@@ -64,7 +68,6 @@ def evaluate_pairs(
 
     For arrays in memory: `score_case` on each pair, then `summarise`, which is all that happens here after reading.
     """
-    values = dict(zip(labels.names[1:], labels.values[1:]))
 
     def score(pair: Pair) -> tuple[CaseScore, ...]:
         case, truth_path, prediction_path = pair
@@ -74,11 +77,28 @@ def evaluate_pairs(
                 f"truth and prediction lie on different grids ({difference}); predict from the image that the truth "
                 "was drawn on, or resample the prediction to the grid of the truth with nearest-neighbour interpolation"
             )
-        return score_case(case, truth.array[0], prediction.array[0], truth.grid.spacing_mm, values, tolerance_mm)
+        return score_labels(
+            case, truth.array[0], prediction.array[0], truth.grid.spacing_mm, labels, tolerance_mm, annotated
+        )
 
     outcomes = map_cases(score, pairs, name=lambda pair: pair[0], what="evaluate", workers=workers, quiet=quiet)
     scores = [score for scores in raise_failures(outcomes, "evaluate") for score in scores]
-    return summarise(scores, values, tolerance_mm)
+    return summarise(scores, labels.scored, tolerance_mm)
+
+
+def score_labels(
+    case: str,
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    spacing_mm: Sequence[float],
+    labels: Labels,
+    tolerance_mm: float,
+    annotated: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[CaseScore, ...]:
+    """`score_case` of stored values (Z, Y, X), for the classes of `labels` that were annotated in this case."""
+    names = (annotated or {}).get(case, labels.names)
+    wanted = {name: value for name, value in labels.scored.items() if name in names}
+    return score_case(case, truth, prediction, spacing_mm, wanted, tolerance_mm, labels.ignore)
 
 
 def _read(path: Path, labels: Labels) -> Volume:
@@ -86,7 +106,7 @@ def _read(path: Path, labels: Labels) -> Volume:
     unexpected = labels.unexpected(volume.array)
     if unexpected:
         raise AutosegError(
-            f"{path} holds the values {_few(unexpected)}, which no label has (labels: {sorted(labels.values)}); "
+            f"{path} holds the values {_few(unexpected)}, which no label has (labels: {sorted(labels.known)}); "
             "correct the file or the labels in dataset.json"
         )
     return volume
@@ -110,12 +130,11 @@ def _label_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _find_labels(truth: Path, prediction: Path) -> Labels | None:
-    """The labels of the first dataset.json in or just above the two folders."""
+def _find_labels(truth: Path, prediction: Path) -> tuple[Labels, dict[str, tuple[str, ...]]] | None:
+    """What the first dataset.json in or just above the two folders says of labels."""
     for folder in (truth, truth.resolve().parent, prediction, prediction.resolve().parent):
-        path = folder / "dataset.json"
-        if path.is_file():
-            return Labels.from_dataset(load_json(dict[str, Any], path).get("labels", {}))
+        if (folder / "dataset.json").is_file():
+            return labels_in(folder)
     return None
 
 

@@ -31,6 +31,9 @@ from autoseg.records import record
 
 DEFAULT_TOLERANCE_MM = 1.0
 
+Values = int | tuple[int, ...]
+"""What a class is in a label file: a value, or several that make a region."""
+
 Undefined = Literal["truth empty", "prediction empty", "truth and prediction empty"]
 TRUTH_EMPTY: Undefined = "truth empty"
 PREDICTION_EMPTY: Undefined = "prediction empty"
@@ -88,10 +91,14 @@ def score_case(
     truth_ZYX: np.ndarray,
     prediction_ZYX: np.ndarray,
     spacing_mm: Sequence[float],
-    labels: Mapping[str, int],
+    labels: Mapping[str, Values],
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    ignore: int | None = None,
 ) -> tuple[CaseScore, ...]:
     """Score every class of `labels` (name -> value in the arrays), one CaseScore a class, in the order given.
+
+    A class may be a region of several values, and regions may overlap. Voxels where the truth has the value `ignore`
+    are left out of all counts, and for surfaces both masks are background there: what is left is compared as it is cut.
 
     Both arrays are integers of one shape (Z, Y, X); Z = 1 is a 2D image. `spacing_mm` runs (Z, Y, X). A class called
     "background" is passed over, and a value that `labels` does not name belongs to no class.
@@ -102,9 +109,25 @@ def score_case(
             f"{case}: need two (Z, Y, X) arrays of one shape, got {truth_ZYX.shape}, {prediction_ZYX.shape}"
         )
     classes = {name: value for name, value in labels.items() if name != "background"}
-    truth = class_indices(truth_ZYX, tuple(classes.values()))
-    prediction = class_indices(prediction_ZYX, tuple(classes.values()))
+    if any(isinstance(value, tuple) for value in classes.values()):
+        scores: list[CaseScore] = []
+        for name, value in classes.items():
+            members = value if isinstance(value, tuple) else (value,)
+            truth, prediction = (np.isin(array, members).astype(np.uint8) for array in (truth_ZYX, prediction_ZYX))
+            if ignore is not None:
+                truth[truth_ZYX == ignore] = 2
+            scores += score_case(
+                case, truth, prediction, spacing_mm, {name: 1}, tolerance_mm, None if ignore is None else 2
+            )
+        return tuple(scores)
+    values = tuple(value for value in classes.values() if isinstance(value, int))
+    truth, prediction = class_indices(truth_ZYX, values), class_indices(prediction_ZYX, values)
+    ignored = None if ignore is None else truth_ZYX == ignore
+    if ignored is not None:
+        prediction = np.where(ignored, prediction.dtype.type(0), prediction)
     joint = joint_histogram(truth, prediction, len(classes) + 1)
+    if ignored is not None:
+        joint[0, 0] -= ignored.sum()
     distances = surface_distances(truth, prediction, spacing_mm, len(classes) + 1)
     voxel_ml = float(np.prod(spacing_mm)) / 1000 if truth.shape[0] > 1 else None
     return tuple(

@@ -17,6 +17,7 @@ from autoseg.evaluation.metrics import (
     PREDICTION_EMPTY,
     TRUTH_EMPTY,
     CaseScore,
+    Values,
 )
 from autoseg.records import SCHEMA_VERSION, atomic_write, record, save_json
 
@@ -54,13 +55,13 @@ class Summary:
     schema_version: int = SCHEMA_VERSION
     tolerance_mm: float
     """Of the surface Dice."""
-    labels: dict[str, int]
-    """Foreground classes, name -> value."""
+    labels: dict[str, int | tuple[int, ...]]
+    """Foreground classes, name -> value, or the values of a region."""
     foreground: dict[str, Mean]
     """The mean over classes of the class means; here `count` and `undefined` count classes."""
     classes: tuple[ClassSummary, ...]
     scores: tuple[CaseScore, ...]
-    """Case after case, and within a case in the order of `labels`."""
+    """Case after case, and within a case in the order of `labels`; classes that were not annotated are missing."""
 
 
 def mean_of(values: Iterable[float | None]) -> Mean:
@@ -75,12 +76,11 @@ def mean_of(values: Iterable[float | None]) -> Mean:
     )
 
 
-def summarise(scores: Iterable[CaseScore], labels: Mapping[str, int], tolerance_mm: float) -> Summary:
-    """Put the scores of all cases together; `labels` are name -> value, a "background" among them is left out."""
+def summarise(scores: Iterable[CaseScore], labels: Mapping[str, Values], tolerance_mm: float) -> Summary:
+    """Put the scores of all cases together; `labels` are as for `score_case`, a "background" is left out."""
     scores = tuple(scores)
-    labels = {name: value for name, value in labels.items() if name != "background"}
     classes = []
-    for label in labels:
+    for label in (name for name in labels if name != "background"):
         own = [score for score in scores if score.label == label]
         reasons = [score.undefined for score in own]
         classes.append(
@@ -94,7 +94,7 @@ def summarise(scores: Iterable[CaseScore], labels: Mapping[str, int], tolerance_
         )
     return Summary(
         tolerance_mm=tolerance_mm,
-        labels=labels,
+        labels={name: value for name, value in labels.items() if name != "background"},
         foreground={metric: mean_of(entry.means[metric].mean for entry in classes) for metric in METRICS},
         classes=tuple(classes),
         scores=scores,

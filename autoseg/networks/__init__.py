@@ -13,11 +13,11 @@ from importlib import import_module
 from torch import nn
 
 from autoseg.networks.resenc import resenc
-from autoseg.networks.unet import unet
+from autoseg.networks.unet import FIRST, HEADS, unet
 from autoseg.records import AutosegError
 from autoseg.schema import NetworkSpec
 
-__all__ = ["NETWORKS", "build"]
+__all__ = ["FIRST", "HEADS", "NETWORKS", "build"]
 
 NETWORKS: dict[str, Callable[[NetworkSpec, int, int], nn.Module]] = {"unet": unet, "resenc": resenc}
 

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED, ConvBlock, initialise
 from autoseg.schema import NetworkSpec
 
+FIRST = "encoder.0.0.conv.weight"
+"""The tensor that reads the image, (features, input channels, *kernel), in every network of this layout."""
+HEADS = "heads."
+"""What names of tensors that give logits, (heads, ...), begin with."""
+
 
 class UNet(nn.Module):
     """Encoder stages and a decoder of convolution blocks, for images (B, C, Z, Y, X) or (B, C, Y, X).

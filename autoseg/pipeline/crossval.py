@@ -5,43 +5,40 @@ post-processing changes anything `crossval_postprocessed/`; `model.json`, which 
 scores are those of the cases that the rule was chosen on, so they flatter it a little.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from autoseg.evaluation import Summary, save_summary, summarise, table
-from autoseg.evaluation.metrics import CaseScore, score_case
+import numpy as np
+
+from autoseg.bundle import ModelCard
+from autoseg.evaluation import CaseScore, Summary, save_summary, score_labels, summarise, table
 from autoseg.labels import Labels
 from autoseg.layout import Dataset
-from autoseg.model import is_finished, open_run, weights_hash
+from autoseg.model import CARD, is_finished, open_run, weights_hash
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.postprocess import Components, PostProcessing, apply, choose, find_components
+from autoseg.postprocess import (
+    Components,
+    PostProcessing,
+    apply,
+    apply_steps,
+    choose,
+    choose_for_regions,
+    find_components,
+    region_dice,
+)
 from autoseg.readers import read_labels
-from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json, to_json
+from autoseg.records import AutosegError, load_json, save_json, to_json
 from autoseg.schema import Run
 from autoseg.splits import Splits
 
-MODEL = "model.json"
 SUMMARY = "summary.json"
 
+T = TypeVar("T")
 HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
-
-
-@record
-class ModelCard:
-    """What is known of a configuration whose folds are trained: model.json."""
-
-    schema_version: int = SCHEMA_VERSION
-    dataset: str
-    configuration: str
-    folds: dict[str, str]
-    """Fold folder -> hash of the weights that were cross-validated."""
-    cases: int
-    dice: dict[str, float | None]
-    """Class -> mean Dice of the held-out cases, as predicted; `foreground` is the mean over classes."""
-    dice_postprocessed: dict[str, float | None]
-    postprocessing: PostProcessing
 
 
 def held_out(folder: Path, run: Run, dataset: Dataset) -> list[HeldOut]:
@@ -68,7 +65,7 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     """
     folder = folds[0].parent
     hashes = {fold.name: weights_hash(fold) for fold in folds}
-    if (folder / MODEL).is_file() and (card := load_json(ModelCard, folder / MODEL)).folds == hashes:
+    if (folder / CARD).is_file() and (card := load_json(ModelCard, folder / CARD)).folds == hashes:
         return card
     runs = [open_run(fold) for fold in folds]
     refuse_mixture(folds, runs)
@@ -78,8 +75,9 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
         (score for summary in summaries for score in summary.scores), summaries[0].labels, summaries[0].tolerance_mm
     )
     pairs = [pair for fold, run in zip(folds, runs) for pair in held_out(fold, run, dataset)]
-    rule = fit_postprocessing(pairs, labels, workers)
-    processed = score_processed(pairs, labels, rule, merged, workers) if rule.steps else merged
+    annotated = dataset.annotated()
+    rule = fit_postprocessing(pairs, labels, annotated, workers)
+    processed = score_processed(pairs, labels, annotated, rule, merged, workers) if rule.steps else merged
     card = ModelCard(
         dataset=runs[0].dataset,
         configuration=runs[0].configuration,
@@ -91,12 +89,12 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     )
     save_summary(merged, folder / "crossval")
     print(f"\nCross-validation of {len(folds)} folds, {len(pairs)} held-out cases, as predicted:\n{table(merged)}")
-    print(f"Post-processing: {rule.describe(labels.names)}", flush=True)
+    print(f"Post-processing: {rule.describe(labels)}", flush=True)
     if rule.steps:
         save_summary(processed, folder / "crossval_postprocessed")
         print(f"\nThe same with post-processing:\n{table(processed)}")
-    save_json(card, folder / MODEL)
-    print(f"Model: {folder / MODEL}", flush=True)
+    save_json(card, folder / CARD)
+    print(f"Model: {folder / CARD}", flush=True)
     return card
 
 
@@ -115,19 +113,42 @@ def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
             )
 
 
-def fit_postprocessing(pairs: Sequence[HeldOut], labels: Labels, workers: int | None) -> PostProcessing:
-    """The rule for held-out predictions; each case is read once and only its components are remembered."""
+def fit_postprocessing(
+    pairs: Sequence[HeldOut], labels: Labels, annotated: Mapping[str, Sequence[str]], workers: int | None
+) -> PostProcessing:
+    """The rule for held-out predictions. Nothing but numbers is remembered of a case.
 
-    def measure(pair: HeldOut) -> Components:
+    Each case is read once; with overlapping regions once for each rule that is tried.
+    """
+
+    def read(pair: HeldOut) -> tuple[np.ndarray, np.ndarray, tuple[bool, ...]]:
         truth, prediction = (labels.to_indices(read_labels(path)[0].array[0]) for path in pair[1:])
-        return find_components(truth, prediction, labels.count)
+        return truth, prediction, labels.flags(annotated.get(pair[0]))
 
-    outcomes = map_cases(measure, pairs, name=lambda pair: pair[0], what="fit post-processing", workers=workers)
-    return choose(raise_failures(outcomes, "fitting post-processing"), labels.count)
+    def components(pair: HeldOut) -> Components:
+        truth, prediction, scored = read(pair)
+        return find_components(truth, prediction, labels.count, labels.ignored, scored)
+
+    def dice(steps: Sequence[tuple[int, ...]], pair: HeldOut) -> np.ndarray:
+        truth, prediction, scored = read(pair)
+        return region_dice(truth, apply_steps(prediction, steps), labels, scored)
+
+    def of_all(measure: Callable[[HeldOut], T]) -> list[T]:
+        outcomes = map_cases(measure, pairs, name=lambda pair: pair[0], what="fit post-processing", workers=workers)
+        return raise_failures(outcomes, "fitting post-processing")
+
+    if labels.exclusive:
+        return choose(of_all(components), labels.count)
+    return choose_for_regions(lambda steps: of_all(partial(dice, steps)), labels.members)
 
 
 def score_processed(
-    pairs: Sequence[HeldOut], labels: Labels, rule: PostProcessing, raw: Summary, workers: int | None
+    pairs: Sequence[HeldOut],
+    labels: Labels,
+    annotated: Mapping[str, Sequence[str]],
+    rule: PostProcessing,
+    raw: Summary,
+    workers: int | None,
 ) -> Summary:
     """Scores of the held-out predictions after `rule`; `raw` are those before it."""
 
@@ -135,7 +156,8 @@ def score_processed(
         truth, _ = read_labels(pair[1])
         prediction = apply(labels.to_indices(read_labels(pair[2])[0].array[0]), rule)
         spacing = truth.grid.spacing_mm
-        return score_case(pair[0], truth.array[0], labels.to_values(prediction), spacing, raw.labels, raw.tolerance_mm)
+        stored = labels.to_values(prediction)
+        return score_labels(pair[0], truth.array[0], stored, spacing, labels, raw.tolerance_mm, annotated)
 
     outcomes = map_cases(score, pairs, name=lambda pair: pair[0], what="evaluate", workers=workers)
     return summarise(
@@ -147,17 +169,3 @@ def dice_of(summary: Summary) -> dict[str, float | None]:
     """Class -> mean Dice, and `foreground`, the mean over classes."""
     means = {entry.label: entry.means["dice"].mean for entry in summary.classes}
     return means | {"foreground": summary.foreground["dice"].mean}
-
-
-def postprocessing_for(folds: Sequence[Path]) -> tuple[PostProcessing | None, str]:
-    """The rule that goes with the weights in `folds`, and in words what is done and why."""
-    path = folds[0].parent / MODEL
-    if not path.is_file():
-        return None, "none: it is fitted once all folds are trained"
-    card = load_json(ModelCard, path)
-    if left_out := [fold.name for fold in folds if fold.name not in card.folds]:
-        return None, f"none: {', '.join(left_out)} had no part in the cross-validation that it was fitted on"
-    if changed := [fold.name for fold in folds if card.folds[fold.name] != weights_hash(fold)]:
-        return None, f"none: {', '.join(changed)} was trained further since it was fitted"
-    labels = open_run(folds[0]).plan.labels
-    return card.postprocessing, card.postprocessing.describe(labels.names)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoseg import records, settings, store
+from autoseg import bundle, records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
-from autoseg.planners import PLANNERS, explain, plan
+from autoseg.planners import PLANNERS, explain, plan, plan_like, says_sides
 from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
-from autoseg.schema import CaseFingerprint, Configuration, Fingerprint, Plan
+from autoseg.schema import CaseFingerprint, Configuration, Fingerprint, Plan, Run
 from autoseg.splits import Splits, make_splits, read_splits
 from autoseg.store import stored_key, write_case
 from autoseg.workspace import Workspace
@@ -50,6 +50,8 @@ class PlanOptions:
     spacing_mm: tuple[float, float, float] | None = None
     configurations: tuple[str, ...] = ()
     """What to preprocess; empty: what `choose` says, or all."""
+    like: Path | None = None
+    """A model whose plan is taken over: a model file, the folder of a configuration, or of a fold."""
     choose: Callable[[Plan], Sequence[str]] | None = None
     keep: bool = False
     """Whether a plan of that name stays as it is, if the data have not changed since."""
@@ -98,7 +100,7 @@ def examine(dataset: Dataset, workers: int | None, keep: Kept) -> list[Outcome[E
         if loaded.image is None or loaded.labels is None or loaded.stored is None:
             return Examined(findings=loaded.findings, measured=None, cropped=None)
         cropped = crop_to_content(case.id, loaded.image, loaded.labels, loaded.stored)
-        measured = measure_case(cropped, loaded.content_hash, len(dataset.cases))
+        measured = measure_case(cropped, dataset.labels, loaded.content_hash, len(dataset.cases), case.annotated)
         return Examined(findings=loaded.findings, measured=measured, cropped=keep.offer(cropped))
 
     return map_cases(
@@ -138,6 +140,8 @@ def check(workspace: Workspace, dataset_text: str, workers: int | None = None) -
     """Decode and check every case, print a table of all findings. Raises AutosegError on errors; writes nothing."""
     _, folder = workspace.dataset(dataset_text)
     dataset = open_dataset(folder)
+    for remark in dataset.remarks():
+        print(f"Labels: {remark}")
     findings = findings_of(dataset, examine(dataset, workers, Kept(0)))
     refuse_errors(findings)
     print(f"{dataset.name}: {len(dataset.cases)} cases checked, no errors, {len(findings)} warnings")
@@ -150,6 +154,8 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     """
     name, folder = workspace.dataset(dataset_text)
     dataset = open_dataset(folder)
+    for remark in dataset.remarks():
+        print(f"Labels: {remark}")
     prepared = workspace.prepared(name)
     fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
     cropped: dict[str, Cropped] = {}
@@ -197,7 +203,10 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     old = load_json(Fingerprint, path)
     if [case.case for case in old.cases] != [case.id for case in dataset.cases]:
         return None
-    if old.channel_names != dataset.channel_names or any(case.across is None for case in old.cases):
+    if old.channel_names != dataset.channel_names:
+        return None
+    # One without positions is of an earlier version; they matter only where a class is named after a side.
+    if any(case.across is None for case in old.cases) and says_sides(dataset.labels):
         return None
     outcomes = map_cases(
         lambda case: hash_case(dataset, case),
@@ -230,8 +239,21 @@ def make_plan(fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions) 
         spacing_mm=options.spacing_mm,
         name=options.name,
     )
+    if options.like is not None:
+        made = plan_like(plan_at(options.like), fingerprint, dataset.labels, made, options.like.name)
     made = replace(made, data_hash=fingerprint.data_hash())
     return settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
+
+
+def plan_at(path: Path) -> Plan:
+    """The plan of the model at `path`: a model file, or the folder of a fold or of a configuration with folds."""
+    if not path.is_dir():
+        return bundle.read(path).content.plan
+    found = [path / "run.json", *sorted(path.glob("fold_*/run.json"))]
+    for run in found:
+        if run.is_file():
+            return load_json(Run, run).plan
+    raise AutosegError(f"--like {path} holds no run.json; give a model file, or the folder of a fold")
 
 
 def describe_plan_fields(workspace: Workspace, dataset_text: str, plan_name: str) -> None:
@@ -272,9 +294,10 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
     """Hash of all that decides how one case is prepared: its content, the plan's say in it, the code's version."""
     said = (
         PREPROCESS_VERSION,
-        plan.axis_order,
+        # As it always was for canonical plans, so that their cases need not be prepared again.
+        plan.axis_order if plan.orientation == "canonical" else (plan.orientation, *plan.axis_order),
         [to_json(channel) for channel in plan.channels],
-        plan.labels.values,
+        plan.labels.meaning,
         configuration.dimension,
         configuration.spacing_mm,
         to_json(configuration.resampling),

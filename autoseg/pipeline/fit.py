@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from autoseg.bundle import ModelCard
 from autoseg.checkpoint import read_progress
 from autoseg.devices import choose_device
 from autoseg.inference import count_views
@@ -22,7 +23,7 @@ from autoseg.layout import open_dataset
 from autoseg.model import open_run
 from autoseg.networks import build
 from autoseg.pipeline.cascade import refuse_incomplete
-from autoseg.pipeline.crossval import ModelCard, cross_validate, validated
+from autoseg.pipeline.crossval import cross_validate, validated
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json
@@ -241,8 +242,7 @@ def seconds_a_case(
         clock = time.monotonic()
         network(tile).sum().item()
     view = time.monotonic() - clock
-    mirrored = plan.mirroring.in_patch(configuration.dimension).axes(configuration.dimension)
-    return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch, mirrored)
+    return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch, plan.flips(configuration).axes)
 
 
 def say_share(budget: float, total: float, tasks: Sequence[Task], spent: Spent) -> None:

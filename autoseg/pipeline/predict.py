@@ -13,19 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
+from autoseg.bundle import printable
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.layout import Case, ending_of, find_cases
-from autoseg.model import Model, earlier_folds, is_finished, open_model, open_run, weights_hash
+from autoseg.model import Model, Trained, at, is_finished
 from autoseg.parallel import Outcome, map_cases, raise_failures
-from autoseg.pipeline.crossval import postprocessing_for
 from autoseg.pipeline.status import NAME, Row, Status
-from autoseg.postprocess import PostProcessing, apply
-from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace, restore, restore_probabilities
+from autoseg.postprocess import PostProcessing
+from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace, restore_probabilities
 from autoseg.progress import Progress
 from autoseg.raw import hash_files
 from autoseg.readers import read_image, write_image, write_labels
-from autoseg.records import AutosegError, hash_text, load_json, remove_leftovers, sole_writer, to_json
-from autoseg.schema import Run
+from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer, to_json
 from autoseg.supervise import JOURNAL
 from autoseg.workspace import Workspace
 
@@ -52,71 +51,39 @@ class PredictOptions:
     device: str = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """The finished folds of one configuration of one run."""
-
-    folder: Path
-    folds: tuple[Path, ...]
-
-    @property
-    def choice(self) -> str:
-        """The options that choose it."""
-        dataset, run, configuration = self.folder.parts[-3:]
-        return f"-d {dataset} -c {configuration} --run {run}"
-
-
-def candidates(workspace: Workspace, options: PredictOptions) -> list[Candidate]:
-    """Every configuration of every run that the options allow and that has a finished fold."""
+def candidates(workspace: Workspace, options: PredictOptions) -> list[Path]:
+    """The folder of every configuration of every run that the options allow and that has a finished fold."""
     dataset = workspace.dataset(options.dataset)[0] if options.dataset is not None else "*"
     pattern = f"{dataset}/{options.run or '*'}/{options.configuration or '*'}"
-    found = []
-    for folder in sorted((workspace.root / "runs").glob(pattern)):
-        folds = tuple(sorted(path.parent for path in folder.glob("fold_*/run.json") if load_json(Run, path).finished))
-        if folds:
-            found.append(Candidate(folder=folder, folds=folds))
-    return found
+    folders = sorted((workspace.root / "runs").glob(pattern))
+    return [folder for folder in folders if any(is_finished(fold) for fold in folder.glob("fold_*"))]
 
 
-def choose_folds(workspace: Workspace, options: PredictOptions) -> tuple[Path, ...]:
-    """The fold folders to predict with: those of -m, or of the only candidate.
+def options_for(folder: Path) -> str:
+    """The options that choose the configuration in `folder`."""
+    dataset, run, configuration = folder.parts[-3:]
+    return f"-d {dataset} -c {configuration} --run {run}"
 
-    Raises AutosegError that lists the exact choices when there are several, and what to do when there are none.
+
+def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "predict -i IN -o OUT") -> Trained:
+    """What to predict with: the model file or folder of -m, or the only candidate; with all stages of a cascade.
+
+    Raises AutosegError that lists the exact choices (as options of `verb`) when there are several, and what to do when
+    there are none.
     """
     if options.model is not None:
-        folder = options.model
-        folds = (
-            (folder,)
-            if (folder / "run.json").is_file()
-            else tuple(path for path in sorted(folder.glob("fold_*")) if is_finished(path))
-        )
-        if not folds:
-            raise AutosegError(
-                f"-m {folder} holds no fold that is trained to its end; "
-                "give a folder such as runs/DATASET/RUN/3d_fullres"
-            )
-        found = [Candidate(folder=folder, folds=folds)]
-    else:
-        found = candidates(workspace, options)
+        return at(options.model, options.folds)
+    found = candidates(workspace, options)
     if not found:
         asked = f" for {options.dataset}" if options.dataset else ""
         raise AutosegError(
             f"no finished model{asked} in {workspace.root / 'runs'}; train one with `autoseg train`, choose another "
-            "root with --workspace, or name a run folder with -m"
+            "root with --workspace, or name a run folder or a model file with -m"
         )
     if len(found) > 1:
-        lines = "\n".join(f"  autoseg predict -i IN -o OUT {candidate.choice}" for candidate in found)
+        lines = "\n".join(f"  autoseg {verb} {options_for(folder)}" for folder in found)
         raise AutosegError(f"{len(found)} models could be meant; choose one:\n{lines}")
-    folds = found[0].folds
-    if options.folds:
-        by_name = {fold.name.removeprefix("fold_"): fold for fold in folds}
-        missing = [name for name in options.folds if name not in by_name]
-        if missing:
-            raise AutosegError(f"fold {', '.join(missing)} is not trained to its end; finished: {', '.join(by_name)}")
-        return tuple(by_name[name] for name in options.folds)
-    # `all` saw every case in training: it stands beside cross-validated folds only when it is asked for.
-    crossed = tuple(fold for fold in folds if fold.name != "fold_all")
-    return crossed or folds
+    return at(found[0], options.folds)
 
 
 def export(
@@ -129,12 +96,9 @@ def export(
 ) -> None:
     """Write logits of a prepared case as labels on the grid of its file, with the original values, to `path`.
 
-    With `probabilities` one image with a channel a class stands beside it, see `probabilities_of`.
+    With `probabilities` one image with a channel a head of the network stands beside it, see `probabilities_of`.
     """
-    indices = restore(logits, trace, model.configuration)
-    if rule is not None:
-        indices = apply(indices, rule)
-    write_labels(model.plan.labels.to_values(indices), trace.stored, path)
+    write_labels(model.labels(logits, trace, rule), trace.stored, path)
     if probabilities:
         maps = restore_probabilities(logits, trace, model.plan.labels, model.configuration)
         write_image(maps, trace.stored, probabilities_of(path.parent, trace.case))
@@ -150,17 +114,17 @@ def probabilities_of(folder: Path, case: str) -> Path:
     return folder / f"{case}_probabilities.nii.gz"
 
 
-def model_key(folds: Sequence[Path], run: Run, rule: PostProcessing | None, options: PredictOptions) -> str:
+def model_key(trained: Trained, rule: PostProcessing | None, options: PredictOptions) -> str:
     """Hash of all that decides which voxels a case gets, the case itself apart: weights, plan, rule, options, code."""
     said = (
         PREDICT_VERSION,
         PREPROCESS_VERSION,
-        run.configuration,
+        trained.configuration.name,
         [step.members for step in rule.steps] if rule else [],
         options.step,
         options.mirror,
     )
-    return hash_text(*(weights_hash(fold) for fold in folds), to_json(run.plan), repr(said))
+    return hash_text(*trained.hashes(), to_json(trained.plan), repr(said))
 
 
 def case_key(case: Case, model: str) -> str:
@@ -175,18 +139,17 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     what. A case that fails is named with its reason and the others are done; then, or if it failed before,
     AutosegError is raised.
     """
-    folds = choose_folds(workspace, options)
-    run = open_run(folds[0])
-    names = ", ".join(fold.name.removeprefix("fold_") for fold in folds)
-    rule, in_words = postprocessing_for(folds) if options.postprocess else (None, "none, as asked")
-    print(f"Model: {run.dataset} {run.configuration}, fold {names} ({folds[0].parent})", flush=True)
-    print(f"Post-processing: {in_words}")
+    trained = choose_model(workspace, options)
+    names = ", ".join(fold.removeprefix("fold_") for fold in trained.folds)
+    rule, in_words = trained.postprocessing() if options.postprocess else (None, "none, as asked")
+    described = f"{trained.plan.dataset} {trained.configuration.name}, fold {names} ({trained.where})"
+    print(f"Model: {printable(described)}", flush=True)
+    print(f"Post-processing: {printable(in_words)}")
     device = choose_device(options.device)
     keep_freed_memory()
-    before = earlier_folds(folds[0])
-    model = open_model(folds, device, before)
-    key = model_key((*folds, *before), run, rule, options)
-    cases = find_cases(source, channels=len(run.plan.channels))
+    model = trained.open(device)
+    key = model_key(trained, rule, options)
+    cases = find_cases(source, channels=len(trained.plan.channels))
     refuse_overwriting(cases, target)
     with sole_writer(target):
         written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]

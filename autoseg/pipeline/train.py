@@ -15,7 +15,8 @@ import torch
 
 import autoseg
 from autoseg.augment import make_augmentation
-from autoseg.checkpoint import checkpoints, load_weights
+from autoseg.bundle import printable
+from autoseg.checkpoint import checkpoints
 from autoseg.computing import describe, fits, safe_base, settle, untuned
 from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, evaluate_pairs, save_summary, table
@@ -39,16 +40,21 @@ from autoseg.pipeline.recipe import (
     with_length,
 )
 from autoseg.progress import Progress
-from autoseg.records import AutosegError, load_json, remove_leftovers, save_json, sole_writer, to_json
+from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
 from autoseg.store import StoredArray, read_case, stored_key
 from autoseg.supervise import JOURNAL
-from autoseg.training import WEIGHTS, Parts, train, workload
+from autoseg.training import Parts, train, workload
+from autoseg.transfer import differences, open_source, tensor_table, transfer
 from autoseg.tuning import tune
 from autoseg.workspace import Workspace
+
+PRETRAINED = "pretrained.txt"
+"""In a fold folder: what became of every tensor of the network that training began with."""
+MOST_SHOWN = 20
 
 
 def parse_fold(text: str) -> int | Literal["all"]:
@@ -82,6 +88,7 @@ def train_fold(
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, dataset_text)
+    refuse_never_annotated(fold, cases, plan, fingerprint)
     device = choose_device(options.device)
 
     run = Run(
@@ -101,14 +108,16 @@ def train_fold(
     )
     later = next_stages(workspace, plan, configuration)
     with sole_writer(folder):
-        remove_leftovers(folder, ("run.json", METRICS, "progress.png"))
+        remove_leftovers(folder, ("run.json", METRICS, "progress.png", PRETRAINED))
         run = agree_with_existing(folder, run, options)
         priors = find_priors(workspace, plan, configuration, options.run, cases, splits, device)
         if options.validate_only:
             open_run(folder)
             forget_validation(folder)
         elif run.finished is None:
-            run = train_to_the_end(folder, run, configuration, prepared, device, options, priors)
+            run = train_to_the_end(
+                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated()
+            )
         else:
             print(
                 f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
@@ -135,9 +144,10 @@ def train_to_the_end(
     device: torch.device,
     options: TrainOptions,
     priors: Mapping[str, Path] | None,
+    annotated: Mapping[str, Sequence[str]],
 ) -> Run:
     """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
-    parts = make_parts(run, configuration, prepared, folder, device, priors)
+    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated)
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:  # it begins
@@ -178,6 +188,19 @@ def refuse_unprepared(
         raise AutosegError(
             f"{len(missing)} cases are not prepared in {prepared} as the plan says, for example {missing[0]}; "
             f"run: autoseg plan_and_preprocess -d {dataset_text}{named}"
+        )
+
+
+def refuse_never_annotated(fold: int | str, cases: Fold, plan: Plan, fingerprint: Fingerprint) -> None:
+    """AutosegError if some class was annotated in no training case of the fold: it would not be learnt at all."""
+    annotated = fingerprint.annotated()
+    never = set(plan.labels.names[1:]).intersection(
+        *(set(plan.labels.names[1:]) - set(annotated.get(case, plan.labels.names)) for case in cases.train)
+    )
+    if never:
+        raise AutosegError(
+            f"fold {fold} trains on no case in which {', '.join(sorted(never))} was annotated; give folds of your own "
+            "(splits.json in the raw dataset folder) in which every side has such cases, or train `all`"
         )
 
 
@@ -226,20 +249,22 @@ def make_parts(
     folder: Path,
     device: torch.device,
     priors: Mapping[str, Path] | None,
+    annotated: Mapping[str, Sequence[str]],
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
 
-    priors: case -> label map of the stage before, in a cascade.
+    priors: case -> label map of the stage before, in a cascade. annotated: case -> classes, where not all were.
     """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
     network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads)
     # A checkpoint holds what became of them.
     if run.pretrained is not None and not checkpoints(folder):
-        pretrained = Path(run.pretrained)
-        load_weights(network, pretrained / WEIGHTS if pretrained.is_dir() else pretrained)
+        begin_with(network, run, configuration, folder)
     cases = PreparedCases(prepared, memory=free_memory() // 4)
     masked = tuple(channel.masked for channel in plan.channels)
+    every = {*run.cases.train, *run.cases.val}
+    flags = {name: plan.labels.flags(annotated.get(name)) for name in every} if every & set(annotated) else None
 
     def prior(corrupted: bool) -> Prior | None:
         if priors is None:
@@ -260,11 +285,12 @@ def make_parts(
                 patch=configuration.patch,
                 dimension=configuration.dimension,
                 masked=masked,
-                mirroring=plan.mirroring.in_patch(configuration.dimension),
+                flips=plan.flips(configuration),
             ),
             seed=recipe.seed,
             stream=stream,
             prior=prior(corrupted),
+            annotated=flags,
         )
 
     return Parts(
@@ -279,6 +305,23 @@ def make_parts(
         folder=folder,
         tuning=safe_base(device),
     )
+
+
+def begin_with(network: torch.nn.Module, run: Run, configuration: Configuration, folder: Path) -> None:
+    """Fill the network with what fits of `run.pretrained`; says what, and writes every tensor to PRETRAINED."""
+    assert run.pretrained is not None
+    source = open_source(Path(run.pretrained), configuration.name)
+    begin, lines = transfer(network.state_dict(), run.plan, configuration, source)
+    network.load_state_dict(begin)
+    counts = ", ".join(f"{[line.what for line in lines].count(kind)} {kind}" for kind in ("reused", "adapted", "new"))
+    head = f"Begins with {source.words}\nTensors: {counts}\n"
+    for difference in differences(run.plan, configuration, source):
+        head += f"Prepared differently: {difference}; plan_and_preprocess --like takes it over\n"
+    with atomic_write(folder / PRETRAINED) as file:
+        file.write(head + tensor_table(lines))
+    changed = [line for line in lines if line.what != "reused"]
+    shown = tensor_table(changed[:MOST_SHOWN]) if changed else ""
+    print(f"{printable(head + shown)}All tensors: {folder / PRETRAINED}", flush=True)
 
 
 def choose_tuning(run: Run, parts: Parts, configuration: Configuration) -> Tuning:
@@ -350,7 +393,7 @@ def validate_fold(
                         write_prior(map_path(folder, stage, prepared, name), logits, case.trace, model, stage)
                     export(logits, case.trace, model, path)
             bar.advance(note=name)
-    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels)
+    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
     save_summary(summary, out)
     print(table(summary))
     return summary

@@ -50,6 +50,11 @@ def read(path: Path) -> Stored:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise unreadable(path, error) from None
+    return stored_of(image, path)
+
+
+def stored_of(image: sitk.Image, path: Path) -> Stored:
+    """A SimpleITK image as if it had been read from `path`, which only errors name."""
     grid = grid_of(image, path)
     array = sitk.GetArrayFromImage(image)
     if np.iscomplexobj(array):

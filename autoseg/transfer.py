@@ -1,0 +1,217 @@
+"""Fine-tuning: which tensors of a trained network another one begins with, and what becomes of each.
+
+Blocks are matched by name and shape. The first convolution and the heads are matched by what their channels mean: the
+names of image channels and of classes. So classes that both know are predicted at the first step as before. An image
+channel that is new beside known ones starts with zeros, and changes nothing until the network has learnt its use;
+where no channel is known, each starts as the mean of the old ones, scaled so that all of them weigh as much as before.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from autoseg.checkpoint import read_weights
+from autoseg.model import Trained, at, in_folders
+from autoseg.networks import FIRST, HEADS, NETWORKS
+from autoseg.records import AutosegError
+from autoseg.schema import Configuration, Plan
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Source:
+    """The tensors of a trained network; plan and configuration are None for bare weights."""
+
+    words: str
+    tensors: Mapping[str, Tensor]
+    plan: Plan | None = None
+    configuration: Configuration | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What one tensor of the new network begins as."""
+
+    tensor: str
+    what: Literal["reused", "adapted", "new"]
+    how: str = ""
+
+
+def open_source(path: Path, configuration: str) -> Source:
+    """The network at `path`: a model file, a fold folder, the folder of a configuration, or a .safetensors file.
+
+    Of several folds the first; of a cascade the stage called `configuration`, else the last. Raises AutosegError if
+    there is none, or if it is damaged.
+    """
+    if path.suffix == ".safetensors":
+        return Source(words=f"{path}, whose channels and classes have no names", tensors=read_weights(path))
+    trained: Trained = in_folders([path]) if (path / "run.json").is_file() else at(path)
+    stage: Trained | None = trained
+    while stage is not None and stage.configuration.name != configuration:
+        stage = stage.before
+    stage = stage or trained
+    fold, weights = next(iter(stage.folds.items()))
+    return Source(
+        words=f"{path} ({stage.plan.dataset} {stage.configuration.name} {fold}, weights {weights})",
+        tensors=next(stage.weights()).state_dict(),
+        plan=stage.plan,
+        configuration=stage.configuration,
+    )
+
+
+def transfer(
+    fresh: Mapping[str, Tensor], plan: Plan, configuration: Configuration, source: Source
+) -> tuple[dict[str, Tensor], tuple[Line, ...]]:
+    """The tensors that the network of `configuration` begins with, and a line on each.
+
+    fresh: its newly drawn tensors, by name; they stay where nothing fits. Raises AutosegError if no convolution of the
+    source fits: then nothing that was learnt would be left.
+    """
+    begin, lines = dict(fresh), []
+    known = configuration.network.name in NETWORKS
+    for block in dict.fromkeys(_block(name, known) for name in fresh):
+        names = [name for name in fresh if _block(name, known) == block]
+        if known and block.startswith(HEADS):
+            lines += [_head(name, begin, plan, source) for name in names]
+            continue
+        first = [FIRST] if known and FIRST in names else []
+        fits = all(_fits(fresh[name], source.tensors.get(name)) for name in names if name not in first)
+        if fits and first:
+            line = _first(begin, plan, configuration, source)
+            fits = line.what != "new"
+            lines.append(line)
+            names.remove(FIRST)
+        for name in names:
+            if fits:
+                begin[name] = source.tensors[name].clone()
+            lines.append(Line(tensor=name, what="reused") if fits else _unfit(name, fresh[name], source))
+    if not any(line.what == "reused" and fresh[line.tensor].ndim > 2 for line in lines):
+        raise AutosegError(
+            f"nothing of {source.words} fits the network of {configuration.name}; take its plan over with "
+            "`autoseg plan_and_preprocess --like`, under another --plan, or train without --pretrained"
+        )
+    return begin, tuple(lines)
+
+
+def _block(name: str, known: bool) -> str:
+    """The block that a tensor belongs to: a convolution is of no use without its norm, nor either without its bias."""
+    parts = name.split(".")
+    return ".".join(parts[: -2 if known and len(parts) > 2 and parts[-2] in ("conv", "norm") else -1])
+
+
+def _fits(own: Tensor, other: Tensor | None) -> bool:
+    return other is not None and own.shape == other.shape and own.dtype == other.dtype
+
+
+def _unfit(name: str, own: Tensor, source: Source) -> Line:
+    other = source.tensors.get(name)
+    if other is None:
+        how = "the source has none of this name"
+    elif not _fits(own, other):
+        how = f"{_by(other.shape)} in the source, {_by(own.shape)} here"
+    else:
+        how = "the rest of its block does not fit"
+    return Line(tensor=name, what="new", how=how)
+
+
+def inputs(plan: Plan, configuration: Configuration) -> tuple[str, ...]:
+    """What each input channel of a network is: image channels, then in a cascade the masks of the earlier stage."""
+    masks = (f"mask of {plan.labels.names[index]}" for index in plan.labels.foreground)
+    return (*(channel.channel for channel in plan.channels), *(masks if configuration.previous_stage else ()))
+
+
+def outputs(plan: Plan) -> tuple[str, ...]:
+    """The class that each head predicts."""
+    return plan.labels.names[len(plan.labels.names) - plan.labels.heads :]
+
+
+def _first(begin: dict[str, Tensor], plan: Plan, configuration: Configuration, source: Source) -> Line:
+    """Set the first convolution (out, in, *kernel) by the names of the input channels."""
+    own, other = begin[FIRST], source.tensors.get(FIRST)
+    alike = (
+        other is not None
+        and own.dtype == other.dtype
+        and own.ndim == other.ndim
+        and own[:, 0].shape == other[:, 0].shape
+    )
+    if other is None or not alike:
+        return _unfit(FIRST, own, source)
+    wanted = inputs(plan, configuration)
+    if source.plan is None or source.configuration is None:
+        there = wanted if own.shape == other.shape else ()
+        images = other.shape[1]
+    else:
+        there, images = inputs(source.plan, source.configuration), len(source.plan.channels)
+    if there == wanted:
+        begin[FIRST] = other.clone()
+        return Line(tensor=FIRST, what="reused")
+    adapted, count = torch.zeros_like(own), len(plan.channels)
+    strange = not set(wanted[:count]) & set(there[:images])
+    mean = other[:, :images].mean(1) * (images / count)
+    how = []
+    for place, name in enumerate(wanted):
+        if name in there:
+            adapted[:, place] = other[:, there.index(name)]
+        elif strange and place < count:
+            adapted[:, place] = mean
+        how.append(
+            f"{name} {'taken over' if name in there else 'as the mean' if strange and place < count else 'zero'}"
+        )
+    begin[FIRST] = adapted
+    dropped = [name for name in there if name not in wanted]
+    return Line(tensor=FIRST, what="adapted", how=_said(how, dropped))
+
+
+def _head(name: str, begin: dict[str, Tensor], plan: Plan, source: Source) -> Line:
+    """Set the rows of a head, weight (heads, ...) or bias (heads,), by the names of the classes."""
+    own, other = begin[name], source.tensors.get(name)
+    if other is None or own.dtype != other.dtype or own.shape[1:] != other.shape[1:]:
+        return _unfit(name, own, source)
+    wanted = outputs(plan)
+    there = outputs(source.plan) if source.plan is not None else wanted if own.shape == other.shape else ()
+    if there == wanted:
+        begin[name] = other.clone()
+        return Line(tensor=name, what="reused")
+    shared = [label for label in wanted if label in there]
+    if not shared:
+        return Line(tensor=name, what="new", how="no class is known to the source")
+    adapted = own.clone()
+    for label in shared:
+        adapted[wanted.index(label)] = other[there.index(label)]
+    begin[name] = adapted
+    how = [f"{label} {'taken over' if label in there else 'new'}" for label in wanted]
+    return Line(tensor=name, what="adapted", how=_said(how, [label for label in there if label not in wanted]))
+
+
+def _said(how: Sequence[str], dropped: Sequence[str]) -> str:
+    return ", ".join([*how, *(f"{name} dropped" for name in dropped)])
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:.6g}" for number in numbers)
+
+
+def differences(plan: Plan, configuration: Configuration, source: Source) -> list[str]:
+    """In what images reach the two networks differently, in words: what was learnt then serves less."""
+    if source.plan is None or source.configuration is None:
+        return []
+    found = []
+    if configuration.spacing_mm != source.configuration.spacing_mm:
+        spacings = source.configuration.spacing_mm, configuration.spacing_mm
+        found.append(
+            "spacing {} mm there, {} mm here".format(*(" x ".join(f"{s:.4g}" for s in one) for one in spacings))
+        )
+    if plan.axis_order != source.plan.axis_order:
+        found.append("the order of the axes")
+    there = {channel.channel: channel for channel in source.plan.channels}
+    odd = [c.channel for c in plan.channels if c.channel in there and c != there[c.channel]]
+    return [*found, *([f"the normalisation of {', '.join(odd)}"] if odd else [])]
+
+
+def tensor_table(lines: Sequence[Line]) -> str:
+    """One line a tensor."""
+    width = max(len(line.tensor) for line in lines)
+    return "".join(f"{line.tensor:{width}}  {line.what:8}{line.how}".rstrip() + "\n" for line in lines)

@@ -1,0 +1,233 @@
+"""Fine-tuning: known classes are predicted at step 0 as before, and every tensor's fate is told."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_predict import finished_run
+from toys import configuration, network, plan
+from typer.testing import CliRunner
+
+from autoseg.bundle import ModelFile, Stage, write
+from autoseg.cli import app
+from autoseg.labels import Labels
+from autoseg.networks import FIRST, build
+from autoseg.pipeline.data import plan_at
+from autoseg.planners import plan_like
+from autoseg.records import AutosegError, load_json, save_json
+from autoseg.schema import CaseFingerprint, Fingerprint, Run
+from autoseg.transfer import Source, differences, inputs, open_source, outputs, tensor_table, transfer
+
+IMAGE = torch.randn(2, 1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def net(made, here=None, seed=0):
+    torch.manual_seed(seed)
+    here = here or made.configurations[0]
+    return build(here.network, made.in_channels(here), made.labels.heads).eval()
+
+
+def source(made, seed=1):
+    found = net(made, seed=seed)
+    for parameter in found.parameters():
+        # Nothing stays at an initial value that a fresh network would have too.
+        parameter.data += 0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    return found, Source(words="elsewhere", tensors=found.state_dict(), plan=made, configuration=made.configurations[0])
+
+
+def begun(made, given):
+    fresh = net(made)
+    begin, lines = transfer(fresh.state_dict(), made, made.configurations[0], given)
+    assert {line.tensor for line in lines} == set(fresh.state_dict())
+    assert len(lines) == len(begin)
+    fresh.load_state_dict(begin)
+    return fresh, {line.tensor: line for line in lines}
+
+
+def labelled(made, *names):
+    return replace(made, labels=Labels.from_dataset({name: value for value, name in enumerate(names)}))
+
+
+@pytest.mark.parametrize("name", ["unet", "resenc"])
+@torch.no_grad()
+def test_the_same_plan_gives_the_same_network(name):
+    made = plan(replace(configuration(), network=replace(network(), name=name)))
+    old, given = source(made)
+    new, lines = begun(made, given)
+    assert {line.what for line in lines.values()} == {"reused"}
+    assert torch.equal(new(IMAGE), old(IMAGE))
+
+
+@pytest.mark.parametrize("name", ["unet", "resenc"])
+@torch.no_grad()
+def test_shared_classes_are_predicted_as_before(name):
+    """On every scale, whatever place they have among classes that are new; those keep their fresh weights."""
+    here = replace(configuration(), network=replace(network(features=(4, 6, 8)), name=name), patch=(4, 8, 8))
+    made = labelled(plan(here), "background", "liver", "lesion", "spleen")
+    old, given = source(made)
+    image = torch.randn(1, 1, 4, 8, 8)
+    wanted = labelled(made, "background", "kidney", "spleen", "liver")
+    new, lines = begun(wanted, given)
+    for ours, theirs in zip(new(image, all_scales=True), old(image, all_scales=True)):
+        assert torch.equal(ours[:, [0, 2, 3]], theirs[:, [0, 3, 1]])
+    assert torch.equal(new.heads[0].weight[1], net(wanted).heads[0].weight[1])
+    assert lines["heads.0.weight"].what == "adapted"
+    assert lines["heads.0.weight"].how == (
+        "background taken over, kidney new, spleen taken over, liver taken over, lesion dropped"
+    )
+    assert sum(line.what == "adapted" for line in lines.values()) == 4
+
+
+@torch.no_grad()
+def test_a_channel_that_is_new_beside_known_ones_changes_nothing_at_first():
+    made = plan(channels=("T1", "T2"))
+    old, given = source(made)
+    new, lines = begun(plan(channels=("FLAIR", "T2", "T1")), given)
+    t1, t2, flair = torch.randn(3, 1, 4, 6, 8)
+    before = old(torch.stack([t1, t2], 1))
+    assert torch.allclose(new(torch.stack([flair, t2, t1], 1)), before, atol=1e-5)
+    assert lines[FIRST].how == "FLAIR zero, T2 taken over, T1 taken over"
+    # What is zero still learns: its gradient is not.
+    with torch.enable_grad():
+        new(torch.stack([flair, t2, t1], 1)).square().sum().backward()
+    assert new.encoder[0][0].conv.weight.grad[:, 0].abs().max() > 0
+
+
+@torch.no_grad()
+def test_strange_channels_start_as_the_mean():
+    """Two strange channels of equal content give what three old ones of that content gave, and 1 -> 1 is a copy."""
+    old, given = source(plan(channels=("a", "b", "c")))
+    new, lines = begun(plan(channels=("d", "e")), given)
+    content = torch.randn(1, 1, 4, 6, 8)
+    assert torch.allclose(new(content.expand(-1, 2, -1, -1, -1)), old(content.expand(-1, 3, -1, -1, -1)), atol=1e-4)
+    assert lines[FIRST].how == "d as the mean, e as the mean, a dropped, b dropped, c dropped"
+    old, given = source(plan(channels=("MR",)))
+    new, _ = begun(plan(channels=("CT",)), given)
+    assert torch.equal(new(IMAGE), old(IMAGE))
+
+
+@torch.no_grad()
+def test_the_second_stage_of_a_cascade_begins_as_the_network_that_saw_the_image_alone():
+    made = plan()
+    old, given = source(made)
+    late = plan(configuration("3d_cascade_fullres", previous_stage="3d_lowres"))
+    assert inputs(late, late.configurations[0]) == ("MR", "mask of liver", "mask of lesion")
+    new, lines = begun(late, given)
+    masks = torch.randn(2, 2, 4, 6, 8)
+    assert torch.allclose(new(torch.cat([IMAGE, masks], 1)), old(IMAGE), atol=1e-5)
+    assert lines[FIRST].how == "MR taken over, mask of liver zero, mask of lesion zero"
+
+
+def test_blocks_of_other_shapes_stay_fresh_as_a_whole():
+    """A block whose convolution differs does not keep the old bias and norm beside a new kernel."""
+    old, given = source(plan())
+    wider = plan(replace(configuration(), network=replace(network(), features=(4, 10))))
+    new, lines = begun(wider, given)
+    fresh = net(wider)
+    for name, tensor in new.state_dict().items():
+        if name.startswith(("encoder.1", "up.0")):
+            assert lines[name].what == "new"
+            assert torch.equal(tensor, fresh.state_dict()[name])
+        else:
+            assert torch.equal(tensor, old.state_dict()[name])
+    assert lines["encoder.1.0.conv.weight"].how == "6 x 4 x 3 x 3 x 3 in the source, 10 x 4 x 3 x 3 x 3 here"
+    assert lines["up.0.bias"].how == "the rest of its block does not fit"
+    deeper = plan(replace(configuration(), network=replace(network(), encoder_blocks=(2, 1))))
+    assert begun(deeper, given)[1]["encoder.0.1.conv.weight"].how == "the source has none of this name"
+
+
+def test_a_source_that_fits_nowhere_is_refused():
+    _, given = source(plan())
+    for other in (network(features=(5, 7)), network(2)):
+        made = plan(configuration(patch=(4, 6, 8)[3 - other.dimension :], spacing_mm=(1.0,) * other.dimension))
+        made = replace(made, configurations=(replace(made.configurations[0], network=other),))
+        with pytest.raises(AutosegError, match=r"nothing of elsewhere fits.*--like"):
+            begun(made, given)
+
+
+@torch.no_grad()
+def test_bare_weights_are_taken_by_their_shape(tmp_path):
+    old, given = source(plan())
+    save_file({k: v.contiguous() for k, v in given.tensors.items()}, tmp_path / "w.safetensors")
+    bare = open_source(tmp_path / "w.safetensors", "3d_fullres")
+    assert torch.equal(begun(plan(), bare)[0](IMAGE), old(IMAGE))
+    _, lines = begun(labelled(plan(channels=("a", "b")), "background", "x"), bare)
+    assert lines["heads.0.bias"].what == "new"
+    assert lines[FIRST].how == "a as the mean, b as the mean"
+
+
+def test_a_model_file_and_folders_are_opened_at_their_first_fold(tmp_path):
+    for seed in (0, 1):
+        finished_run(tmp_path / "3d_fullres" / f"fold_{seed}", seed)
+    run = load_json(Run, tmp_path / "3d_fullres" / "fold_0" / "run.json")
+    late = replace(run.plan.configurations[0], name="3d_cascade_fullres", previous_stage="3d_fullres")
+    both = replace(run.plan, configurations=(*run.plan.configurations, late))
+    save_file(dict(net(both, late).state_dict()), tmp_path / "late.safetensors")
+    stages = (Stage(configuration="3d_fullres", folds=(0, 1)), Stage(configuration=late.name, folds=(4,)))
+    weights = {
+        f"3d_fullres/fold_{n}.safetensors": tmp_path / f"3d_fullres/fold_{n}/weights.safetensors" for n in (0, 1)
+    }
+    weights[f"{late.name}/fold_4.safetensors"] = tmp_path / "late.safetensors"
+    card = ModelFile(autoseg_version="0.1.0", created="now", plan=both, stages=stages)
+    write(tmp_path / "m.autoseg", card, weights)
+    for path in ("m.autoseg", "3d_fullres", "3d_fullres/fold_0", "3d_fullres/fold_0/weights.safetensors"):
+        found = open_source(tmp_path / path, "3d_fullres")
+        first = open_source(tmp_path / "3d_fullres" / "fold_0", "3d_fullres")
+        assert all(torch.equal(tensor, first.tensors[name]) for name, tensor in found.tensors.items())
+    assert plan_at(tmp_path / "m.autoseg") == both
+    assert plan_at(tmp_path / "3d_fullres") == plan_at(tmp_path / "3d_fullres" / "fold_1") == run.plan
+    with pytest.raises(AutosegError, match=r"no run\.json"):
+        plan_at(tmp_path)
+    assert "3d_fullres fold_0" in open_source(tmp_path / "m.autoseg", "3d_fullres").words
+    assert "3d_cascade_fullres fold_4" in open_source(tmp_path / "m.autoseg", "2d").words
+    with pytest.raises(AutosegError, match="does not exist"):
+        open_source(tmp_path / "no.autoseg", "2d")
+    save_json(replace(run, finished=None), tmp_path / "3d_fullres" / "fold_0" / "run.json")
+    with pytest.raises(AutosegError, match="not trained to its end"):
+        open_source(tmp_path / "3d_fullres" / "fold_0", "2d")
+
+
+def test_what_reaches_the_network_differently_is_said():
+    made = plan(channels=("MR", "CT"))
+    _, given = source(made)
+    here = made.configurations[0]
+    assert differences(made, here, given) == []
+    assert differences(made, here, replace(given, plan=None)) == []
+    other = plan(channels=("MR", "new"), axis_order=(1, 0, 2), scheme="rescale")
+    assert differences(other, replace(here, spacing_mm=(2.5, 1.0, 0.5)), given) == [
+        "spacing 3 x 1 x 0.5 mm there, 2.5 x 1 x 0.5 mm here",
+        "the order of the axes",
+        "the normalisation of MR",
+    ]
+
+
+def test_a_plan_taken_over_has_the_median_shape_of_the_new_data():
+    """Worked by hand: 10 x 24 x 30 voxels of 3 x 1 x 0.5 mm (Z, Y, X); the plan's axes are (Y, Z, X)."""
+    case = CaseFingerprint(case="a", shape=(10, 24, 30), spacing_mm=(3.0, 1.0, 0.5), crop_ratio=1.0)
+    facts = Fingerprint(dataset="New", dimension=3, channel_names=("MR",), cases=(case,), intensities=(None,))
+    planar = configuration("2d", (3.0, 1.0), (8, 6))
+    theirs = plan(configuration(spacing_mm=(2.0, 3.0, 1.0)), planar, axis_order=(1, 0, 2))
+    own = replace(plan(channels=("MR", "CT"), scheme="none"), dataset="New", name="fine")
+    made = plan_like(theirs, facts, own.labels, own, "m.autoseg")
+    assert made.configuration("3d_fullres").median_shape == (12, 10, 15)
+    assert made.configuration("2d").median_shape == (10, 15)
+    assert (made.dataset, made.name, made.axis_order) == ("New", "fine", (1, 0, 2))
+    assert made.channels == (theirs.channels[0], own.channels[1])
+    assert "does not know this channel" in made.reasons[-1].rule
+
+
+def test_a_plan_is_taken_over_as_a_whole():
+    failed = CliRunner().invoke(app, ["plan_and_preprocess", "-d", "1", "--like", "m.autoseg", "--preset", "resenc_m"])
+    assert isinstance(failed.exception, AutosegError)
+    assert "leave out --preset" in str(failed.exception)
+
+
+def test_the_table_has_a_line_a_tensor():
+    made = plan()
+    _, given = source(made)
+    _, lines = transfer(net(made).state_dict(), made, made.configurations[0], given)
+    rows = tensor_table(lines).splitlines()
+    assert len(rows) == len(given.tensors)
+    assert rows[0].split() == [FIRST, "reused"]
+    assert outputs(made) == ("background", "liver", "lesion")
