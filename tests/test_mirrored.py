@@ -267,9 +267,9 @@ def trained(workspace, name, changes):
     plan_and_preprocess(
         workspace, NAME, PlanOptions(configurations=("3d_fullres",), changes=SMALL | changes, name=name)
     )
-    recipe = {"steps_per_epoch": 40, "validation_steps": 1, "learning_rate": 0.005, "tune": False}
+    recipe = {"steps_per_epoch": 50, "validation_steps": 1, "learning_rate": 0.005, "tune": False}
     train_fold(
-        workspace, NAME, "3d_fullres", "0", TrainOptions(epochs=3, device="cpu", changes=recipe, plan=name, run=name)
+        workspace, NAME, "3d_fullres", "0", TrainOptions(epochs=2, device="cpu", changes=recipe, plan=name, run=name)
     )
     folder = workspace.fold(NAME, name, "3d_fullres", 0)
     return read_labels(folder / "validation" / "c0.nii.gz")[0].array[0]
