@@ -11,7 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ROWS = [
-    {"records", "labels", "schema", "progress", "parallel", "workspace", "settings", "signals", "supervise"},
+    {
+        "records",
+        "labels",
+        "mirroring",
+        "schema",
+        "progress",
+        "parallel",
+        "workspace",
+        "settings",
+        "signals",
+        "supervise",
+    },
     {"volume", "resample", "readers"},
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
     {"networks", "losses", "augment", "devices", "schedule", "history"},

@@ -20,7 +20,8 @@ Transform = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor
 """`(image (B, C, *box) float32, labels (B, *box) int64, rng) -> (image (B, C, *patch), labels (B, *patch))`.
 
 Labels are -1 outside the image content; the callable may change its arguments in place. It should take every random
-decision from `rng`, so that a seed repeats a run.
+decision from `rng`, so that a seed repeats a run. Where the plan tells left from right (`Plan.mirroring`), it must not
+mirror along that axis: nobody else could say which samples it has mirrored.
 """
 
 

@@ -281,7 +281,11 @@ def make_parts(
             batch_size=configuration.batch_size,
             foreground_fraction=recipe.foreground_fraction,
             augmentation=make_augmentation(
-                augmentation, patch=configuration.patch, dimension=configuration.dimension, masked=masked
+                augmentation,
+                patch=configuration.patch,
+                dimension=configuration.dimension,
+                masked=masked,
+                flips=plan.flips(configuration),
             ),
             seed=recipe.seed,
             stream=stream,
