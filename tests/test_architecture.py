@@ -14,7 +14,7 @@ ROWS = [
     {"records", "labels", "schema", "progress", "parallel", "workspace", "settings", "signals", "supervise"},
     {"volume", "resample", "readers"},
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
-    {"networks", "losses", "augment", "devices", "schedule", "history"},
+    {"networks", "losses", "augment", "devices", "schedule", "history", "team"},
     {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
     {"training", "tuning", "postprocess", "bundle", "model", "predictor", "transfer", "interop"},
     {"pipeline"},
