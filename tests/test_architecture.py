@@ -25,7 +25,7 @@ ROWS = [
     },
     {"volume", "resample", "readers"},
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
-    {"networks", "losses", "augment", "devices", "schedule", "history"},
+    {"networks", "losses", "augment", "devices", "schedule", "history", "team"},
     {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
     {"training", "tuning", "postprocess", "bundle", "model", "predictor", "transfer", "interop"},
     {"pipeline"},

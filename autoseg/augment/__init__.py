@@ -34,6 +34,10 @@ class Drawn(Protocol):
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         ...
 
+    def part(self, samples: slice) -> "Drawn":
+        """What was drawn for these samples of the batch."""
+        ...
+
 
 class Augmentation(Protocol):
     """What `make_augmentation` returns."""

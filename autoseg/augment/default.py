@@ -9,7 +9,8 @@ with it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,13 @@ class Draws:
     def source_shape(self, sample: int) -> tuple[int, ...]:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         return geometry.source_shape(self.affine[sample], self.patch)
+
+    def part(self, samples: slice) -> "Draws":
+        """What was drawn for these samples of the batch."""
+        arrays: dict[str, Any] = {
+            name: value[samples] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, **arrays)
 
 
 @record
