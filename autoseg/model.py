@@ -23,7 +23,7 @@ from autoseg.inference import Swap, predict_logits
 from autoseg.mirroring import Flips
 from autoseg.networks import NETWORKS, build
 from autoseg.postprocess import PostProcessing, apply
-from autoseg.preprocess import PreparedCase, Trace, prepare, project, project_labels, restore
+from autoseg.preprocess import PreparedCase, Trace, prepare, project, restore
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.training import WEIGHTS
@@ -67,12 +67,8 @@ class Model:
                 if self.before is None or case.before is None:
                     raise ValueError(f"{self.configuration.name} needs the labels of the stage before, or its model")
                 earlier = self.before.logits(case.before, step=step, mirror=mirror)
-                found = earlier, case.before.trace
-                if self.configuration.prior == "labels":
-                    on_file = restore(*found, self.plan.labels, self.before.configuration)
-                    prior = project_labels(on_file, case.trace, self.configuration)
-                else:
-                    prior = project(*found, case.trace, self.plan.labels, self.before.configuration)
+                stages = self.before.configuration, self.configuration
+                prior = project(earlier, case.before.trace, case.trace, self.plan.labels, *stages)
             masks = [prior == index for index in self.plan.labels.foreground]
             image = np.concatenate([image, np.stack(masks).astype(np.float32)])
         return predict_logits(
