@@ -143,7 +143,9 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
         raise AutosegError("this build of torch cannot join several processes; train on one device, or install another")
     team = Team(rank=int(os.environ["RANK"]) if started else 0, size=size)
     place = int(os.environ.get("LOCAL_RANK", team.rank))
-    own_device = one_each(device, place, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    own_device = one_each(device, place, here)
+    torch.set_num_threads(max(torch.get_num_threads() // here, 1))
     if own_device.startswith("cuda"):
         torch.cuda.set_device(own_device)
     backend = "cpu:gloo,cuda:nccl" if own_device.startswith("cuda") else "gloo"
@@ -161,7 +163,6 @@ def one_each(device: str, place: int, here: int) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        torch.set_num_threads(max(torch.get_num_threads() // here, 1))
         return device
     if device != "cuda":
         raise AutosegError(f"several processes train on --device cuda or cpu, not on {device}; leave out --device")

@@ -158,7 +158,7 @@ def train_to_the_end(
     team: Team = ALONE,
 ) -> Run:
     """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
-    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated, team)
+    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours)
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:  # it begins
@@ -264,10 +264,12 @@ def make_parts(
     priors: Mapping[str, Path] | None,
     annotated: Mapping[str, Sequence[str]],
     team: Team = ALONE,
+    neighbours: int = 1,
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
 
     priors: case -> label map of the stage before, in a cascade. annotated: case -> classes, where not all were.
+    neighbours: see `TrainOptions`.
     """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
@@ -275,7 +277,7 @@ def make_parts(
     # A checkpoint holds what became of them.
     if run.pretrained is not None and not checkpoints(folder):
         begin_with(network, run, configuration, folder)
-    cases = PreparedCases(prepared, memory=free_memory() // (4 * team.size))
+    cases = PreparedCases(prepared, memory=free_memory() // (4 * team.size * neighbours))
     masked = tuple(channel.masked for channel in plan.channels)
     every = {*run.cases.train, *run.cases.val}
     flags = {name: plan.labels.flags(annotated.get(name)) for name in every} if every & set(annotated) else None
