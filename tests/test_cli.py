@@ -37,6 +37,7 @@ OPTIONS = {
     "info": {"file"},
     "import-nnunet": {"source", "target", "configuration", "folds"},
     "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
+    "postprocess": {"source", "target", "truth", "rule", "dataset", "workers", "workspace"},
     "demo": {"workspace", "device"},
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""

@@ -5,10 +5,9 @@ post-processing changes anything `crossval_postprocessed/`; `model.json`, which 
 scores are those of the cases that the rule was chosen on, so they flatter it a little.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from autoseg.bundle import ModelCard
 from autoseg.evaluation import CaseScore, Summary, save_summary, score_labels, summarise, table
@@ -16,7 +15,8 @@ from autoseg.labels import Labels
 from autoseg.layout import Dataset
 from autoseg.model import CARD, is_finished, open_run, weights_hash
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.postprocess import Case, PostProcessing, apply, choose, measure, trials
+from autoseg.pipeline.postprocess import measure_pairs, search
+from autoseg.postprocess import PostProcessing, apply, trials
 from autoseg.readers import read_labels
 from autoseg.records import AutosegError, load_json, save_json, to_json
 from autoseg.schema import Run
@@ -24,8 +24,6 @@ from autoseg.splits import Splits
 
 SUMMARY = "summary.json"
 
-T = TypeVar("T")
-R = TypeVar("R")
 HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
 
@@ -106,24 +104,8 @@ def fit_postprocessing(
     pairs: Sequence[HeldOut], labels: Labels, annotated: Mapping[str, Sequence[str]], workers: int | None
 ) -> PostProcessing:
     """The rule for held-out predictions; each case is read once."""
-
-    def read(pair: HeldOut) -> Case:
-        truth, prediction = (read_labels(path)[0] for path in pair[1:])
-        true, predicted = (labels.to_indices(volume.array[0]) for volume in (truth, prediction))
-        return measure(true, predicted, labels, truth.grid.spacing_mm, labels.flags(annotated.get(pair[0])))
-
-    def each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        numbered = list(zip((pair[0] for pair in pairs), items, strict=True))
-        outcomes = map_cases(
-            lambda item: function(item[1]),
-            numbered,
-            name=lambda item: item[0],
-            what="fit post-processing",
-            workers=workers,
-        )
-        return raise_failures(outcomes, "fitting post-processing")
-
-    return choose(each(read, pairs), labels, each)
+    cases = raise_failures(measure_pairs(pairs, labels, annotated, workers), "fitting post-processing")
+    return search(dict(zip((pair[0] for pair in pairs), cases, strict=True)), labels, workers)
 
 
 def score_processed(
