@@ -30,7 +30,7 @@ from scipy.sparse.csgraph import connected_components
 
 from autoseg.labels import Labels
 from autoseg.postprocess.significance import Resamples, mean_of, means
-from autoseg.postprocess.steps import PostProcessing, Step, apply_steps, is_below
+from autoseg.postprocess.steps import PostProcessing, Step, apply_steps, filling, is_below
 from autoseg.volume import bounding_box
 
 LEVEL = 0.05
@@ -280,11 +280,11 @@ class Search:
             before = apply_steps(before, state.steps, case.spacing_mm, case.flat)
             out = np.zeros((len(new), 2, len(self.regions)))
             for number, step in enumerate(new):
-                after = apply_steps(before, [step], case.spacing_mm, case.flat)
-                if after is not before:
-                    place = (after != before) & (truth < self.hits.shape[1])
-                    filled = self.inside[after[place]]
-                    out[number] = filled.sum(0), (filled * self.inside[truth[place]]).sum(0)
+                places, values = filling(before, step, case.spacing_mm, case.flat)
+                true = truth[places]
+                seen = true < self.hits.shape[1]
+                filled = self.inside[values[seen]]
+                out[number] = filled.sum(0), (filled * self.inside[true[seen]]).sum(0)
             return out
 
         if new:

@@ -189,19 +189,26 @@ def is_below(volume_mm3: np.ndarray, below_mm3: float) -> np.ndarray:
 
 
 def _fill(labels: np.ndarray, step: Step, spacing_mm: Sequence[float], flat: bool) -> np.ndarray:
-    mask = _lookup(labels, step.members).astype(bool)[labels]
-    if not mask.any():
-        return labels
-    # Neither holes nor a closing reach beyond the box that holds the mask.
-    box = bounding_box(mask).slices()
-    inner, mask = labels[box], mask[box]
-    full = _closed(mask, step.radius_mm, spacing_mm, flat) if step.radius_mm is not None else _filled(mask, flat)
-    new = full & (inner == 0)
-    if not new.any():
+    places, values = filling(labels, step, spacing_mm, flat)
+    if not len(places[0]):
         return labels
     out = labels.copy()
-    out[box][new] = _nearest(np.where(mask, inner, 0), new, spacing_mm)
+    out[places] = values
     return out
+
+
+def filling(
+    labels: np.ndarray, step: Step, spacing_mm: Sequence[float], flat: bool
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Where a step that fills changes class indices (Z, Y, X), as three arrays (n,), and to what (n,)."""
+    mask = _lookup(labels, step.members).astype(bool)[labels]
+    # Neither holes nor a closing reach beyond the box that holds the mask.
+    box = bounding_box(mask)
+    inner, mask = labels[box.slices()], mask[box.slices()]
+    full = _closed(mask, step.radius_mm, spacing_mm, flat) if step.radius_mm is not None else _filled(mask, flat)
+    new = np.nonzero(full & (inner == 0))
+    values = _nearest(np.where(mask, inner, 0), new, spacing_mm) if len(new[0]) else np.zeros(0, labels.dtype)
+    return tuple(axis + start for axis, start in zip(new, box.start)), values
 
 
 def _filled(mask: np.ndarray, flat: bool) -> np.ndarray:
@@ -258,15 +265,17 @@ def _shift(by: int) -> tuple[slice, slice]:
     return (ahead, behind) if by > 0 else (behind, ahead)
 
 
-def _nearest(labels: np.ndarray, new: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray | int:
-    """For each voxel of `new` the class of the nearest voxel of `labels`, of equally near ones the lowest."""
+def _nearest(labels: np.ndarray, places: tuple[np.ndarray, ...], spacing_mm: Sequence[float]) -> np.ndarray:
+    """For each of `places` the class of the nearest voxel of `labels`, of equally near ones the lowest."""
     classes = np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
     if len(classes) == 1:
-        return int(classes[0])
-    edge, places = surface(labels), np.argwhere(new) * np.asarray(spacing_mm)
-    distances = np.full((len(classes), len(places)), np.inf)
+        return np.full(len(places[0]), classes[0])
+    edge = np.nonzero(surface(labels))
+    owner, points = labels[edge], np.stack(edge, axis=1) * np.asarray(spacing_mm)
+    distances = np.full((len(classes), len(places[0])), np.inf)
     for number, index in enumerate(classes):
-        if len(points := np.argwhere(edge & (labels == index)) * np.asarray(spacing_mm)):
-            distances[number] = cKDTree(points).query(places)[0]
+        if len(own := points[owner == index]):
+            tree = cKDTree(own, balanced_tree=False, compact_nodes=False)
+            distances[number] = tree.query(np.stack(places, axis=1) * np.asarray(spacing_mm))[0]
     nearest: np.ndarray = classes[np.argmax(distances <= distances.min(0) * (1 + ROUNDING), axis=0)]
     return nearest
