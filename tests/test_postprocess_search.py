@@ -309,7 +309,8 @@ def test_tables_show_what_was_kept_and_what_was_not(tmp_path):
     shown = trials(rule, TWO).splitlines()
     assert shown[1].startswith("keep the largest component of liver") and shown[1].endswith("kept")
     assert "+0.14286 (95.00%)" in shown[1]
-    assert any(line.endswith("no gain") for line in shown) and "change nothing" in shown[-1]
+    assert any(line.endswith("no gain") for line in shown) and "change nothing" in shown[-2]
+    assert shown[-1].endswith("liver 1.0000, lesion 1.0000")
     table = before_and_after(rule, TWO).splitlines()
     assert table[1].split() == ["liver", "0.8571", "1.0000", "1.0000"]
     assert "flatters" in table[-1] and "honest" in table[-1]

@@ -2,7 +2,7 @@
 
 Written into the configuration's folder: `crossval/` with the scores of every case, as predicted, and where
 post-processing changes anything `crossval_postprocessed/`; `model.json`, which `predict` follows. The post-processed
-scores are those of the cases that the rule was chosen on, so they flatter it a little.
+scores are those of the cases that the rule was chosen on, so they flatter it a little; the cross-fitted Dice does not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -10,7 +10,7 @@ MOST_REFUSED = 10
 
 
 def trials(rule: PostProcessing, labels: Labels) -> str:
-    """The steps that were tried: mean Dice, gain, what it is at least, and whether it is kept.
+    """The steps that were tried: mean Dice, gain, what it is at least, and whether it is kept; the honest Dice in all.
 
     Empty for rules that come without these numbers. What changes no case is only counted.
     """
@@ -29,7 +29,13 @@ def trials(rule: PostProcessing, labels: Labels) -> str:
         (len(shown) - MOST_REFUSED, "were refused with less gain"),
         (len(tried) - len(shown), "change nothing in any case"),
     ]
-    return "\n".join([*lines, *(f"{count} other steps {what}" for count, what in counts if count > 0)])
+    lines += [f"{count} other steps {what}" for count, what in counts if count > 0]
+    if rule.dice_crossfitted:
+        honest = (f"{name} {_number(dice)}" for name, dice in zip(labels.names[1:], rule.dice_crossfitted))
+        lines.append(
+            f"cross-fitted Dice (each fifth of the cases by what is chosen on the others): {', '.join(honest)}"
+        )
+    return "\n".join(lines)
 
 
 def before_and_after(rule: PostProcessing, labels: Labels) -> str:

@@ -7,7 +7,7 @@ cases is above 0. Of several the one with the largest gain is taken, of equal on
 
 How sure. Keeping the largest component has nothing to tune, and the field takes it on any rise (Isensee et al., Nature
 Methods 2021): each is tested at LEVEL. All the others together are a search, and share LEVEL equally (Bonferroni), so
-that the chance of any false find among them stays below it, however many classes there are.
+that the chance of any false find among them stays near or below it, however many classes there are.
 
 The cost. Each case is read once and then kept as compressed label maps. What removing does follows by arithmetic from
 a table of components (`Case`): every component of several classes is made of whole components of one, so a graph of
