@@ -23,7 +23,7 @@ from autoseg.inference import predict_logits
 from autoseg.networks import NETWORKS, build
 from autoseg.postprocess import PostProcessing, apply
 from autoseg.preprocess import PreparedCase, Trace, prepare, project, project_labels, restore
-from autoseg.records import AutosegError, load_json, to_json
+from autoseg.records import AutosegError, load_json
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.training import WEIGHTS
 from autoseg.volume import Grid, Volume, canonical_grid
@@ -166,10 +166,12 @@ def in_folders(folders: Sequence[Path], before: Sequence[Path] = ()) -> Trained:
     runs = [open_run(folder) for folder in folders]
     first = runs[0]
     for run, folder in zip(runs, folders):
-        if to_json(run.plan) != to_json(first.plan) or run.configuration != first.configuration:
+        name = run.configuration
+        if name != first.configuration or run.plan.concerning(name) != first.plan.concerning(name):
             raise AutosegError(f"{folder} was trained with another plan than {folders[0]}; they cannot be averaged")
     earlier = in_folders(before) if before else None
-    if earlier is not None and to_json(earlier.plan) != to_json(first.plan):
+    name = first.configuration
+    if earlier is not None and earlier.plan.concerning(name) != first.plan.concerning(name):
         raise AutosegError(f"{before[0]} was trained with another plan than {folders[0]}; they make no cascade")
     configuration = first.plan.configuration(first.configuration)
 

@@ -4,6 +4,7 @@ Spatial tuples run in array order: (Z, Y, X) for 3D, (Y, X) for 2D configuration
 order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. Lengths are millimetres.
 """
 
+from dataclasses import field, replace
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat
@@ -156,10 +157,26 @@ class Plan:
     """Of the cases that it was made from."""
     configurations: tuple[Configuration, ...]
     reasons: tuple[Reason, ...] = ()
+    planned: dict[str, str] = field(default_factory=dict)
+    """Configuration (and `channels`, and `plan`: the rest) -> hash as it was planned; any other one: edited by hand."""
 
     def in_channels(self, configuration: Configuration) -> int:
         """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class."""
         return len(self.channels) + (len(self.labels.foreground) if configuration.previous_stage else 0)
+
+    def concerning(self, *names: str) -> "Plan":
+        """What the plan says about these configurations and those they read from; for telling whether plans agree.
+
+        Other configurations may come and go while runs of these exist.
+        """
+        known = {configuration.name: configuration for configuration in self.configurations}
+        kept = list(names)
+        for name in kept:
+            if name in known:
+                read = (known[name].prepared, known[name].previous_stage)
+                kept += [other for other in read if other is not None and other not in kept]
+        chosen = tuple(configuration for configuration in self.configurations if configuration.name in kept)
+        return replace(self, configurations=chosen, reasons=(), planned={})
 
     def configuration(self, name: str) -> Configuration:
         """The configuration called `name`; raises AutosegError that lists the ones there are."""

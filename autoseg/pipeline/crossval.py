@@ -90,7 +90,7 @@ def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
 
     def essence(run: Run) -> str:
         recipe = replace(run.recipe, epochs=1, budget_seconds=None, seed=0)
-        return to_json(run.plan) + to_json(recipe)
+        return to_json(run.plan.concerning(run.configuration)) + to_json(recipe)
 
     for fold, run in zip(folds, runs):
         if essence(run) != essence(runs[0]):

@@ -221,7 +221,7 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
     differing = [
         what
         for what, a, b in (
-            ("plan", to_json(old.plan), to_json(run.plan)),
+            ("plan", *(to_json(one.plan.concerning(run.configuration)) for one in (old, run))),
             ("recipe", to_json(old.recipe), to_json(same_length)),
             ("data", old.data_hash, run.data_hash),
             ("cases of the fold", to_json(old.cases), to_json(run.cases)),
