@@ -160,6 +160,7 @@ def train_verb(
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="Only predict and score held-out cases.")
     ] = False,
+    num_gpus: Annotated[int, typer.Option(min=1, help="Share every batch among so many GPUs.")] = 1,
     plan: PlanOption = "default",
     run: RunOption = "default",
     recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
@@ -175,7 +176,8 @@ def train_verb(
 
         print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
         return
-    from autoseg.pipeline.train import TrainOptions, train_fold
+    from autoseg.pipeline.recipe import TrainOptions
+    from autoseg.pipeline.together import train_together
 
     options = TrainOptions(
         plan=plan,
@@ -190,7 +192,7 @@ def train_verb(
         recipe=recipe,
         changes=settings.parse(set_ or ()),
     )
-    train_fold(Workspace.find(workspace), dataset, configuration, fold, options)
+    train_together(Workspace.find(workspace), dataset, configuration, fold, options, num_gpus)
 
 
 @app.command("fit")

@@ -9,6 +9,7 @@ from autoseg.planners.edits import added, difference, edited, keep_edits, stampe
 from autoseg.planners.explain import explain
 from autoseg.planners.like import plan_like
 from autoseg.planners.rules import PLANNERS, Budget, Rules
+from autoseg.planners.sides import says_sides
 
 __all__ = [
     "PLANNERS",
@@ -21,5 +22,6 @@ __all__ = [
     "keep_edits",
     "plan",
     "plan_like",
+    "says_sides",
     "stamped",
 ]

@@ -24,7 +24,7 @@ OPTIONS = {
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
         "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "device", "pretrained",
-        "validate_only", "plan", "run", "recipe", "workspace", "set_", "help_fields",
+        "validate_only", "num_gpus", "plan", "run", "recipe", "workspace", "set_", "help_fields",
     },
     "fit": {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",

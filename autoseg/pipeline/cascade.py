@@ -68,7 +68,8 @@ def write_prior(path: Path, logits: np.ndarray, trace: Trace, model: Model, late
     if path.exists() or stored_key(later.prepared, trace.case) is None:
         return
     onto = read_case(later.prepared, trace.case).trace
-    write_map(path, project(logits, trace, onto, model.plan.labels, model.configuration), later.configuration.patch)
+    stages = model.configuration, later.configuration
+    write_map(path, project(logits, trace, onto, model.plan.labels, *stages), later.configuration.patch)
 
 
 def held_out_by(workspace: Workspace, plan: Plan, run: str, stage: str) -> dict[str, Path]:

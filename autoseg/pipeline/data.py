@@ -15,7 +15,7 @@ from autoseg import bundle, records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
-from autoseg.planners import PLANNERS, explain, keep_edits, plan, plan_like, stamped
+from autoseg.planners import PLANNERS, explain, keep_edits, plan, plan_like, says_sides, stamped
 from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
@@ -214,6 +214,9 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     if [case.case for case in old.cases] != [case.id for case in dataset.cases]:
         return None
     if old.channel_names != dataset.channel_names:
+        return None
+    # One without positions is of an earlier version; they matter only where a class is named after a side.
+    if any(case.across is None for case in old.cases) and says_sides(dataset.labels):
         return None
     outcomes = map_cases(
         lambda case: hash_case(dataset, case),

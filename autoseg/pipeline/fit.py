@@ -242,7 +242,7 @@ def seconds_a_case(
         clock = time.monotonic()
         network(tile).sum().item()
     view = time.monotonic() - clock
-    return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch)
+    return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch, plan.flips(configuration).axes)
 
 
 def say_share(budget: float, total: float, tasks: Sequence[Task], spent: Spent) -> None:
