@@ -389,6 +389,30 @@ def evaluate_verb(
     print(f"\nScores: {(output or prediction) / 'summary.json'}")
 
 
+@app.command("postprocess")
+def postprocess_verb(
+    source: Annotated[Path, typer.Argument(help="Folder of predicted label files, of whatever program.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="Folder for the processed files and the rule.")],
+    truth: Annotated[
+        Path | None, typer.Option(help="Folder of true label files, same names: search for what helps.")
+    ] = None,
+    rule: Annotated[
+        Path | None, typer.Option(help="Apply this instead: postprocessing.json, model.json or a model file.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Whose labels [a dataset.json in or above the folders, else all values]."),
+    ] = None,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Search for post-processing of predictions and keep what stands against chance, or apply a rule."""
+    from autoseg.pipeline.postprocess import postprocess
+
+    place = Workspace.find(workspace)
+    postprocess(place, source, target, truth=truth, rule=rule, dataset=dataset, workers=workers)
+
+
 @app.command("overlay")
 def overlay_verb(
     images: Annotated[Path, typer.Argument(help="Folder of images, or one image file.")],

@@ -27,7 +27,7 @@ from autoseg.preprocess import PreparedCase, Trace, prepare, project, restore
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.training import WEIGHTS
-from autoseg.volume import Grid, Volume
+from autoseg.volume import Grid, Volume, canonical_grid
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,7 +95,9 @@ class Model:
     def labels(self, logits: np.ndarray, trace: Trace, rule: PostProcessing | None = None) -> np.ndarray:
         """Logits of a prepared case -> labels (Z, Y, X) on its file's canonical grid, with the values of the files."""
         indices = restore(logits, trace, self.plan.labels, self.configuration)
-        return self.plan.labels.to_values(indices if rule is None else apply(indices, rule))
+        if rule is not None:
+            indices = apply(indices, rule, canonical_grid(trace.stored).spacing_mm)
+        return self.plan.labels.to_values(indices)
 
 
 T = TypeVar("T")

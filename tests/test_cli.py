@@ -38,6 +38,7 @@ OPTIONS = {
     "info": {"file"},
     "import-nnunet": {"source", "target", "configuration", "folds"},
     "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
+    "postprocess": {"source", "target", "truth", "rule", "dataset", "workers", "workspace"},
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
 }  # fmt: skip

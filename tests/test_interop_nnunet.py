@@ -34,7 +34,7 @@ from autoseg.cli import app
 from autoseg.interop.nnunet import choose, open_nnunet
 from autoseg.interop.nnunet_weights import read_checkpoint
 from autoseg.pipeline.predict import PredictOptions, predict
-from autoseg.postprocess import keep_largest
+from autoseg.postprocess import Step, apply_steps
 from autoseg.readers import read_stored
 from autoseg.records import AutosegError
 from autoseg.workspace import Workspace
@@ -105,7 +105,8 @@ def test_the_command_makes_a_file_that_predicts(tmp_path):
         (tmp_path / "in").mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / "in" / path.name)
     predict(Workspace(tmp_path), tmp_path / "in", tmp_path / "out", PredictOptions(model=target, device="cpu"))
-    expected = keep_largest(recorded(RESIDUAL, "2d", "0", True).astype(np.int16), (1, 2))
+    merged = recorded(RESIDUAL, "2d", "0", True).astype(np.int16)
+    expected = apply_steps(merged, [Step(members=(1, 2))], (1.0, 1.0, 1.0))
     assert agreement(read_stored(tmp_path / "out" / "toy.nii.gz").array[0], expected)[0] >= 0.9995
     assert CliRunner().invoke(app, ["info", str(target)]).exit_code == 0
 

@@ -328,7 +328,7 @@ def read_card(
         members = [chosen] if isinstance(chosen, int) else chosen
         if unknown := [value for value in members if value not in values]:
             raise AutosegError(f"{where} speaks of labels {unknown}, dataset.json of {list(values)}")
-        steps.append(Step(members=tuple(values.index(v) for v in members), dice_before=None, dice_after=None))
+        steps.append(Step(kind="largest", members=tuple(values.index(v) for v in members)))
 
     def dice(part: str) -> dict[str, float | None]:
         scores = need(content, part, where)

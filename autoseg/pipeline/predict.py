@@ -120,7 +120,7 @@ def model_key(trained: Trained, rule: PostProcessing | None, options: PredictOpt
         PREDICT_VERSION,
         PREPROCESS_VERSION,
         trained.configuration.name,
-        [step.members for step in rule.steps] if rule else [],
+        [step.action for step in rule.steps] if rule else [],
         options.step,
         options.mirror,
     )
