@@ -213,6 +213,7 @@ def fit_verb(
     test_fraction: TestFractionOption = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     device: DeviceOption = "auto",
+    num_gpus: Annotated[int, typer.Option(min=1, help="Train so many folds at a time, each on a GPU.")] = 1,
     plan: PlanOption = "default",
     run: RunOption = "default",
     recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
@@ -253,6 +254,7 @@ def fit_verb(
         configurations=tuple(configurations or ()),
         folds=parse_folds(folds),
         budget_seconds=None if budget is None else settings.parse_duration(budget, "--budget"),
+        processes=num_gpus,
     )
     fit(Workspace.find(workspace), dataset, options)
 

@@ -28,7 +28,7 @@ OPTIONS = {
     },
     "fit": {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
-        "test_fraction", "seed", "device", "plan", "run", "recipe", "workers", "workspace", "set_",
+        "test_fraction", "seed", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
     },
     "predict": {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",

@@ -228,6 +228,7 @@ def when_an_epoch_is_over(process, folder):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_the_death_of_one_process_ends_the_other_and_is_named(raw):
     process = start(raw, "killed", "--num-gpus", "2", epochs=1000)
     when_an_epoch_is_over(process, fold(raw, "killed"))
