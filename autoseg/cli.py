@@ -171,7 +171,10 @@ def train_verb(
 def fit_verb(
     dataset: DatasetOption,
     configurations: Annotated[
-        list[str] | None, typer.Option("-c", "--configuration", help="May be repeated [3d_fullres; 2d for 2D data].")
+        list[str] | None,
+        typer.Option(
+            "-c", "--configuration", help="May be repeated; `all`, then find_best [3d_fullres; 2d for 2D data]."
+        ),
     ] = None,
     folds: Annotated[str | None, typer.Option(metavar="0,1,...", help="Only these folds [all].")] = None,
     budget: Annotated[
@@ -227,6 +230,21 @@ def fit_verb(
         budget_seconds=None if budget is None else settings.parse_duration(budget, "--budget"),
     )
     fit(Workspace.find(workspace), dataset, options)
+
+
+@app.command("find_best")
+def find_best_verb(
+    dataset: DatasetOption,
+    runs: Annotated[list[str] | None, typer.Option("--run", help="Only this run; may be repeated [all].")] = None,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Compare all trained configurations and their pairs on the held-out cases; predict then follows the best."""
+    from autoseg.pipeline.best import BestOptions, find_best
+
+    options = BestOptions(runs=tuple(runs or ()), device=device, workers=workers)
+    find_best(Workspace.find(workspace), dataset, options)
 
 
 @app.command("predict")
@@ -414,7 +432,7 @@ def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
     return z, y, x
 
 
-SUPERVISED = ("check", "plan_and_preprocess", "predict", "fit")
+SUPERVISED = ("check", "plan_and_preprocess", "predict", "fit", "find_best")
 """Verbs that go on without a case that ended their process."""
 
 

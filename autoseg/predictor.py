@@ -18,7 +18,6 @@ import SimpleITK as sitk
 from autoseg.devices import choose_device
 from autoseg.model import Model, Trained, at
 from autoseg.postprocess import PostProcessing
-from autoseg.preprocess import restore_probabilities
 from autoseg.readers import Stored, expected_in_file, join, read_stored
 from autoseg.readers.itk import stored_of
 from autoseg.records import AutosegError
@@ -92,8 +91,7 @@ class Predictor:
             labels = self.model.labels(logits, case.trace, self.rule if postprocess else None)
             maps = None
             if probabilities:
-                here = self.model.plan.labels, self.model.configuration
-                maps = _back(restore_probabilities(logits, case.trace, *here), stored)
+                maps = _back(self.model.probabilities(logits, case.trace), stored)
             return Prediction(labels=_back(labels, stored), probabilities=maps, grid=stored, seconds=seconds)
 
 

@@ -29,6 +29,7 @@ OPTIONS = {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
         "test_fraction", "seed", "device", "plan", "run", "recipe", "workers", "workspace", "set_",
     },
+    "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",

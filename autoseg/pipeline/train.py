@@ -26,6 +26,7 @@ from autoseg.layout import Dataset, open_dataset
 from autoseg.model import open_model, open_run
 from autoseg.networks import build
 from autoseg.parallel import free_memory
+from autoseg.pipeline import probabilities
 from autoseg.pipeline.cascade import NextStage, find_priors, forget_maps, map_path, next_stages, write_prior
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, held_out, validated
 from autoseg.pipeline.data import case_key
@@ -375,6 +376,8 @@ def validate_fold(
     stages = later if run.fold != "all" else ()
     for stage in stages:
         forget_maps(folder, stage.configuration.name)
+    probabilities.forget(folder)
+    kept = probabilities.place_of(folder) if run.recipe.keep_probabilities and run.fold != "all" else None
     with Progress("validate", len(run.cases.val)) as bar:
         for name in run.cases.val:
             path = out / f"{name}{dataset.file_ending}"
@@ -387,9 +390,14 @@ def validate_fold(
                     logits = model.logits(case, prior=prior)
                     for stage in stages:
                         write_prior(map_path(folder, stage, prepared, name), logits, case.trace, model, stage)
+                    if kept is not None:
+                        place = probabilities.path_of(kept, prepared, name)
+                        probabilities.keep(place, logits, run.plan.labels, model.configuration.patch)
+                    # Last: a case whose prediction is there has left everything else.
                     export(logits, case.trace, model, path)
             bar.advance(note=name)
     summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
     save_summary(summary, out)
     print(table(summary))
+    probabilities.say_room(folder)
     return summary
