@@ -290,6 +290,25 @@ def predict_verb(
     predict(Workspace.find(workspace), source, target, options)
 
 
+@app.command("ensemble")
+def ensemble_verb(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of predictions of the same cases.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label files.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Whose labels [a dataset.json in or above the folders, else 0, 1, ...]."),
+    ] = None,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Put predictions of several models together: mean of their probabilities, else a majority vote of their labels."""
+    from autoseg.layout import labels_in
+    from autoseg.pipeline.combine import combine
+
+    labels = None if dataset is None else labels_in(Workspace.find(workspace).dataset(dataset)[1])[0]
+    combine(folders, target, labels, workers)
+
+
 @app.command("export")
 def export_verb(
     target: Annotated[Path, typer.Option("-o", "--output", help="The file to write, NAME.autoseg.")],

@@ -212,3 +212,10 @@ def open_choice(folder: Path, folds: Sequence[str] = ()) -> Chosen | None:
         if trained.plan.labels != first.labels or len(trained.plan.channels) != len(first.channels):
             raise AutosegError(f"{where} names configurations of different labels or channels; {again}")
     return Chosen(where=where, choice=choice, members=tuple(members), whole=not folds)
+
+
+def chosen_at(path: Path, folds: Sequence[str] = ()) -> Trained | Chosen:
+    """As `model.at`, and in the folder of a run or of a dataset what `find_best` chose there."""
+    # The folder of a configuration has a model.json of its own, beside its folds.
+    chosen = open_choice(path, folds) if path.is_dir() and not any(path.glob("fold_*")) else None
+    return chosen or at(path, folds)

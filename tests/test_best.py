@@ -1,5 +1,6 @@
-"""find_best: what is compared, that noise chooses no pair, and that predict follows the choice for these weights only."""
+"""find_best: what is compared, that noise chooses no pair, that predict follows the choice for these weights only."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,12 @@ from toys import balls_dataset, write_balls
 
 import autoseg
 from autoseg.checkpoint import save_weights
-from autoseg.ensemble import Choice, Ensemble, open_choice
+from autoseg.ensemble import Choice
 from autoseg.evaluation import evaluate_pairs, save_summary
 from autoseg.layout import open_dataset
 from autoseg.model import open_model
 from autoseg.networks import build
-from autoseg.pipeline import pairs, probabilities
+from autoseg.pipeline import probabilities
 from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.crossval import held_out
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
@@ -31,7 +32,7 @@ NAME = "Dataset007_Balls"
 CPU = torch.device("cpu")
 QUICK = BestOptions(device="cpu", workers=1)
 CASES = [f"c{n}" for n in range(6)]
-FOLDS = '[{"train": ["c0", "c1", "c2"], "val": ["c3", "c4", "c5"]}, {"train": ["c3", "c4", "c5"], "val": ["c0", "c1", "c2"]}]'
+FOLDS = json.dumps([{"train": CASES[:3], "val": CASES[3:]}, {"train": CASES[3:], "val": CASES[:3]}])
 
 
 def prepared_workspace(root, **more):

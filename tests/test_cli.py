@@ -34,6 +34,7 @@ OPTIONS = {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
+    "ensemble": {"folders", "target", "dataset", "workers", "workspace"},
     "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
     "info": {"file"},
     "import-nnunet": {"source", "target", "configuration", "folds"},

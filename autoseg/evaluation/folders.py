@@ -51,7 +51,7 @@ def evaluate_folders(
     if not pairs:
         raise AutosegError(f"no case of {truth} has a prediction in {prediction}; files of one case share one name")
     if labels is None:
-        labels, annotated = _find_labels(truth, prediction) or (_labels_in(pairs, workers, quiet), annotated)
+        labels, annotated = find_labels(truth, prediction) or (_labels_in(pairs, workers, quiet), annotated)
     return evaluate_pairs(pairs, labels, annotated=annotated, tolerance_mm=tolerance_mm, workers=workers, quiet=quiet)
 
 
@@ -130,9 +130,9 @@ def _label_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _find_labels(truth: Path, prediction: Path) -> tuple[Labels, dict[str, tuple[str, ...]]] | None:
-    """What the first dataset.json in or just above the two folders says of labels."""
-    for folder in (truth, truth.resolve().parent, prediction, prediction.resolve().parent):
+def find_labels(*folders: Path) -> tuple[Labels, dict[str, tuple[str, ...]]] | None:
+    """What the first dataset.json in or just above the folders says of labels."""
+    for folder in (place for given in folders for place in (given, given.resolve().parent)):
         if (folder / "dataset.json").is_file():
             return labels_in(folder)
     return None

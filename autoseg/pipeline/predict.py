@@ -14,7 +14,7 @@ from typing import Any
 
 from autoseg.bundle import printable
 from autoseg.devices import choose_device, keep_freed_memory
-from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, open_choice
+from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
 from autoseg.layout import Case, ending_of, find_cases
 from autoseg.model import Model, Trained, at, is_finished
 from autoseg.parallel import Outcome, map_cases, raise_failures
@@ -87,9 +87,7 @@ def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "pre
     there are none.
     """
     if options.model is not None:
-        # A folder of a run or of runs; that of a configuration has a model.json of its own.
-        runs = options.model.is_dir() and not any(options.model.glob("fold_*"))
-        return (open_choice(options.model, options.folds) if runs else None) or at(options.model, options.folds)
+        return chosen_at(options.model, options.folds)
     found = candidates(workspace, options)
     if not found:
         asked = f" for {options.dataset}" if options.dataset else ""
