@@ -16,7 +16,7 @@ from autoseg.evaluation import Summary, evaluate_pairs, save_summary
 from autoseg.layout import Dataset
 from autoseg.model import Trained, earlier_folds, in_folders, is_finished, open_run
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.pipeline.crossval import SUMMARY, HeldOut, all_folds, cross_validate
+from autoseg.pipeline.crossval import SUMMARY, HeldOut, all_folds, cross_validate, validated
 from autoseg.pipeline.probabilities import find_probabilities, read
 from autoseg.preprocess import restore_probabilities
 from autoseg.readers import write_labels
@@ -83,8 +83,11 @@ def complete_folders(workspace: Workspace, name: str, runs: Sequence[str], split
     done = [folder for folder in begun if all_folds(folder, splits) is not None]
     for folder in begun:
         if folder not in done:
-            ready = sum(is_finished(fold) for fold in folder.glob("fold_[0-9]*"))
-            print(f"Left out: {folder}, {ready} of {len(splits.folds)} folds are trained")
+            ready = [fold for fold in folder.glob("fold_[0-9]*") if is_finished(fold)]
+            print(
+                f"Left out: {folder}, {len(ready)} of {len(splits.folds)} folds are trained, "
+                f"{sum(validated(fold) for fold in ready)} validated"
+            )
     if not done:
         raise AutosegError(
             f"no configuration of {name} has all its {len(splits.folds)} folds trained and validated in {root}; "
