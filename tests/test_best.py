@@ -22,7 +22,7 @@ from autoseg.pipeline.crossval import held_out
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.predict import PredictOptions, choose_model, export, predict
 from autoseg.pipeline.share import export_model
-from autoseg.readers import read_image, read_labels, write_labels
+from autoseg.readers import read_image, read_labels, read_stored, write_labels
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Fingerprint, Recipe, Run
 from autoseg.splits import read_splits
@@ -62,12 +62,12 @@ def prepared_workspace(root, **more):
     }
     made = plan_and_preprocess(workspace, "7", PlanOptions(changes=small, configurations=("3d_fullres",)))
     full = made.configuration("3d_fullres")
-    made = replace(made, configurations=tuple(replace(full, name=name) for name in ("left", "right")))
+    made = replace(made, configurations=tuple(replace(full, name=name) for name in ("left", "old", "right")))
     save_json(made, workspace.plan_folder(NAME, "default") / "plan.json")
     return workspace, made
 
 
-def cross_validated(workspace, made, name, said, run="default", kept=True):
+def cross_validated(workspace, made, name, said, run="default", kept=True, data=None):
     """Both folds of a configuration as training leaves them: random weights, and predictions that `said` makes up.
 
     said: labels (Z, Y, X) of a prepared case -> logits (heads, Z, Y, X).
@@ -90,7 +90,7 @@ def cross_validated(workspace, made, name, said, run="default", kept=True):
             cases=cases,
             plan=made,
             recipe=Recipe(),
-            data_hash=fingerprint.data_hash(),
+            data_hash=data or fingerprint.data_hash(),
             device="cpu",
             started="2026-01-01T00:00:00+00:00",
             finished="2026-01-01T00:00:00+00:00",
@@ -160,6 +160,11 @@ def test_a_pair_that_is_right_where_either_is_sure_wins_and_predict_follows_it(p
     assert np.allclose(mean.array, (maps[0] + maps[1]) / 2, atol=1e-6)
     labels, _ = read_labels(tmp_path / "both" / "x.nii.gz")
     assert np.array_equal(made.labels.to_indices(labels.array[0]), mean.array.argmax(0))
+    alone = autoseg.load(run, device="cpu").predict(
+        tmp_path / "imagesTs" / "x_0000.nii.gz", mirror=False, postprocess=False, probabilities=True
+    )
+    assert np.array_equal(alone.labels, read_stored(tmp_path / "both" / "x.nii.gz").array[0])
+    assert alone.probabilities is not None and alone.probabilities.shape == (3, *alone.labels.shape)
     capsys.readouterr()
     predict(workspace, tmp_path / "imagesTs", tmp_path / "both", options)
     assert "1 of 1 cases are predicted already" in capsys.readouterr().out
@@ -278,8 +283,14 @@ def test_a_configuration_without_all_folds_is_named_and_left_out(place, tmp_path
     with pytest.raises(AutosegError, match="autoseg fit -d Dataset007_Balls -c all"):
         find_best(workspace, "7", QUICK)
     cross_validated(workspace, made, "left", knows(1))
+    cross_validated(workspace, made, "old", knows(2), data="of last year")
     cross_validated(workspace, made, "right", knows(2))
     (workspace.fold(NAME, "default", "right", 1) / "validation" / "summary.json").unlink()
     choice = find_best(workspace, "7", QUICK)
     assert [one.name for one in choice.candidates] == ["left"]
-    assert "default/right, 2 of 2 folds are trained, 1 validated" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "default/right, 2 of 2 folds are trained, 1 validated" in printed
+    assert "default/old, it was trained on other data" in printed
+    shutil.rmtree(workspace.fold(NAME, "default", "left", 0).parent)
+    with pytest.raises(AutosegError, match="was trained on other data than there are now, so their scores"):
+        find_best(workspace, "7", QUICK)

@@ -18,7 +18,6 @@ from autoseg.layout import Dataset, open_dataset
 from autoseg.model import CARD
 from autoseg.pipeline.crossval import dice_of, fit_postprocessing, score_processed
 from autoseg.pipeline.pairs import (
-    ENSEMBLES,
     Pair,
     comparable,
     complete_folders,
@@ -30,6 +29,7 @@ from autoseg.pipeline.pairs import (
 )
 from autoseg.postprocess import PostProcessing
 from autoseg.records import load_json, save_json, sole_writer
+from autoseg.schema import Fingerprint
 from autoseg.splits import read_splits
 from autoseg.workspace import Workspace
 
@@ -55,9 +55,10 @@ def find_best(workspace: Workspace, dataset_text: str, options: BestOptions) -> 
     splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
     folders = complete_folders(workspace, name, options.runs, splits)
     place = folders[0].parent if len({folder.parent for folder in folders}) == 1 else folders[0].parent.parent
-    with sole_writer(place / ENSEMBLES):
+    with sole_writer(place):
+        facts = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
         entries = comparable(
-            [open_entry(workspace, folder, place, dataset, splits, options.workers) for folder in folders]
+            [open_entry(workspace, folder, place, dataset, splits, options.workers) for folder in folders], facts
         )
         cases = sorted({score.case for score in entries[0].summary.scores})
         pairs = [make_pair(place, *two) for two in combinations(entries, 2)]
@@ -185,8 +186,8 @@ def comparison_table(
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
     lines.append(
-        f"{cases} held-out cases, as predicted; intervals by {DRAWS} bootstrap draws of cases, seed {SEED}; s/case: to "
-        "predict and score a case with one fold, as measured in validation"
+        f"{cases} held-out cases, as predicted; intervals by {DRAWS} bootstrap draws of cases, seed {SEED}\n"
+        "s/case: to predict and score a case with one fold, as measured in validation"
     )
     if absent:
         lines.append(f"No case has {', '.join(absent)}: left out of every mean")

@@ -21,6 +21,7 @@ from autoseg.pipeline.probabilities import find_probabilities, read
 from autoseg.preprocess import restore_probabilities
 from autoseg.readers import write_labels
 from autoseg.records import AutosegError, hash_text, load_json, remove_leftovers
+from autoseg.schema import Fingerprint
 from autoseg.splits import Splits
 from autoseg.store import read_case
 from autoseg.workspace import Workspace
@@ -126,20 +127,36 @@ def seconds_a_case(folds: Sequence[Path]) -> float | None:
     return seconds / cases if seconds > 0 and cases else None
 
 
-def comparable(entries: Sequence[Entry]) -> list[Entry]:
-    """Those that segment the same classes of the same held-out cases as the first; others are named."""
-    first, found = entries[0], []
+def comparable(entries: Sequence[Entry], facts: Fingerprint) -> list[Entry]:
+    """Those trained on the data as they are now, all on the same held-out cases and classes; others are named.
 
-    def facts(entry: Entry) -> tuple[object, ...]:
-        plan, run = entry.trained.plan, open_run(entry.folds[0])
-        return plan.labels, len(plan.channels), run.data_hash, {score.case for score in entry.summary.scores}
-
+    Raises AutosegError if there is none.
+    """
+    found: list[Entry] = []
     for entry in entries:
-        if facts(entry) == facts(first):
+        why = differs(entry, found[0] if found else entry, facts)
+        if why is None:
             found.append(entry)
         else:
-            print(f"Left out: {entry.member.folder}, trained on other data, labels or folds than {first.member.folder}")
+            print(f"Left out: {entry.trained.where}, {why}")
+    if not found:
+        raise AutosegError(
+            f"every configuration of {facts.dataset} was trained on other data than there are now, so their scores do "
+            f"not compare; train them again under another name: autoseg fit -d {facts.dataset} -c all --run NAME"
+        )
     return found
+
+
+def differs(entry: Entry, first: Entry, facts: Fingerprint) -> str | None:
+    """Why the scores of a configuration say nothing beside those of the first, None if they do."""
+    if open_run(entry.folds[0]).data_hash != facts.data_hash():
+        return "it was trained on other data than there are now"
+    own, other = entry.trained.plan, first.trained.plan
+    if own.labels != other.labels or len(own.channels) != len(other.channels):
+        return f"it has other labels or channels than {first.member.folder}"
+    if {score.case for score in entry.summary.scores} != {score.case for score in first.summary.scores}:
+        return f"it held out other cases than {first.member.folder}"
+    return None
 
 
 def make_pair(place: Path, first: Entry, second: Entry) -> Pair:
