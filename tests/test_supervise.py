@@ -268,7 +268,11 @@ def work():
     print("interrupts:", len(seen), flush=True)
 sys.exit(supervise(work))
 """
-    spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    # Where the tests run in the background, the key is ignored: that would be passed on.
+    spawn = (
+        "import os, pty, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", spawn, sys.executable, "-P", "-c", code], cwd=tmp_path, stdin=-1, stdout=-1
     )
