@@ -147,6 +147,8 @@ class Chosen:
     members: tuple[Trained, ...]
     whole: bool
     """Whether with all folds that were compared, and not only some."""
+    others: tuple[str, ...] = ()
+    """Folders of configurations that have been trained since, so that they were not compared."""
 
     @property
     def plan(self) -> Plan:
@@ -164,10 +166,11 @@ class Chosen:
         named = zip(self.choice.winner.members, folds)
         mean = self.choice.winner.mean
         dice = "" if mean is None else f" (mean Dice {mean:.4f}, {self.choice.cases} held-out cases)"
+        newer = f"; not compared: {', '.join(self.others)}" if self.others else ""
         kind = "the mean of " if len(self.members) > 1 else ""
         return (
             f"{self.plan.dataset} {kind}{JOIN.join(f'{member.folder}, fold {numbers}' for member, numbers in named)}; "
-            f"chosen by find_best among {len(self.choice.candidates)}{dice}, {self.where}"
+            f"chosen by find_best among {len(self.choice.candidates)}{dice}, {self.where}{newer}"
         )
 
     def identity(self) -> tuple[str, ...]:

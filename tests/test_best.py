@@ -288,6 +288,8 @@ def test_a_configuration_without_all_folds_is_named_and_left_out(place, tmp_path
     (workspace.fold(NAME, "default", "right", 1) / "validation" / "summary.json").unlink()
     choice = find_best(workspace, "7", QUICK)
     assert [one.name for one in choice.candidates] == ["left"]
+    chosen = choose_model(workspace, PredictOptions(dataset="7"))
+    assert chosen.describe().endswith("model.json; not compared: old, right")
     printed = capsys.readouterr().out
     assert "default/right, 2 of 2 folds are trained, 1 validated" in printed
     assert "default/old, it was trained on other data" in printed

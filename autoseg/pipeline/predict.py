@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,12 @@ def choice_for(found: Sequence[Path], options: PredictOptions) -> Chosen | None:
         return None
     run = next(iter(runs))
     of_all = None if options.run is not None else open_choice(run.parent, options.folds)
-    return of_all or (open_choice(run, options.folds) if len(runs) == 1 else None)
+    chosen = of_all or (open_choice(run, options.folds) if len(runs) == 1 else None)
+    if chosen is None:
+        return None
+    compared = {member.folder for candidate in chosen.choice.candidates for member in candidate.members}
+    there = [folder.relative_to(chosen.where.parent).as_posix() for folder in found]
+    return replace(chosen, others=tuple(name for name in there if name not in compared))
 
 
 def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "predict -i IN -o OUT") -> Trained | Chosen:

@@ -21,7 +21,7 @@ from autoseg.labels import Labels
 from autoseg.model import open_model, open_run, weights_hash
 from autoseg.pipeline.cascade import find_priors
 from autoseg.progress import Progress
-from autoseg.records import hash_text
+from autoseg.records import hash_text, sole_writer
 from autoseg.schema import Fold
 from autoseg.splits import Splits
 from autoseg.store import StoredArray, read_case, stored_key, write_bytes
@@ -66,8 +66,10 @@ def read(path: Path, labels: Labels) -> np.ndarray:
 
 
 def forget(fold: Path) -> None:
-    """Remove those of earlier weights of a fold."""
+    """Remove those of earlier weights of a fold, and what a killed process left. Only for the fold's sole writer."""
     kept = place_of(fold)
+    for left in kept.glob(".*.b2nd"):
+        left.unlink()
     for other in kept.parent.glob("*"):
         if other != kept:
             shutil.rmtree(other, ignore_errors=True)
@@ -104,7 +106,8 @@ def find_probabilities(
         what = f"held-out probabilities of {open_run(folds[0]).configuration}"
         with Progress(what, sum(map(len, missing.values()))) as bar:
             for fold, names in missing.items():
-                predict_missing(workspace, fold, {name: found[name] for name in names}, splits, device, bar)
+                with sole_writer(fold):
+                    predict_missing(workspace, fold, {name: found[name] for name in names}, splits, device, bar)
     return found
 
 
