@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from toys import OBLIQUE, grid
 
 from autoseg.labels import Labels
 from autoseg.pipeline.combine import combine
 from autoseg.readers import read_labels, write_image, write_labels
 from autoseg.records import AutosegError
-from autoseg.volume import canonical_grid, from_canonical
+from autoseg.volume import canonical_grid
 
 STORED = grid(direction=OBLIQUE)
 SHAPE = canonical_grid(STORED).shape
@@ -54,10 +55,12 @@ def test_the_arrays_of_nnunet_take_geometry_from_the_labels_beside_them(tmp_path
     """Its channels run in the order of the values, 0, 3, 7, its axes are those of the file; nothing is unpickled."""
     truth = np.zeros(SHAPE, np.int16)
     truth[1, 2, 3:6], truth[4, 5, 6] = 3, 7
-    maps = np.stack([truth == value for value in (0, 3, 7)]).astype(np.float32)
+    write_labels(truth, STORED, tmp_path / "truth.nii.gz")
+    in_file = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "truth.nii.gz")))
+    maps = np.stack([in_file == value for value in (0, 3, 7)]).astype(np.float32)
     for name in ("x", "y"):
         write_labels(truth * 0, STORED, tmp_path / name / "a.nii.gz")
-        np.savez(tmp_path / name / "a.npz", probabilities=from_canonical(maps, STORED))
+        np.savez(tmp_path / name / "a.npz", probabilities=maps)
         (tmp_path / name / "a.pkl").write_bytes(b"not to be opened")
     combine([tmp_path / "x", tmp_path / "y"], tmp_path / "out", LABELS)
     assert np.array_equal(read_labels(tmp_path / "out" / "a.nii.gz")[0].array[0], truth)
