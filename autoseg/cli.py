@@ -81,6 +81,9 @@ def plan_and_preprocess_verb(
     plan: PlanOption = "default",
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
+    discard_edits: Annotated[
+        bool, typer.Option("--discard-edits", help="Plan anew what was edited in plan.json by hand.")
+    ] = False,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
     set_: SetOption = None,
@@ -108,10 +111,33 @@ def plan_and_preprocess_verb(
             configurations=tuple(configurations or ()),
             group_by=group_by,
             test_fraction=test_fraction,
+            discard_edits=discard_edits,
             workers=workers,
             changes=settings.parse(set_ or ()),
         ),
     )
+
+
+@app.command("plan")
+def plan_verb(
+    dataset: DatasetOption,
+    plan: Annotated[str | None, typer.Option("--plan", help="Show only this plan.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the reason of each decision.")] = False,
+    diff: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="PLAN PLAN", help="What differs between two plans.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Show the plans of a dataset side by side, the reasons of one, or what differs between two. Changes nothing."""
+    from autoseg.pipeline.plans import show_difference, show_plan, show_plans
+
+    place = Workspace.find(workspace)
+    if explain:
+        show_plan(place, dataset, plan or "default")
+    if diff is not None:
+        show_difference(place, dataset, *diff)
+    if not explain and diff is None:
+        show_plans(place, dataset, plan)
 
 
 @app.command("train")
@@ -134,6 +160,7 @@ def train_verb(
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="Only predict and score held-out cases.")
     ] = False,
+    num_gpus: Annotated[int, typer.Option(min=1, help="Share every batch among so many GPUs.")] = 1,
     plan: PlanOption = "default",
     run: RunOption = "default",
     recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
@@ -149,7 +176,8 @@ def train_verb(
 
         print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
         return
-    from autoseg.pipeline.train import TrainOptions, train_fold
+    from autoseg.pipeline.recipe import TrainOptions
+    from autoseg.pipeline.together import train_together
 
     options = TrainOptions(
         plan=plan,
@@ -164,7 +192,7 @@ def train_verb(
         recipe=recipe,
         changes=settings.parse(set_ or ()),
     )
-    train_fold(Workspace.find(workspace), dataset, configuration, fold, options)
+    train_together(Workspace.find(workspace), dataset, configuration, fold, options, num_gpus)
 
 
 @app.command("fit")
@@ -188,6 +216,7 @@ def fit_verb(
     test_fraction: TestFractionOption = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     device: DeviceOption = "auto",
+    num_gpus: Annotated[int, typer.Option(min=1, help="Train so many folds at a time, each on a GPU.")] = 1,
     plan: PlanOption = "default",
     run: RunOption = "default",
     recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
@@ -228,6 +257,7 @@ def fit_verb(
         configurations=tuple(configurations or ()),
         folds=parse_folds(folds),
         budget_seconds=None if budget is None else settings.parse_duration(budget, "--budget"),
+        processes=num_gpus,
     )
     fit(Workspace.find(workspace), dataset, options)
 
@@ -398,6 +428,47 @@ def evaluate_verb(
     print(f"\nScores: {(output or prediction) / 'summary.json'}")
 
 
+@app.command("postprocess")
+def postprocess_verb(
+    source: Annotated[Path, typer.Argument(help="Folder of predicted label files, of whatever program.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="Folder for the processed files and the rule.")],
+    truth: Annotated[
+        Path | None, typer.Option(help="Folder of true label files, same names: search for what helps.")
+    ] = None,
+    rule: Annotated[
+        Path | None, typer.Option(help="Apply this instead: postprocessing.json, model.json or a model file.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Whose labels [a dataset.json in or above the folders, else all values]."),
+    ] = None,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Search for post-processing of predictions and keep what stands against chance, or apply a rule."""
+    from autoseg.pipeline.postprocess import postprocess
+
+    place = Workspace.find(workspace)
+    postprocess(place, source, target, truth=truth, rule=rule, dataset=dataset, workers=workers)
+
+
+@app.command("overlay")
+def overlay_verb(
+    images: Annotated[Path, typer.Argument(help="Folder of images, or one image file.")],
+    prediction: Annotated[Path, typer.Argument(help="Folder of label files, or one of them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures, one PNG a case.")],
+    truth: Annotated[
+        Path | None, typer.Option(help="True label files: right is green, too much blue, missing red.")
+    ] = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Draw segmentations onto the slices that show most of them: one PNG a case."""
+    from autoseg.evaluation.overlay import overlay_folders
+
+    drawn = overlay_folders(images, prediction, output, truth=truth, workers=workers)
+    print(f"Drawn: {len(drawn)} pictures in {output}")
+
+
 @app.command("demo")
 def demo_verb(
     workspace: Annotated[Path, typer.Option("--workspace", help="Where to put everything.")] = Path("autoseg_demo"),
@@ -430,6 +501,78 @@ def make_verb(
         describe_source_fields(source)
         return
     make_dataset(Workspace.find(workspace), source, output, cases, test_cases, seed, settings.parse(set_ or ()))
+
+
+@dataset_app.command("import")
+def import_verb(
+    kind: Annotated[str, typer.Argument(help="msd, nnunet, folders, masks, train-val or hdf5.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder, archive or quoted pattern ('data/*/t1.nii.gz') of the images.")
+    ],
+    masks: Annotated[
+        str | None, typer.Argument(help="Folder or quoted pattern of the masks, for folders, masks and hdf5.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Name in the workspace, Dataset001_Name, or path [from the source]."),
+    ] = None,
+    channels: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Names of the channels: CT or T1,T2.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(metavar="NAME=VALUE,...", help="Names of the label values.")] = None,
+    order: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Order of overlapping structures: the last one wins.")
+    ] = None,
+    spacing: Annotated[str | None, typer.Option(metavar="Z,Y,X", help="Voxel size in mm, for hdf5.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Names, patients, licence of a known dataset.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether the pairs are right.")] = False,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Turn images and masks as they come into a raw dataset: copied without loss, then checked.
+
+    For example: autoseg dataset import folders scans/ segmentations/ -d Dataset001_Knee --channels MR
+    """
+    from autoseg.pipeline.importing import import_dataset
+
+    import_dataset(
+        Workspace.find(workspace),
+        kind,
+        source,
+        masks,
+        name=dataset,
+        channels=parse_names(channels),
+        labels=parse_labels(labels),
+        order=parse_names(order),
+        spacing_mm=parse_spacing(spacing),
+        profile=profile,
+        yes=yes,
+        workers=workers,
+    )
+
+
+@dataset_app.command("profiles")
+def profiles_verb() -> None:
+    """List what is known about public datasets, for `dataset import --profile NAME`."""
+    from autoseg.pipeline.importing import profiles
+
+    print(profiles())
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """`T1, T2` -> ("T1", "T2"), nothing -> ()."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
+def parse_labels(text: str | None) -> dict[str, int]:
+    """`liver=1,lesion=255` -> {"liver": 1, "lesion": 255}; AutosegError for anything else."""
+    parts = [part.rpartition("=") for part in parse_names(text)]
+    if not all(name.strip() and value.strip().lstrip("-").isdecimal() for name, _, value in parts):
+        raise AutosegError(f"--labels {text!r}: write names and values, for example --labels liver=1,lesion=2")
+    named = {name.strip(): int(value) for name, _, value in parts}
+    if len(named) < len(parts):
+        raise AutosegError(f"--labels {text!r} names a label twice")
+    return named
 
 
 def parse_folds(text: str | None) -> tuple[int, ...]:

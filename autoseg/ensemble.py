@@ -16,7 +16,7 @@ from autoseg.postprocess import PostProcessing, apply
 from autoseg.preprocess import PreparedCase, Trace
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record
 from autoseg.schema import Plan
-from autoseg.volume import Grid, Volume
+from autoseg.volume import Grid, Volume, canonical_grid
 
 JOIN = " + "
 
@@ -130,7 +130,9 @@ class Ensemble:
         """As `Model.labels`, of the mean probabilities."""
         labels = self.plan.labels
         indices = labels.decide(self.probabilities(logits, trace)).astype(np.int16)
-        return labels.to_values(indices if rule is None else apply(indices, rule))
+        if rule is not None:
+            indices = apply(indices, rule, canonical_grid(trace.stored).spacing_mm)
+        return labels.to_values(indices)
 
     def probabilities(self, logits: Said, trace: Trace) -> np.ndarray:
         """As `Model.probabilities`, the mean of the members'."""

@@ -8,14 +8,28 @@ Source: nnU-Net (Isensee et al., Nature Methods 2021).
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import combinations, product
 from math import ceil, prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from autoseg.records import AutosegError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap:
+    """What trades places, beside the voxels, in views mirrored along `axis` (a position in the patch).
+
+    channels, heads: for each channel of the image and each head of the networks, the one whose place it takes.
+    """
+
+    axis: int
+    channels: tuple[int, ...]
+    heads: tuple[int, ...]
 
 
 def tile_starts(size: int, patch: int, step: float) -> tuple[int, ...]:
@@ -31,11 +45,11 @@ def tile_starts(size: int, patch: int, step: float) -> tuple[int, ...]:
     return tuple(round(i * (size - patch) / gaps) for i in range(gaps + 1)) if gaps else (0,)
 
 
-def count_views(size: Sequence[int], patch: Sequence[int], step: float = 0.5) -> int:
-    """How often a network is applied to an image of `size` (Z, Y, X), mirrored along all axes of `patch` included."""
+def count_views(size: Sequence[int], patch: Sequence[int], mirror_axes: Sequence[int], step: float = 0.5) -> int:
+    """How often a network is applied to an image of `size` (Z, Y, X), views mirrored along `mirror_axes` included."""
     planar, spatial = size[: 3 - len(patch)], size[3 - len(patch) :]
     tiles = prod(len(tile_starts(max(n, edge), edge, step)) for n, edge in zip(spatial, patch))
-    return prod(planar) * tiles * 2 ** len(patch)
+    return prod(planar) * tiles * 2 ** len(mirror_axes)
 
 
 def tile_weights(starts: Sequence[int], size: int, patch: int) -> Tensor:
@@ -59,6 +73,7 @@ def predict_logits(
     heads: int,
     step: float = 0.5,
     mirror_axes: Sequence[int] = (),
+    swap: Swap | None = None,
     tile_batch: int = 4,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
@@ -70,7 +85,8 @@ def predict_logits(
     patch: size of a tile in voxels, (Z, Y, X), or (Y, X) for 2D networks, which see every slice of Z by itself. An
     image smaller than it is padded with zeros on both sides, the odd voxel at the end.
     step: distance between tiles as a share of the patch, at most. mirror_axes: positions in `patch`; all their
-    combinations are flipped, predicted and flipped back. tile_batch: tiles (or mirrored views of one) in a call.
+    combinations are flipped, predicted and flipped back. swap: what trades places then; None: nothing.
+    tile_batch: tiles (or mirrored views of one) in a call.
     autocast: lower precision for the networks, for example torch.bfloat16; None leaves them in their own.
     progress: called with (tiles done, all tiles).
 
@@ -80,6 +96,10 @@ def predict_logits(
         raise ValueError(
             f"inference needs one network or more, an image (C, Z, Y, X), a patch of 2 or 3 sizes and a positive "
             f"tile_batch; found {len(networks)}, {tuple(image.shape)}, {tuple(patch)}, {tile_batch}"
+        )
+    if swap is not None and (len(swap.channels), len(swap.heads)) != (len(image), heads):
+        raise ValueError(
+            f"swap orders {len(swap.channels)} channels and {len(swap.heads)} heads, not {len(image)}, {heads}"
         )
     if not set(mirror_axes) <= set(range(len(patch))):
         raise ValueError(f"mirror_axes are positions in the patch {tuple(patch)}, found {tuple(mirror_axes)}")
@@ -92,7 +112,11 @@ def predict_logits(
     if len(patch) == 2:
         starts[0] = tuple(range(padded[0]))
     weights = [tile_weights(*along) for along in zip(starts, padded, window)]
-    flips = [axes for count in range(len(mirror_axes) + 1) for axes in combinations(sorted(mirror_axes), count)]
+    flips = [
+        _Flip(axes, swap if swap is not None and swap.axis in axes else None)
+        for count in range(len(mirror_axes) + 1)
+        for axes in combinations(sorted(mirror_axes), count)
+    ]
     tiles = list(product(*(range(len(along)) for along in starts)))
 
     logits = torch.zeros(heads, *padded, device=_where_to_stitch(device, heads * prod(padded)))
@@ -118,24 +142,41 @@ def predict_logits(
     return logits if padded == size else logits.contiguous()
 
 
+class _Flip(NamedTuple):
+    """One mirrored view of a patch: the axes to reverse, and what trades places."""
+
+    axes: tuple[int, ...]
+    swap: Swap | None
+
+    def forth(self, batch: Tensor) -> Tensor:
+        """Tiles (B, C, *patch) as the networks see them."""
+        batch = batch if self.swap is None else batch[:, self.swap.channels]
+        return batch.flip([axis + 2 for axis in self.axes])
+
+    def back(self, logits: Tensor) -> Tensor:
+        """Logits (B, K, *patch) of that view where they belong."""
+        logits = logits if self.swap is None else logits[:, self.swap.heads]
+        return logits.flip([axis + 2 for axis in self.axes])
+
+
 def _mean_logits(
     networks: Sequence[Callable[[Tensor], Tensor]],
     batch: Tensor,
-    flips: Sequence[tuple[int, ...]],
+    flips: Sequence[_Flip],
     views: int,
     expected: tuple[int, ...],
 ) -> Tensor:
     """Mean logits (B, K, *patch) of tiles (B, C, *patch) over networks and flips, `views` flips in one call."""
     total = torch.zeros(expected, device=batch.device)
     for first in range(0, len(flips), views):
-        chosen = [[axis + 2 for axis in axes] for axes in flips[first : first + views]]
-        flipped = torch.cat([batch.flip(axes) for axes in chosen])
+        chosen = flips[first : first + views]
+        flipped = torch.cat([flip.forth(batch) for flip in chosen])
         for network in networks:
             parts = network(flipped).chunk(len(chosen))
             if parts[0].shape != expected:
                 raise ValueError(f"the network gave {tuple(parts[0].shape)} for {tuple(batch.shape)}, not {expected}")
-            for axes, part in zip(chosen, parts):
-                total += part.flip(axes)
+            for flip, part in zip(chosen, parts):
+                total += flip.back(part)
     # The sum is finite only if every number is, and needs no array of truth values.
     if not total.sum().isfinite():
         raise AutosegError(

@@ -42,6 +42,8 @@ class Dataset:
     file_ending: str
     cases: tuple[Case, ...]
     notes: tuple[str, ...] = ()
+    group_by: str | None = None
+    """Pattern of the cases of one patient, as for --group-by."""
 
     def annotated(self) -> dict[str, tuple[str, ...]]:
         """Case -> classes that were annotated in it; only of cases where not all were."""
@@ -70,6 +72,11 @@ def open_dataset(folder: Path) -> Dataset:
     channel_names = read_channels(content, faults)
     labels = read_label_names(content, faults)
     ending = read_ending(content, folder, faults)
+    group_by = content.get("group_by")
+    if not isinstance(group_by, str | None):
+        faults.append(
+            f'group_by: must be a regular expression like "(patient[0-9]+)", found {json.dumps(group_by)[:80]}'
+        )
     if faults:
         raise AutosegError(listed(f"{folder / 'dataset.json'} has faults", faults))
     assert labels is not None
@@ -93,6 +100,7 @@ def open_dataset(folder: Path) -> Dataset:
         file_ending=ending,
         cases=cases,
         notes=tuple(notes),
+        group_by=group_by,
     )
 
 

@@ -12,6 +12,7 @@ Sources: soft Dice after Drozdzal et al. (DLMIA 2016), the sum and the scales af
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -25,6 +26,27 @@ from autoseg.labels import Labels
 
 SMOOTH = 1e-5
 """Added to numerator and denominator of Dice: a class absent from target and prediction scores 1."""
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What part of a batch the samples at hand are, where several processes have one each.
+
+    Losses give this part's contribution to the loss of the whole batch, which is the sum over all parts; the gradient
+    is that of the whole by the logits at hand.
+    """
+
+    share: float = 1.0
+    """Of the samples of the whole batch."""
+    total: Callable[[Tensor], Tensor] = _as_it_is
+    """Sums a tensor over all parts."""
+
+
+WHOLE = Part()
 
 
 class _DiceCrossEntropy(torch.autograd.Function):
@@ -43,16 +65,17 @@ class _DiceCrossEntropy(torch.autograd.Function):
         dice_share: float,
         ce_share: float,
         batch_dice: bool,
+        part: Part,
     ) -> Tensor:
         shares = torch.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if ignored is None:
-            cross_entropy = -shares.gather(1, target[:, None]).mean()
-            ctx.by_log_share = -ce_share / target.numel()
+            cross_entropy = -shares.gather(1, target[:, None]).mean() * part.share
+            ctx.by_log_share = -ce_share / target.numel() * part.share
             weight = torch.ones_like(target, dtype=shares.dtype)
         else:
             target = target.masked_fill(ignored, 0)
             weight = (~ignored).to(shares.dtype)
-            voxels = weight.sum().clamp_(min=1)
+            voxels = part.total(weight.sum()).clamp_(min=1)
             cross_entropy = -shares.gather(1, target[:, None]).masked_fill_(ignored[:, None], 0).sum() / voxels
             ctx.by_log_share = -ce_share / voxels
         shares.exp_()
@@ -62,7 +85,7 @@ class _DiceCrossEntropy(torch.autograd.Function):
         hit = _sum_by_class(shares.gather(1, target[:, None])[:, 0], target, logits.shape[1])
         present = _sum_by_class(weight, target, logits.shape[1])
         del shares, weight
-        mean, by_expected, by_hit = _mean_dice(expected, hit, present, counted, 1, dice_share, batch_dice)
+        mean, by_expected, by_hit = _mean_dice(expected, hit, present, counted, 1, dice_share, batch_dice, part)
         ctx.save_for_backward(logits, target, ignored, by_expected, by_hit)
         return ce_share * cross_entropy - dice_share * mean
 
@@ -83,7 +106,7 @@ class _DiceCrossEntropy(torch.autograd.Function):
         gradient.scatter_add_(1, target[:, None], at_truth[:, None])
         if ignored is not None:
             gradient.masked_fill_(ignored[:, None], 0)
-        return gradient.to(logits.dtype), *[None] * 6
+        return gradient.to(logits.dtype), *[None] * 7
 
 
 class _DiceBinaryCrossEntropy(torch.autograd.Function):
@@ -100,6 +123,7 @@ class _DiceBinaryCrossEntropy(torch.autograd.Function):
         dice_share: float,
         ce_share: float,
         batch_dice: bool,
+        part: Part,
     ) -> Tensor:
         samples, regions = logits.shape[:2]
         kind = torch.promote_types(logits.dtype, torch.float32)
@@ -112,14 +136,16 @@ class _DiceBinaryCrossEntropy(torch.autograd.Function):
                 terms.masked_fill_(ignored, 0)
                 share.masked_fill_(ignored, 0)
                 truth &= ~ignored
-            surprise[:, k], expected[:, k], present[:, k] = (part.sum((1, 2)) for part in (terms, share, truth))
+            surprise[:, k], expected[:, k], present[:, k] = (
+                voxelwise.sum((1, 2)) for voxelwise in (terms, share, truth)
+            )
             hit[:, k] = share.mul_(truth).sum((1, 2))
-        mean, by_expected, by_hit = _mean_dice(expected, hit, present, counted, 0, dice_share, batch_dice)
+        mean, by_expected, by_hit = _mean_dice(expected, hit, present, counted, 0, dice_share, batch_dice, part)
         voxels = surprise.new_full((samples, 1), target[0].numel())
         if ignored is not None:
             voxels -= ignored.flatten(1).sum(1, keepdim=True)
         entries = torch.ones_like(surprise) if counted is None else counted
-        by_term = entries / (entries * voxels).sum().clamp_(min=1)
+        by_term = entries / part.total((entries * voxels).sum()).clamp_(min=1)
         ctx.save_for_backward(logits, target, ignored, table, by_expected, by_hit, ce_share * by_term)
         return ce_share * (by_term * surprise).sum() - dice_share * mean
 
@@ -135,7 +161,7 @@ class _DiceBinaryCrossEntropy(torch.autograd.Function):
             share.sub_(truth.to(share.dtype)).mul_(by_term[:, k]).add_(of_dice)
         if ignored is not None:
             gradient.masked_fill_(ignored[:, None], 0)
-        return gradient.to(logits.dtype), *[None] * 7
+        return gradient.to(logits.dtype), *[None] * 8
 
 
 def _mean_dice(
@@ -146,26 +172,33 @@ def _mean_dice(
     first: int,
     share: float,
     batch_dice: bool,
+    part: Part,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean soft Dice from sums (B, K), and the derivatives of -share times it by `expected` and by `hit`.
 
     The mean is over the entries that are `counted`, or where that is None over all classes from `first` on. With
-    `batch_dice` a class is pooled over the samples where it counts, and its derivatives may be (1, K).
+    `batch_dice` a class is pooled over the samples where it counts, and its derivatives may be (1, K). Of the mean the
+    contribution of the `part` is returned.
     """
     if counted is not None:
         expected, hit, present = (statistic * counted for statistic in (expected, hit, present))
     if batch_dice:
-        expected, hit, present = (statistic.sum(0, keepdim=True) for statistic in (expected, hit, present))
+        expected, hit, present = part.total(
+            torch.stack([statistic.sum(0, keepdim=True) for statistic in (expected, hit, present)])
+        )
     numerator, denominator = 2 * hit + SMOOTH, expected + present + SMOOTH
     quotient = numerator / denominator
     scale: Tensor | float
     if counted is None:
         chosen = quotient[:, first:]
-        mean, scale = chosen.mean(), share / chosen.numel()
+        mean, scale = chosen.mean() * part.share, share / chosen.numel()
+        # Pooled over the whole batch, the derivative by a sum of this part is that by the whole sum.
+        scale = scale if batch_dice else scale * part.share
     else:
-        weight = counted.amax(0, keepdim=True) if batch_dice else counted
-        weight = weight / weight.sum().clamp(min=1)
-        mean, scale = (weight * quotient).sum(), share * weight
+        weight = (part.total(counted.sum(0, keepdim=True)) > 0).to(counted.dtype) if batch_dice else counted
+        entries = weight.sum() if batch_dice else part.total(weight.sum())
+        weight = weight / entries.clamp(min=1)
+        mean, scale = (weight * quotient).sum() * (part.share if batch_dice else 1.0), share * weight
     # By the two sums of a class: over all voxels, and over the voxels where the class is true.
     by_expected = scale * numerator / denominator**2
     by_hit = -2 * scale / denominator
@@ -210,6 +243,7 @@ def _loss(
     batch_dice: bool,
     labels: Labels | None,
     annotated: Tensor | None,
+    part: Part,
 ) -> Tensor:
     if logits.shape[2:] != target.shape[1:] or len(logits) != len(target):
         raise ValueError(
@@ -231,10 +265,10 @@ def _loss(
     if exclusive:
         if annotated is not None:
             shaped, rows = _merge(shaped, rows, annotated)
-        return _DiceCrossEntropy.apply(shaped, rows, ignored, counted, dice_share, ce_share, batch_dice)
+        return _DiceCrossEntropy.apply(shaped, rows, ignored, counted, dice_share, ce_share, batch_dice, part)
     assert labels is not None
     table = _table(labels.members, len(labels.known), logits.device)
-    return _DiceBinaryCrossEntropy.apply(shaped, rows, ignored, counted, table, dice_share, ce_share, batch_dice)
+    return _DiceBinaryCrossEntropy.apply(shaped, rows, ignored, counted, table, dice_share, ce_share, batch_dice, part)
 
 
 def dice_ce(
@@ -244,12 +278,13 @@ def dice_ce(
     batch_dice: bool,
     labels: Labels | None = None,
     annotated: Tensor | None = None,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Cross-entropy minus soft Dice: from -1 (perfect) upwards.
 
     logits (B, K, *s) of any floating type; target (B, *s) integer, a label map of `labels` with no negative index; None
     means K classes that exclude each other. annotated: bool (B, classes without background), which classes were
-    annotated in each sample; None: all.
+    annotated in each sample; None: all. part: see `Part`; else the samples are the whole batch.
     The result is a scalar in float32, or float64 for such logits; so are all sums on the way. Cross-entropy is the mean
     over voxels (and regions), Dice the mean over the K-1 foreground classes (K regions) of
     (2 sum(p g) + 1e-5) / (sum(p) + sum(g) + 1e-5): sums over each sample and then the mean over the batch, or over the
@@ -257,7 +292,7 @@ def dice_ce(
     samples without any other, and classes that were not annotated in a sample take part in nothing; zero where nothing
     is left. Raises ValueError for shapes that do not fit.
     """
-    return _loss(logits, target, 1.0, 1.0, batch_dice, labels, annotated)
+    return _loss(logits, target, 1.0, 1.0, batch_dice, labels, annotated, part)
 
 
 def dice(
@@ -267,9 +302,10 @@ def dice(
     batch_dice: bool,
     labels: Labels | None = None,
     annotated: Tensor | None = None,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Minus soft Dice, from -1 (perfect) to 0; arguments as in `dice_ce`."""
-    return _loss(logits, target, 1.0, 0.0, batch_dice, labels, annotated)
+    return _loss(logits, target, 1.0, 0.0, batch_dice, labels, annotated, part)
 
 
 def cross_entropy(
@@ -279,9 +315,10 @@ def cross_entropy(
     batch_dice: bool,
     labels: Labels | None = None,
     annotated: Tensor | None = None,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Mean cross-entropy over voxels; arguments as in `dice_ce`, of which `batch_dice` changes nothing here."""
-    return _loss(logits, target, 0.0, 1.0, batch_dice, labels, annotated)
+    return _loss(logits, target, 0.0, 1.0, batch_dice, labels, annotated, part)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"dice_ce": dice_ce, "dice": dice, "ce": cross_entropy}

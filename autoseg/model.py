@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from autoseg.bundle import Bundle, ModelCard, read, refusal
 from autoseg.checkpoint import load_weights, read_weights
-from autoseg.inference import predict_logits
+from autoseg.inference import Swap, predict_logits
+from autoseg.mirroring import Flips
 from autoseg.networks import NETWORKS, build
 from autoseg.postprocess import PostProcessing, apply
-from autoseg.preprocess import PreparedCase, Trace, prepare, project, project_labels, restore, restore_probabilities
+from autoseg.preprocess import PreparedCase, Trace, prepare, project, restore, restore_probabilities
 from autoseg.records import AutosegError, load_json, to_json
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.training import WEIGHTS
-from autoseg.volume import Grid, Volume
+from autoseg.volume import Grid, Volume, canonical_grid
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -57,21 +58,17 @@ class Model:
         """Prepared case -> mean logits (K, Z, Y, X) of all folds on the prepared grid, float32.
 
         prior: labels (Z, Y, X) of the earlier stage on the same grid; left out, `before` predicts them.
-        step: distance of tiles as a share of the patch; mirror: average over the flips of `mirror_axes` too.
+        step: distance of tiles as a share of the patch; mirror: average over mirror images too.
         """
-        patch, flips = self.configuration.patch, self.configuration.mirror_axes
+        patch, flips = self.configuration.patch, self.plan.flips(self.configuration)
         image = np.asarray(case.image[...])
         if self.configuration.previous_stage is not None:
             if prior is None:
                 if self.before is None or case.before is None:
                     raise ValueError(f"{self.configuration.name} needs the labels of the stage before, or its model")
                 earlier = self.before.logits(case.before, step=step, mirror=mirror)
-                found = earlier, case.before.trace
-                if self.configuration.prior == "labels":
-                    on_file = restore(*found, self.plan.labels, self.before.configuration)
-                    prior = project_labels(on_file, case.trace, self.configuration)
-                else:
-                    prior = project(*found, case.trace, self.plan.labels, self.before.configuration)
+                stages = self.before.configuration, self.configuration
+                prior = project(earlier, case.before.trace, case.trace, self.plan.labels, *stages)
             masks = [prior == index for index in self.plan.labels.foreground]
             image = np.concatenate([image, np.stack(masks).astype(np.float32)])
         return predict_logits(
@@ -80,15 +77,27 @@ class Model:
             patch=patch,
             heads=self.plan.labels.heads,
             step=step,
-            mirror_axes=(tuple(range(len(patch))) if flips is None else flips) if mirror else (),
+            mirror_axes=flips.axes if mirror else (),
+            swap=self.swap(flips),
             device=self.device,
             progress=progress,
         ).numpy()
 
+    def swap(self, flips: Flips) -> Swap | None:
+        """What trades places in a mirrored view: heads of left and right, and in a cascade the masks of both."""
+        if not flips.indices:
+            return None
+        assert flips.left_right is not None
+        labels, images = self.plan.labels, len(self.plan.channels)
+        masks = [images + flips.indices[i] - 1 for i in labels.foreground] if self.configuration.previous_stage else []
+        return Swap(axis=flips.left_right, channels=(*range(images), *masks), heads=flips.heads)
+
     def labels(self, logits: np.ndarray, trace: Trace, rule: PostProcessing | None = None) -> np.ndarray:
         """Logits of a prepared case -> labels (Z, Y, X) on its file's canonical grid, with the values of the files."""
         indices = restore(logits, trace, self.plan.labels, self.configuration)
-        return self.plan.labels.to_values(indices if rule is None else apply(indices, rule))
+        if rule is not None:
+            indices = apply(indices, rule, canonical_grid(trace.stored).spacing_mm)
+        return self.plan.labels.to_values(indices)
 
     def probabilities(self, logits: np.ndarray, trace: Trace) -> np.ndarray:
         """Logits of a prepared case -> probabilities (K, Z, Y, X), float32, on its file's canonical grid."""
@@ -182,10 +191,12 @@ def in_folders(folders: Sequence[Path], before: Sequence[Path] = ()) -> Trained:
     runs = [open_run(folder) for folder in folders]
     first = runs[0]
     for run, folder in zip(runs, folders):
-        if to_json(run.plan) != to_json(first.plan) or run.configuration != first.configuration:
+        name = run.configuration
+        if name != first.configuration or run.plan.concerning(name) != first.plan.concerning(name):
             raise AutosegError(f"{folder} was trained with another plan than {folders[0]}; they cannot be averaged")
     earlier = in_folders(before) if before else None
-    if earlier is not None and to_json(earlier.plan) != to_json(first.plan):
+    name = first.configuration
+    if earlier is not None and earlier.plan.concerning(name) != first.plan.concerning(name):
         raise AutosegError(f"{before[0]} was trained with another plan than {folders[0]}; they make no cascade")
     configuration = first.plan.configuration(first.configuration)
 

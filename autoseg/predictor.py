@@ -76,7 +76,7 @@ class Predictor:
         array (Z, Y, X) or (C, Z, Y, X) with `spacing` in mm, in the order of its spatial axes. For a model of 2D
         images the arrays are (Y, X) or (C, Y, X). An array has no orientation: its axes are taken to run to the
         patient's superior, posterior and left side, in this order.
-        mirror: average over all flips; step: distance of tiles as a share of the patch.
+        mirror: average over mirror images too; step: distance of tiles as a share of the patch.
 
         Raises AutosegError for an image that cannot be read or does not fit the model.
         """

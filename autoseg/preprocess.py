@@ -266,11 +266,20 @@ def restore(logits: np.ndarray, trace: Trace, labels: Labels, configuration: Con
     return _uncrop(indices, trace, 0)
 
 
-def project(logits: np.ndarray, trace: Trace, onto: Trace, labels: Labels, configuration: Configuration) -> np.ndarray:
-    """Logits (K, Z, Y, X) of one configuration -> label map int16 on the prepared grid of another, `onto`.
+def project(
+    logits: np.ndarray, trace: Trace, onto: Trace, labels: Labels, configuration: Configuration, later: Configuration
+) -> np.ndarray:
+    """Logits (K, Z, Y, X) of one configuration -> label map int16 on the prepared grid `onto` of the stage `later`.
 
-    What the next stage of a cascade reads. Both are the same case, so both have the same crop.
+    What the next stage of a cascade reads. Both are the same case, so both have the same crop. By `later.prior` the
+    logits are resampled, by the rules of their own stage, or the labels that `restore` makes of them, as labels and by
+    the rules of the later stage. There what is outside the image content counts as background; nnU-Net gives it a label
+    of its own, which can tell at the rim of the content where a class reaches it.
     """
+    if later.prior == "labels":
+        indices = restore(logits, trace, labels, configuration)
+        cropped = _turn(cut(indices, onto.crop, 0), onto.axes)
+        return resample_labels(cropped, onto.original_spacing_mm, onto.spacing_mm, onto.shape, later.resampling)
     return _decode(logits, trace.spacing_mm, onto.spacing_mm, onto.shape, labels, configuration.resampling)
 
 
@@ -287,16 +296,6 @@ def _decode(
         return resample_argmax(logits, current_mm, target_mm, shape, rules)
     heads = (resample_logits(logit[None], current_mm, target_mm, shape, rules)[0] for logit in logits)
     return labels.decode(heads).astype(np.int16)
-
-
-def project_labels(indices: np.ndarray, onto: Trace, configuration: Configuration) -> np.ndarray:
-    """Class indices on the canonical grid of a case, as `restore` gives them -> on the prepared grid `onto`.
-
-    For cascades that are imported: the labels are resampled as labels, by the rules of the later stage.
-    """
-    cropped = _turn(cut(indices, onto.crop, 0), onto.axes)
-    here = onto.original_spacing_mm, onto.spacing_mm, onto.shape
-    return resample_labels(cropped, *here, configuration.resampling)
 
 
 def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, configuration: Configuration) -> np.ndarray:

@@ -133,10 +133,15 @@ def load_json(kind: type[T], path: Path) -> T:
         text = path.read_text()
     except FileNotFoundError:
         raise AutosegError(f"{path} does not exist; run the step that writes it first") from None
+    return from_json(kind, text, str(path))
+
+
+def from_json(kind: type[T], text: str, where: str = "a message") -> T:
+    """The record of class `kind` that `text` holds; AutosegError as `load_json`, `where` says what the text is."""
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        raise AutosegError(f"{path} is not a valid {getattr(kind, '__name__', 'file')}:\n{problems(error)}") from None
+        raise AutosegError(f"{where} is not a valid {getattr(kind, '__name__', 'file')}:\n{problems(error)}") from None
 
 
 def hash_text(*parts: str) -> str:

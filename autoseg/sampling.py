@@ -24,6 +24,7 @@ from autoseg.labels import UNSEEN
 from autoseg.preprocess import ANNOTATED, PreparedCase
 from autoseg.records import AutosegError
 from autoseg.store import load_case, read_case
+from autoseg.team import ALONE, Team
 from autoseg.volume import Box, cut
 
 
@@ -76,7 +77,10 @@ class Patch:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sources:
-    """One step's boxes as read from disk, and the transforms drawn for them."""
+    """One step's boxes as read from disk, and the transforms drawn for them.
+
+    Where several processes share a batch, `patches` are those of the whole batch and all else is of this process's own.
+    """
 
     step: int
     patches: tuple[Patch, ...]
@@ -90,7 +94,10 @@ class Sources:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """What one training step sees: image (B, C, *patch) float32, labels (B, *patch) int64, a label map."""
+    """What one training step sees: image (B, C, *patch) float32, labels (B, *patch) int64, a label map.
+
+    Where several processes share a batch, `patches` are those of the whole batch and B counts this process's own.
+    """
 
     step: int
     patches: tuple[Patch, ...]
@@ -101,7 +108,7 @@ class Batch:
 
     @property
     def cases(self) -> tuple[str, ...]:
-        """Names of the cases, one a sample."""
+        """Names of the cases, one a patch."""
         return tuple(patch.case for patch in self.patches)
 
 
@@ -198,6 +205,13 @@ class Sampler:
     prior: Prior | None = None
     annotated: Mapping[str, tuple[bool, ...]] | None = None
     """Case -> which classes were annotated, background apart; None where no case lacks any."""
+    team: Team = ALONE
+    """Every process draws the whole batch, as one alone would, and reads and assembles its own samples."""
+
+    @property
+    def own(self) -> slice:
+        """Which samples of a batch are this process's."""
+        return self.team.own(self.batch_size)
 
     def sources(self, step: int) -> Sources:
         """Everything of step `step`, read from the cases. Raises AutosegError that names the case it failed on."""
@@ -206,6 +220,7 @@ class Sampler:
         forced = forced_foreground(self.batch_size, self.foreground_fraction)
         patches, arrays, priors = [], [], []
         draws: Drawn | None = None
+        own = range(self.batch_size)[self.own]
         for sample, (index, foreground) in enumerate(zip(chosen, forced)):
             name = self.case_names[index]
             try:
@@ -216,8 +231,9 @@ class Sampler:
                     child = generator(self.seed, self.stream, step).spawn(1)[0]
                     draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0])
                 source = grow(box, draws.source_shape(sample))
-                arrays.append(cut_sources(case, source, len(self.patch)))
-                if self.prior is not None:
+                if sample in own:
+                    arrays.append(cut_sources(case, source, len(self.patch)))
+                if sample in own and self.prior is not None:
                     priors.append(cut_source(self.prior.maps(name), source, len(self.patch), 0).short())
             except Exception as error:
                 raise AutosegError(f"loading a patch of case {name} failed: {type(error).__name__}: {error}") from error
@@ -225,11 +241,11 @@ class Sampler:
         assert draws is not None
         prior_draws = None
         if self.prior is not None and self.prior.corrupted:
-            prior_draws = draw_prior(rng, self.batch_size, len(self.prior.foreground))
+            prior_draws = draw_prior(rng, self.batch_size, len(self.prior.foreground)).part(self.own)
         return Sources(
             step=step,
             patches=tuple(patches),
-            draws=draws,
+            draws=draws.part(self.own),
             arrays=tuple(arrays),
             priors=tuple(priors),
             prior_draws=prior_draws,
@@ -247,7 +263,7 @@ class Sampler:
             image = torch.cat([image, masks], dim=1)
         annotated = None
         if self.annotated is not None:
-            annotated = torch.tensor([self.annotated[patch.case] for patch in sources.patches], device=device)
+            annotated = torch.tensor([self.annotated[patch.case] for patch in sources.patches[self.own]], device=device)
         return Batch(step=sources.step, patches=sources.patches, image=image, labels=labels, annotated=annotated)
 
 

@@ -4,11 +4,13 @@ Spatial tuples run in array order: (Z, Y, X) for 3D, (Y, X) for 2D configuration
 order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. Lengths are millimetres.
 """
 
+from dataclasses import field, replace
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat
 
 from autoseg.labels import Labels
+from autoseg.mirroring import EVERY_AXIS, Flips, Mirroring, other_index
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
 
 Dimension = Literal[2, 3]
@@ -44,6 +46,9 @@ class CaseFingerprint:
     """Of the files and of what dataset.json says about them; tells whether anything has changed since."""
     annotated: tuple[str, ...] | None = None
     """The classes that were annotated, where not all were."""
+    across: dict[int, float] | None = None
+    """Class (position in `Labels.names`) -> its centre of mass along the canonical X axis, 0 at the patient's right
+    to 1 at the left end of the cropped image; only classes that the case has. None in fingerprints taken without."""
 
 
 @record
@@ -121,7 +126,8 @@ class Configuration:
     """What of the previous stage is brought onto the grid of this one when predicting: its logits, or its labels on the
     grid of the file, as nnU-Net does with the files that its first stage has written."""
     mirror_axes: tuple[int, ...] | None = None
-    """Positions in `patch` along which predictions may be averaged over flips; None: all of them."""
+    """Positions in `patch` along which there may be mirror images, in training and prediction; None: all of them. What
+    `Plan.mirroring` forbids is forbidden all the same."""
     prepared: str
     """The configuration whose prepared cases are read; its own name unless data are shared."""
 
@@ -154,12 +160,41 @@ class Plan:
     labels: Labels
     data_hash: str = ""
     """Of the cases that it was made from."""
+    mirroring: Mirroring = EVERY_AXIS
     configurations: tuple[Configuration, ...]
     reasons: tuple[Reason, ...] = ()
+    planned: dict[str, str] = field(default_factory=dict)
+    """Configuration (and `channels`, and `plan`: the rest) -> hash as it was planned; any other one: edited by hand."""
+
+    def __post_init__(self) -> None:
+        if not self.mirroring.swapped:
+            return
+        try:
+            other_index(self.labels, self.mirroring.swapped)
+        except ValueError as error:
+            raise ValueError(f"mirroring.swapped: {error}") from None
 
     def in_channels(self, configuration: Configuration) -> int:
         """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class."""
         return len(self.channels) + (len(self.labels.foreground) if configuration.previous_stage else 0)
+
+    def concerning(self, *names: str) -> "Plan":
+        """What the plan says about these configurations and those they read from; for telling whether plans agree.
+
+        Other configurations may come and go while runs of these exist.
+        """
+        known = {configuration.name: configuration for configuration in self.configurations}
+        kept = list(names)
+        for name in kept:
+            if name in known:
+                read = (known[name].prepared, known[name].previous_stage)
+                kept += [other for other in read if other is not None and other not in kept]
+        chosen = tuple(configuration for configuration in self.configurations if configuration.name in kept)
+        return replace(self, configurations=chosen, reasons=(), planned={})
+
+    def flips(self, configuration: Configuration) -> Flips:
+        """The mirror images of a configuration's patches, in training and prediction."""
+        return self.mirroring.flips(self.labels, configuration.dimension, configuration.mirror_axes)
 
     def configuration(self, name: str) -> Configuration:
         """The configuration called `name`; raises AutosegError that lists the ones there are."""

@@ -10,6 +10,7 @@ answered between two steps or two validation batches; what is saved there goes o
 import json
 import math
 import shutil
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, sav
 from autoseg.computing import apply, autocast, scaler
 from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics
 from autoseg.labels import Labels
-from autoseg.losses import LOSSES, deep_supervision, scale_targets
+from autoseg.losses import LOSSES, Part, deep_supervision, scale_targets
 from autoseg.progress import Progress
 from autoseg.records import AutosegError
 from autoseg.sampling import Batch, Sampler, prefetch
@@ -36,6 +37,7 @@ from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, learning_rate,
 from autoseg.schema import Recipe, Tuning
 from autoseg.settings import say_duration
 from autoseg.signals import Requests, Stopped
+from autoseg.team import ALONE, Team
 
 BAD_STEPS = "bad_steps.jsonl"
 WEIGHTS = "weights.safetensors"
@@ -59,6 +61,8 @@ class Parts:
     folder: Path
     tuning: Tuning
     """How it computes; the process is settled for it, the network not yet."""
+    team: Team = ALONE
+    """The processes that share each batch."""
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -75,9 +79,13 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(loss, logits at full resolution) of one batch."""
+    """(loss, logits at full resolution) of one batch; of the loss what this process's samples contribute to it."""
     loss = partial(
-        LOSSES[parts.recipe.loss], batch_dice=parts.batch_dice, labels=parts.labels, annotated=batch.annotated
+        LOSSES[parts.recipe.loss],
+        batch_dice=parts.batch_dice,
+        labels=parts.labels,
+        annotated=batch.annotated,
+        part=Part(share=len(batch.image) / len(batch.patches), total=parts.team.total),
     )
     with autocast(parts.tuning, parts.device):
         if not parts.recipe.deep_supervision:
@@ -88,15 +96,23 @@ def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def training_step(
-    parts: Parts, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batch: Batch
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: Batch,
+    gathered: Callable[[], None] = lambda: None,
 ) -> float | None:
-    """One optimizer step; its loss, or None if loss or gradient was not finite and the step was skipped."""
+    """One optimizer step; its loss, or None if loss or gradient was not finite and the step was skipped.
+
+    gathered: waits for the gradients of other processes, see `Team.share`.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss, _ = batch_loss(parts, batch)
-    value = loss.item()
+    value = parts.team.total(loss.detach()).item()
     if not math.isfinite(value):
         return None
     scaler.scale(loss).backward()
+    gathered()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parts.network.parameters(), parts.recipe.clip_norm)
     # A scale that was too large is no bad batch: the scaler leaves the step out and tries a smaller one.
@@ -113,7 +129,7 @@ def workload(parts: Parts, fresh: Callable[[], nn.Module]) -> Workload:
     batch = parts.training.assemble(parts.training.sources(0), parts.device)
 
     def step_of(network: nn.Module, setting: Tuning) -> Callable[[], object]:
-        own = replace(parts, network=network.train(), tuning=setting)
+        own = replace(parts, network=network.train(), tuning=setting, team=ALONE)
         optimizer, loss_scaler = make_optimizer(network, parts.recipe), scaler(setting, parts.device)
         return lambda: training_step(own, optimizer, loss_scaler, batch)
 
@@ -150,12 +166,13 @@ def validate(
         for batch in batches(parts.validation, range(first, first + steps), parts.recipe.loader_threads, parts.device):
             between()
             loss, logits = batch_loss(parts, batch)
-            losses.append(loss.item())
+            losses.append(parts.team.total(loss).item())
             found = class_counts(logits, batch.labels, parts.labels)
             if batch.annotated is not None:
                 found *= batch.annotated
             counts += found.sum(1).cpu()
     parts.network.train()
+    counts = parts.team.total(counts)
     dice = {
         name: (2 * counts[0, i] / (counts[1, i] + counts[2, i])).item() if counts[1:, i].sum() > 0 else None
         for i, name in enumerate(parts.labels.names[1:])
@@ -208,42 +225,48 @@ def train(
     """Train one fold to the end of its recipe, going on from its newest checkpoint if there is one.
 
     Writes metrics.jsonl, checkpoints and at the end weights.safetensors into `parts.folder`; `on_epoch` receives all
-    metric lines after each epoch. `requests` are answered as they come in; `clock` gives seconds. Raises AutosegError
-    when losses stay non-finite or a patch cannot be read, Stopped when the end was asked for.
+    metric lines after each epoch. `requests` are answered as they come in; `clock` gives seconds. Where several
+    processes train together all call this; one of them writes, and its clock and all their requests count. Raises
+    AutosegError when losses stay non-finite or a patch cannot be read, Stopped when the end was asked for.
     """
-    recipe, folder, device = parts.recipe, parts.folder, parts.device
+    recipe, folder, device, team = parts.recipe, parts.folder, parts.device, parts.team
     asked = requests or Requests()
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".checkpoint_*.tmp"):
-        shutil.rmtree(left)
+    if team.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".checkpoint_*.tmp"):
+            shutil.rmtree(left)
     network = apply(parts.network, parts.tuning, device).train()
     optimizer = make_optimizer(network, recipe)
     loss_scaler = scaler(parts.tuning, device)
     state = load_checkpoint(folder, network, optimizer) or Progressed(step=0, epoch=0, epoch_start=0)
     if state.loss_scale:
         loss_scaler.load_state_dict(state.loss_scale)
-    forget_metrics_from(folder, state.epoch)
+    gathered = team.share(network)
+    if team.leads:
+        forget_metrics_from(folder, state.epoch)
     bad: list[Batch] = []
     recent: deque[float] = deque(maxlen=RECENT_STEPS)
-    started, saved = clock() - state.seconds, state.seconds
+    started, saved = team.lead(clock()) - state.seconds, state.seconds
     validating = 0.0
     """Seconds of the last pseudo-validation, which the budget must still hold if it ends within an epoch."""
 
     def elapsed() -> float:
-        return clock() - started
+        return team.lead(clock()) - started
 
     def save() -> None:
-        save_checkpoint(folder, network, optimizer, replace(state, loss_scale=loss_scaler.state_dict()))
+        if team.leads:
+            save_checkpoint(folder, network, optimizer, replace(state, loss_scale=loss_scaler.state_dict()))
 
     def heed() -> None:
-        if asked.save or asked.stop is not None:
+        wanted, stop = team.largest(asked.save, asked.stop or 0)
+        if wanted or stop:
             asked.save = False
             save()
             bar.say(f"checkpoint of step {state.step} saved")
-        if asked.stop is not None:
-            raise Stopped(asked.stop)
+        if stop:
+            raise Stopped(signal.Signals(stop))
 
-    with _progress_bar(recipe, state) as bar:
+    with _progress_bar(recipe, state, quiet=not team.leads) as bar:
         if _epoch_is_full(recipe, state):  # it was stopped in its pseudo-validation
             state = _end_epoch(parts, optimizer, state, on_epoch, heed)
         mark = elapsed()
@@ -257,10 +280,11 @@ def train(
                 group["lr"] = learning_rate(
                     recipe, step=batch.step, progress=progress(recipe, step=state.epoch_start, seconds=now)
                 )
-            loss = training_step(parts, optimizer, loss_scaler, batch)
+            loss = training_step(parts, optimizer, loss_scaler, batch, gathered)
             if loss is None:
                 bad.append(batch)
-                record_bad_step(folder, batch)
+                if team.leads:
+                    record_bad_step(folder, batch)
                 if len(bad) >= recipe.max_bad_steps:
                     raise AutosegError(
                         f"the loss was not finite in {len(bad)} steps in a row (step {batch.step}); cases involved: "
@@ -292,7 +316,8 @@ def train(
             state = _end_epoch(parts, optimizer, state, on_epoch, heed)
             state = replace(state, seconds=elapsed())
     save()
-    save_weights(network, folder / WEIGHTS)
+    if team.leads:
+        save_weights(network, folder / WEIGHTS)
     return state
 
 
@@ -331,10 +356,11 @@ def _with_rhythm(recipe: Recipe, state: Progressed, timed: Iterable[float], bar:
     return replace(state, rhythm=rhythm)
 
 
-def _progress_bar(recipe: Recipe, state: Progressed) -> Progress:
+def _progress_bar(recipe: Recipe, state: Progressed, quiet: bool) -> Progress:
     if recipe.budget_seconds is not None:
-        return Progress("train", round(recipe.budget_seconds), unit="s", initial=int(state.seconds))
-    return Progress("train", recipe.epochs * recipe.steps_per_epoch, unit="step", initial=state.step)
+        return Progress("train", round(recipe.budget_seconds), unit="s", initial=int(state.seconds), quiet=quiet)
+    steps = recipe.epochs * recipe.steps_per_epoch
+    return Progress("train", steps, unit="step", initial=state.step, quiet=quiet)
 
 
 def _show(bar: Progress, recipe: Recipe, state: Progressed, loss: float | None) -> None:
@@ -371,6 +397,7 @@ def _end_epoch(
         skipped_steps=state.skipped_steps,
         seconds=round(state.seconds, 2),
     )
-    append_metrics(parts.folder, line)
-    on_epoch(read_metrics(parts.folder))
+    if parts.team.leads:
+        append_metrics(parts.folder, line)
+        on_epoch(read_metrics(parts.folder))
     return replace(state, epoch=state.epoch + 1, epoch_start=state.step, smooth_pseudo_dice=smooth, epoch_losses=())

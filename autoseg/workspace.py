@@ -46,9 +46,12 @@ class Workspace:
         return self.run(dataset, run, configuration) / f"fold_{fold}"
 
     def datasets(self) -> dict[str, Path]:
-        """Name -> raw folder (which may be gone once the data are prepared) of every dataset of the workspace."""
+        """Name -> raw folder (which may be gone once the data are prepared) of every dataset of the workspace.
+
+        Hidden folders are datasets that are being written.
+        """
         names = {folder.name for kind in ("raw", "prepared", "runs") for folder in (self.root / kind).glob("*/")}
-        return {name: self.raw(name) for name in sorted(names)}
+        return {name: self.raw(name) for name in sorted(names) if not name.startswith(".")}
 
     def dataset(self, text: str) -> tuple[str, Path]:
         """The name and raw folder of the dataset that `text` means.

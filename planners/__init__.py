@@ -5,8 +5,23 @@ a preset of your own is `dataclasses.replace(PLANNERS["resenc_l"], name="mine", 
 """
 
 from autoseg.planners.default import plan
+from autoseg.planners.edits import added, difference, edited, keep_edits, stamped
 from autoseg.planners.explain import explain
 from autoseg.planners.like import plan_like
 from autoseg.planners.rules import PLANNERS, Budget, Rules
+from autoseg.planners.sides import says_sides
 
-__all__ = ["PLANNERS", "Budget", "Rules", "explain", "plan", "plan_like"]
+__all__ = [
+    "PLANNERS",
+    "Budget",
+    "Rules",
+    "added",
+    "difference",
+    "edited",
+    "explain",
+    "keep_edits",
+    "plan",
+    "plan_like",
+    "says_sides",
+    "stamped",
+]

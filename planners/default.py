@@ -16,6 +16,7 @@ from autoseg.labels import Labels
 from autoseg.planners.fit import fit
 from autoseg.planners.grid import Triple, axis_order, by, median_shape, target_spacing
 from autoseg.planners.rules import Rules
+from autoseg.planners.sides import mirroring
 from autoseg.records import AutosegError
 from autoseg.schema import ChannelNorm, Configuration, Fingerprint, Plan, Reason
 
@@ -61,6 +62,7 @@ def plan(
     target, spacing_reason = target_spacing(fingerprint, rules, spacing_mm)
     order, order_reason = axis_order(fingerprint, target)
     channels, channel_reasons = _normalisation(fingerprint, rules)
+    mirrored, mirror_reasons = mirroring(fingerprint, labels, order)
 
     spacing: Triple = (target[order[0]], target[order[1]], target[order[2]])
     shape = median_shape(fingerprint, target)
@@ -82,8 +84,9 @@ def plan(
         axis_order=order,
         channels=channels,
         labels=labels,
+        mirroring=mirrored,
         configurations=configurations,
-        reasons=(*_labels(labels), spacing_reason, order_reason, *channel_reasons, *reasons),
+        reasons=(*_labels(labels), spacing_reason, order_reason, *channel_reasons, *mirror_reasons, *reasons),
     )
 
 

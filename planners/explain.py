@@ -2,6 +2,7 @@
 
 import textwrap
 
+from autoseg.planners.edits import added, edited
 from autoseg.planners.grid import by
 from autoseg.schema import Plan
 
@@ -16,9 +17,11 @@ def explain(plan: Plan) -> str:
         "",
         f"{'configuration':20}{'patch':18}{'batch':>6}  spacing (mm)",
     ]
+    by_hand = dict.fromkeys(edited(plan), "  (edited)") | dict.fromkeys(added(plan), "  (added)")
     for configuration in plan.configurations:
         patch, spacing = by(configuration.patch), by(configuration.spacing_mm)
-        lines.append(f"{configuration.name:20}{patch:18}{configuration.batch_size:6}  {spacing}")
+        mark = by_hand.get(configuration.name, "")
+        lines.append(f"{configuration.name:20}{patch:18}{configuration.batch_size:6}  {spacing}{mark}")
     for reason in plan.reasons:
         lines += ["", f"{reason.decision}: {reason.outcome}", *_indented("rule", reason.rule)]
         if reason.inputs:

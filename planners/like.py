@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from autoseg.labels import Labels
 from autoseg.planners.grid import by, median_shape
+from autoseg.planners.sides import mirroring
 from autoseg.records import AutosegError
 from autoseg.schema import Configuration, Fingerprint, Plan, Reason
 
@@ -13,7 +14,8 @@ def plan_like(source: Plan, fingerprint: Fingerprint, labels: Labels, own: Plan,
 
     Spacing, axis order, patch, batch and network stay as they are, and so does the normalisation of every channel
     that `source` knows by name, with the statistics of its data. Channels that it does not know are normalised as in
-    `own`, the plan that the data would have had. origin: where `source` comes from, for the reasons.
+    `own`, the plan that the data would have had. Left and right are those of the new labels. origin: where
+    `source` comes from, for the reasons.
 
     Raises AutosegError if one is made for 2D and the other for 3D images.
     """
@@ -44,17 +46,19 @@ def plan_like(source: Plan, fingerprint: Fingerprint, labels: Labels, own: Plan,
                 outcome=f"{taken.scheme}, with the statistics of {source.dataset}" if taken else channel.scheme,
             )
         )
+    mirrored, mirror_reasons = mirroring(fingerprint, labels, source.axis_order, source.orientation)
     return replace(
         source,
         name=own.name,
         dataset=own.dataset,
         labels=labels,
+        mirroring=mirrored,
         channels=tuple(there.get(channel.channel, channel) for channel in own.channels),
         configurations=tuple(
             replace(configuration, median_shape=_median(configuration, source, fingerprint))
             for configuration in source.configurations
         ),
-        reasons=tuple(reasons),
+        reasons=(*reasons, *mirror_reasons),
     )
 
 

@@ -11,10 +11,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ROWS = [
-    {"records", "labels", "schema", "progress", "parallel", "workspace", "settings", "signals", "supervise"},
+    {
+        "records",
+        "labels",
+        "mirroring",
+        "schema",
+        "progress",
+        "parallel",
+        "workspace",
+        "settings",
+        "signals",
+        "supervise",
+    },
     {"volume", "resample", "readers"},
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
-    {"networks", "losses", "augment", "devices", "schedule", "history"},
+    {"networks", "losses", "augment", "devices", "schedule", "history", "team"},
     {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
     {"training", "tuning", "postprocess", "bundle", "model", "ensemble", "predictor", "transfer", "interop"},
     {"pipeline"},

@@ -93,7 +93,7 @@ def test_validation_leaves_maps_that_prediction_from_scratch_gives_too(place):
         low = read_case(workspace.cases(NAME, "default", "3d_lowres"), name)
         onto = read_case(workspace.cases(NAME, "default", "3d_fullres"), name)
         model = open_model([fold(workspace, "3d_lowres", number)], CPU)
-        expected = project(model.logits(low), low.trace, onto.trace, made.labels, model.configuration)
+        expected = project(model.logits(low), low.trace, onto.trace, made.labels, model.configuration, cascade)
         assert np.array_equal(StoredArray(path)[...], expected)
         assert expected.shape == onto.labels.shape
         path.unlink()

@@ -73,8 +73,9 @@ def test_all_folds_are_trained_merged_and_followed_by_predict(place, capsys, tmp
     assert f"Post-processing: {card.postprocessing.describe(Labels.from_dataset(BALLS))}" in printed
 
 
-def test_a_rule_that_helps_is_found_stored_and_applied_unless_left_out(place, capsys, tmp_path):
+def test_a_rule_that_helps_is_found_stored_and_applied_unless_left_out(place, capsys, tmp_path, monkeypatch):
     """Held-out predictions are replaced by the truth plus an island: without it Dice is 1."""
+    monkeypatch.setattr("autoseg.postprocess.search.LEVEL", 0.3)  # for want of more than two cases
     fit(place, "7", replace(OPTIONS, folds=(0, 1)))
     folder = place.run(NAME, "default", "3d_fullres")
     folds = [folder / "fold_0", folder / "fold_1"]
@@ -88,7 +89,9 @@ def test_a_rule_that_helps_is_found_stored_and_applied_unless_left_out(place, ca
         summary = evaluate_pairs(held_out(fold, open_run(fold), dataset), open_run(fold).plan.labels, quiet=True)
         save_summary(summary, fold / "validation")
     (folder / "model.json").unlink()
+    capsys.readouterr()
     card = cross_validate(folds, dataset)
+    assert "verdict" in capsys.readouterr().out, "what was tried is shown"
     assert [step.members for step in card.postprocessing.steps][-1] in [(1,), (1, 2)]
     assert card.dice["big"] < 1
     assert card.dice_postprocessed["big"] == 1

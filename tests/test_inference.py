@@ -275,4 +275,4 @@ def test_views_are_counted_as_they_are_computed(size, patch):
 
     axes = tuple(range(len(patch)))
     predict_logits([network], torch.zeros(1, *size), patch=patch, heads=1, mirror_axes=axes)
-    assert count_views(size, patch) == sum(seen)
+    assert count_views(size, patch, axes) == sum(seen)

@@ -1,34 +1,54 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from skimage.morphology import remove_small_objects
 from toys import LABELS
 
 from autoseg.labels import Labels
-from autoseg.postprocess import (
-    PostProcessing,
-    Step,
-    apply,
-    apply_steps,
-    choose,
-    choose_for_regions,
-    find_components,
-    fit,
-    keep_largest,
-    keep_largest_each,
-    region_dice,
-)
-from autoseg.records import load_json, save_json
+from autoseg.postprocess import PostProcessing, Step, apply, apply_steps
+from autoseg.postprocess.steps import KINDS
+from autoseg.records import AutosegError, load_json, save_json
 
 EXAMPLES = settings(max_examples=30, deadline=None)
 FULL = np.ones((3, 3, 3), bool)
+UNIT = (1.0, 1.0, 1.0)
 
 
-def plain_keep_largest(labels, members):
-    """The same by scipy, one component at a time."""
-    mask = np.isin(labels, members)
-    components, count = ndimage.label(mask, FULL)
+def largest(*members):
+    return Step(members=members)
+
+
+def islands(below_mm3, *members):
+    return Step(kind="islands", members=members, below_mm3=below_mm3)
+
+
+def holes(*members):
+    return Step(kind="holes", members=members)
+
+
+def closing(radius_mm, *members):
+    return Step(kind="closing", members=members, radius_mm=radius_mm)
+
+
+def row(*values):
+    return np.array(values, np.uint8).reshape(1, 1, -1)
+
+
+def image(*rows):
+    return np.array([[list(map(int, row)) for row in rows]], np.int16)
+
+
+def after(labels, *steps, spacing=UNIT):
+    return apply_steps(labels, steps, spacing).ravel().tolist()
+
+
+def plain_largest(labels, members):
+    """By scipy, one component at a time."""
+    components, count = ndimage.label(np.isin(labels, members), FULL)
     sizes = [np.sum(components == index) for index in range(1, count + 1)]
     out = labels.copy()
     for index, size in enumerate(sizes, start=1):
@@ -37,271 +57,261 @@ def plain_keep_largest(labels, members):
     return out
 
 
-def class_means(pairs, class_count):
-    """Mean Dice of each foreground class over the cases that define it."""
-    means = []
-    for index in range(1, class_count):
-        dice = [
-            2
-            * np.sum((truth == index) & (prediction == index))
-            / (np.sum(truth == index) + np.sum(prediction == index))
-            for truth, prediction in pairs
-            if (truth == index).any() or (prediction == index).any()
-        ]
-        means.append(np.mean(dice) if dice else None)
-    return means
+def ball(radius_mm, spacing):
+    """True within `radius_mm` of the centre."""
+    reach = [int(radius_mm / step + 1e-6) for step in spacing]
+    axes = np.ogrid[tuple(slice(-n, n + 1) for n in reach)]
+    return sum((axis * step) ** 2 for axis, step in zip(axes, spacing)) <= radius_mm**2 * (1 + 1e-6)
 
 
-def mean(values):
-    defined = [value for value in values if value is not None]
-    return np.mean(defined) if defined else None
-
-
-def plain_fit(pairs, class_count):
-    """The rule word for word: change all arrays, score them all again, compare."""
-    everything = list(range(1, class_count))
-    before, steps = class_means(pairs, class_count), []
-    trial = [(truth, plain_keep_largest(prediction, everything)) for truth, prediction in pairs]
-    after = class_means(trial, class_count)
-    fell = any(a is not None and a < b - 1e-12 for a, b in zip(after, before) if b is not None)
-    if mean(before) is not None and mean(after) > mean(before) + 1e-12 and not fell:
-        pairs, steps = trial, [tuple(everything)]
-    for index in everything if class_count > 2 else []:
-        before = class_means(pairs, class_count)[index - 1]
-        trial = [(truth, plain_keep_largest(prediction, [index])) for truth, prediction in pairs]
-        after = class_means(trial, class_count)[index - 1]
-        if before is not None and after > before + 1e-12:
-            pairs, steps = trial, [*steps, (index,)]
-    return steps, pairs
+def plain_closing(mask, radius_mm, spacing):
+    """By scipy, on a volume with room on all sides."""
+    room = 8
+    closed = ndimage.binary_closing(np.pad(mask, room), ball(radius_mm, spacing))
+    return closed[room:-room, room:-room, room:-room]
 
 
 @st.composite
-def label_arrays(draw, classes=3, count=1):
+def label_arrays(draw, classes=3):
     shape = draw(st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(2, 11)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    background = draw(st.sampled_from([0.5, 0.8, 0.95]))
+    background = draw(st.sampled_from([0.3, 0.5, 0.8, 0.95]))
     kind = draw(st.sampled_from([np.uint8, np.int16, np.int32]))
     share = [background, *[(1 - background) / classes] * classes]
-    return [rng.choice(classes + 1, size=shape, p=share).astype(kind) for _ in range(count)]
+    return rng.choice(classes + 1, size=shape, p=share).astype(kind)
 
 
-def row(*values):
-    return np.array(values, np.uint8).reshape(1, 1, -1)
+spacings = st.tuples(*[st.sampled_from([0.5, 0.7, 1.0, 3.0])] * 3)
+member_sets = st.sampled_from([(1,), (3,), (1, 2), (2, 3), (1, 2, 3)])
 
 
-# Empty masks
+@st.composite
+def any_step(draw):
+    members, kind = draw(member_sets), draw(st.sampled_from(list(KINDS)))
+    return {
+        "largest": largest(*members),
+        "islands": islands(draw(st.sampled_from([0.5, 1.0, 3.0, 20.0])), *members),
+        "holes": holes(*members),
+        "closing": closing(draw(st.sampled_from([0.5, 1.0, 1.5, 3.0])), *members),
+    }[kind]
 
 
-def test_nothing_to_keep_leaves_an_empty_mask_alone():
+# Empty masks.
+
+
+@pytest.mark.parametrize("step", [largest(1, 2), islands(5, 1, 2), holes(1, 2), closing(2, 1, 2)])
+def test_an_empty_mask_is_left_alone(step):
     empty = np.zeros((3, 5, 7), np.int16)
-    assert keep_largest(empty, (1, 2)) is empty
-    assert keep_largest_each(empty, (1, 2)) is empty
-    other = row(2, 0, 2)
-    assert keep_largest(other, (1,)) is other
+    assert apply_steps(empty, [step], UNIT) is empty
+    other = row(3, 0, 3)
+    assert apply_steps(other, [step], UNIT) is other
+    assert apply_steps(other, [], UNIT) is other
 
 
-def test_empty_predictions_teach_nothing():
-    rule = fit([(np.zeros((3, 5, 7), np.uint8), np.zeros((3, 5, 7), np.uint8))], 3)
-    assert rule.cases == 1 and rule.steps == ()
-    assert [step.members for step in rule.rejected] == [(1, 2), (1,), (2,)]
-    assert all(step.dice_before is step.dice_after is None for step in rule.rejected)
-    assert fit([], 2) == PostProcessing(cases=0, rejected=(Step(members=(1,), dice_before=None, dice_after=None),))
+# By hand.
 
 
-def test_a_false_alarm_that_vanishes_counts_as_a_gain():
-    # Class 2 is nowhere in the truth; its Dice 0 becomes undefined, and class 1 stays perfect.
-    rule = fit([(row(1, 1, 1, 0, 0), row(1, 1, 1, 0, 2))], 3)
-    assert rule.steps == (Step(members=(1, 2), dice_before=0.5, dice_after=1.0),)
-
-
-# By hand
-
-
-def test_a_smaller_island_goes_and_equal_ones_stay():
-    assert keep_largest(row(1, 1, 0, 1), (1,)).tolist() == row(1, 1, 0, 0).tolist()
+def test_a_smaller_component_goes_and_equal_ones_stay():
+    assert after(row(1, 1, 0, 1), largest(1)) == [1, 1, 0, 0]
     tied = row(1, 1, 0, 1, 1)
-    assert keep_largest(tied, (1,)) is tied
+    assert apply_steps(tied, [largest(1)], UNIT) is tied
 
 
 def test_members_count_together_and_others_are_left_alone():
-    labels = row(1, 2, 0, 1, 0, 3)
-    assert keep_largest(labels, (1, 2)).tolist() == row(1, 2, 0, 0, 0, 3).tolist()
-    assert keep_largest_each(row(1, 1, 0, 1, 2, 0, 2, 2), (1, 2)).tolist() == row(1, 1, 0, 0, 0, 0, 2, 2).tolist()
+    assert after(row(1, 2, 0, 1, 0, 3), largest(1, 2)) == [1, 2, 0, 0, 0, 3]
+    assert after(row(1, 1, 0, 1, 2, 0, 2, 2), largest(1), largest(2)) == [1, 1, 0, 0, 0, 0, 2, 2]
 
 
 def test_corners_connect():
     labels = np.zeros((2, 2, 4), np.uint8)
     labels[0, 0, 0] = labels[1, 1, 1] = 1
-    assert keep_largest(labels, (1,)) is labels
-    flat = np.zeros((1, 3, 5), np.uint8)
-    flat[0, 0, 0] = flat[0, 1, 1] = flat[0, 2, 4] = 1
-    assert keep_largest(flat, (1,)).sum() == 2
+    assert apply_steps(labels, [largest(1)], UNIT) is labels
+    flat = image("10000", "01000", "00001")
+    assert apply_steps(flat, [largest(1)], UNIT).sum() == 2
 
 
-def test_the_foreground_step_and_its_gain():
-    # Dice before: 2 * 3 / (3 + 4) = 6 / 7; after removing the island: 1.
-    rule = fit([(row(1, 1, 1, 0, 0, 0), row(1, 1, 1, 0, 1, 0))], 2)
-    assert rule.cases == 1 and rule.rejected == ()
-    assert rule.steps[0].members == (1,)
-    assert rule.steps[0].dice_before == pytest.approx(6 / 7)
-    assert rule.steps[0].dice_after == 1
+def test_islands_are_measured_in_mm3():
+    labels = row(1, 0, 1, 1, 0, 2, 0, 1, 1, 1)
+    assert after(labels, islands(3, 1)) == [0, 0, 0, 0, 0, 2, 0, 1, 1, 1], "two voxels are below 3 mm3, three are not"
+    assert after(labels, islands(3, 1), spacing=(3.0, 1.0, 0.5)) == [0, 0, 1, 1, 0, 2, 0, 1, 1, 1]
+    # 0.1 * 0.1 * 0.1 * 2 is 0.0020000000000000005, and 3 * 0.1**3 more than 0.003: rounding decides nothing.
+    assert after(labels, islands(0.002, 1), spacing=(0.1,) * 3) == [0, 0, 1, 1, 0, 2, 0, 1, 1, 1]
+    assert after(row(1, 2, 0, 2), islands(2, 1, 2)) == [1, 2, 0, 0], "members make one island together"
+    assert after(row(1, 2, 2, 0), islands(2, 1)) == [0, 2, 2, 0]
 
 
-def test_a_class_that_would_fall_stops_the_foreground_step_but_not_the_other_class():
-    # Class 2 lies apart from class 1 and is right; the island of class 1 is wrong.
-    truth, prediction = row(1, 1, 1, 0, 2, 0, 0), row(1, 1, 1, 0, 2, 0, 1)
-    rule = fit([(truth, prediction)], 3)
-    assert [step.members for step in rule.steps] == [(1,)]
-    assert [step.members for step in rule.rejected] == [(1, 2), (2,)]
-    assert np.array_equal(apply(prediction, rule), truth)
+def test_holes_are_filled_with_their_class_and_only_where_nothing_is():
+    labels = image("1111", "1021", "1001", "1111", "0000", "3300")
+    filled = image("1111", "1121", "1111", "1111", "0000", "3300")
+    assert apply_steps(labels, [holes(1)], UNIT).tolist() == filled.tolist()
+    open_to_the_edge = image("111", "101", "101")
+    assert apply_steps(open_to_the_edge, [holes(1)], UNIT) is open_to_the_edge
+    diagonal = image("0110", "1001", "0110")
+    assert apply_steps(diagonal, [holes(1)], UNIT).sum() == 8, "a hole does not leak through corners"
 
 
-def test_the_mean_over_cases_decides():
-    good = row(1, 1, 1, 0, 1), row(1, 1, 1, 0, 1)  # two true parts: keeping one costs 2/8 of the Dice
-    bad = row(1, 1, 1, 0, 0), row(1, 1, 1, 0, 1)  # a false part: removing it gains 1/7
-    assert fit([good, bad], 2).steps == ()
-    assert len(fit([good, bad, bad], 2).steps) == 1
+def test_a_ring_is_a_hole_in_2d_and_none_in_3d():
+    ring = image("111", "101", "111")
+    assert apply_steps(ring, [holes(1)], UNIT).sum() == 9
+    slab = np.concatenate([np.zeros_like(ring), ring, np.zeros_like(ring)])
+    assert apply_steps(slab, [holes(1)], UNIT) is slab
+    shell = np.concatenate([np.ones_like(ring), ring, np.ones_like(ring)])
+    assert apply_steps(shell, [holes(1)], UNIT).sum() == 27
 
 
-def test_words_say_what_is_done():
-    assert "nothing" in PostProcessing(cases=3).describe()
-    rule = PostProcessing(cases=3, steps=(Step(members=(1, 2), dice_before=0.5, dice_after=0.75),))
-    assert rule.describe(LABELS) == ("keep the largest component of liver, lesion (mean Dice 0.5000 to 0.7500)")
-    assert "class 1, class 2" in rule.describe()
+def test_holes_of_several_classes_get_the_nearest_of_them():
+    labels = np.stack([image("11222", "11222", "11222")[0], image("11222", "10002", "11222")[0]])
+    labels = np.concatenate([labels, labels[:1]])
+    filled = apply_steps(labels, [holes(1, 2)], (1.0, 1.0, 1.0))
+    assert filled[1, 1].tolist() == [1, 1, 2, 2, 2]
+    assert apply_steps(labels, [holes(2)], UNIT) is labels
+    # From the middle 1 is 2 * 0.3 away to the left, 2 is 0.5 away in Z.
+    apart = np.concatenate([image("222"), image("101"), image("222")])
+    walls = np.concatenate([np.full((3, 1, 3), 2, np.int16), apart, np.full((3, 1, 3), 2, np.int16)], axis=1)
+    assert apply_steps(walls, [holes(1, 2)], (0.5, 1.0, 0.6))[1, 1].tolist() == [1, 2, 1]
+    assert apply_steps(walls, [holes(1, 2)], (0.6, 1.0, 0.5))[1, 1].tolist() == [1, 1, 1]
+    assert apply_steps(walls, [holes(1, 2)], (0.5, 1.0, 0.5))[1, 1].tolist() == [1, 1, 1], "the first of equals"
 
 
-def test_a_rule_survives_its_file(tmp_path):
-    rule = fit([(row(1, 1, 1, 0, 2, 0, 0), row(1, 1, 1, 0, 2, 0, 1))], 3)
-    save_json(rule, tmp_path / "postprocessing.json")
-    assert load_json(PostProcessing, tmp_path / "postprocessing.json") == rule
+def middle(*rows, spacing=UNIT, step):
+    """The middle one of three rows after a step."""
+    return apply_steps(image(*rows), [step], spacing)[0, 1].tolist()
 
 
-def test_shapes_must_match():
-    with pytest.raises(ValueError, match="shape"):
-        fit([(row(1, 0), row(1, 0, 0))], 2)
+def test_closing_measures_in_mm():
+    gap = ("1001", "1001", "1001")
+    assert middle(*gap, step=closing(1, 1)) == [1, 1, 1, 1], "two voxels that grow by one"
+    assert apply_steps(image(*gap), [closing(1, 1)], UNIT)[0, 0].tolist() == [1, 0, 0, 1], "a notch is no gap"
+    assert middle(*gap, step=closing(1, 1), spacing=(1.0, 1.0, 2.0)) == [1, 0, 0, 1]
+    assert middle(*gap, step=closing(1, 1), spacing=(1.0, 2.0, 1.0)) == [1, 1, 1, 1]
+    assert middle("1001", "1021", "1001", step=closing(1, 1)) == [1, 1, 2, 1], "another class stays"
+    assert middle("1002", "1002", "1002", step=closing(1, 1, 2)) == [1, 1, 2, 2]
+    edge = image("001", "001", "001")
+    assert apply_steps(edge, [closing(5, 1)], UNIT) is edge, "nothing beyond the edge draws the mask there"
 
 
-# Against plain implementations
-
-
-@EXAMPLES
-@given(label_arrays(), st.sampled_from([(1,), (3,), (1, 2), (2, 3), (1, 2, 3)]))
-def test_keeping_agrees_with_scipy(arrays, members):
-    labels = arrays[0]
-    before = labels.copy()
-    kept = keep_largest(labels, members)
-    assert kept.dtype == labels.dtype
-    assert np.array_equal(kept, plain_keep_largest(labels, members))
-    assert np.array_equal(labels, before), "the input must stay as it is"
-    assert keep_largest(kept, members) is kept, "once is enough"
-    one_by_one = labels
-    for member in members:
-        one_by_one = plain_keep_largest(one_by_one, [member])
-    assert np.array_equal(keep_largest_each(labels, members), one_by_one)
-
-
-@EXAMPLES
-@given(label_arrays(count=2))
-def test_components_add_up_to_the_counts(arrays):
-    truth, prediction = arrays
-    found = find_components(truth, prediction, 4)
-    for index in range(1, 4):
-        own = found.owner == index
-        assert found.size[own].sum() == np.sum(prediction == index)
-        assert found.hits[own].sum() == np.sum((prediction == index) & (truth == index))
-        assert found.truth[index] == np.sum(truth == index)
-        assert own.sum() == ndimage.label(prediction == index, FULL)[1]
-    assert len(set(found.parent.tolist())) == ndimage.label(prediction > 0, FULL)[1]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.integers(1, 4))
-def test_fitting_agrees_with_scoring_everything_again(seed, class_count, cases):
-    rng = np.random.default_rng(seed)
-    pairs = []
-    for _ in range(cases):
-        shape = tuple(rng.integers((1, 4, 5), (5, 9, 12)))
-        fields = rng.standard_normal((class_count, *shape))
-        truth = ndimage.gaussian_filter(fields, (0, 1, 1, 1)).argmax(0)
-        wrong = rng.random(shape) < rng.choice([0.05, 0.3])
-        prediction = np.where(wrong, rng.integers(0, class_count, shape), np.where(rng.random() < 0.5, truth, 0))
-        pairs.append((truth.astype(np.uint8), prediction.astype(np.uint8)))
-    rule = fit(iter(pairs), class_count)
-    steps, changed = plain_fit(pairs, class_count)
-    assert [step.members for step in rule.steps] == steps
-    assert rule.cases == cases
-    assert len(rule.steps) + len(rule.rejected) == (class_count if class_count > 2 else 1)
-    for (_, prediction), (_, expected) in zip(pairs, changed):
-        assert np.array_equal(apply(prediction, rule), expected)
-    if rule.steps and len(rule.steps[0].members) > 1:
-        assert rule.steps[0].dice_before == pytest.approx(mean(class_means(pairs, class_count)))
-
-
-# Regions, ignored voxels, classes that were not annotated.
-
-NESTED = Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2, "ignore": 9})
-
-
-def line(*values):
-    return np.array([[values]])
-
-
-def rule_for(pairs, labels=NESTED):
-    def measure(steps):
-        return [region_dice(truth, apply_steps(prediction, steps), labels) for truth, prediction in pairs]
-
-    return choose_for_regions(measure, labels.members)
-
-
-def test_dice_of_regions_by_hand():
-    truth, prediction = line(0, 1, 2, 2, 3), line(1, 1, 1, 2, 2)
-    assert region_dice(truth, prediction, NESTED).tolist() == [6 / 7, 2 / 3]
-    assert region_dice(truth, prediction, NESTED, (False, True)).tolist() == pytest.approx([np.nan, 2 / 3], nan_ok=True)
-    assert np.isnan(region_dice(line(0, 3), line(0, 2), NESTED)).all(), "ignored voxels are in no Dice"
-
-
-def test_a_region_is_cleaned_with_all_that_lies_within():
-    truth = line(0, 1, 2, 2, 1, 0, 0, 0)
-    prediction = line(0, 1, 2, 2, 1, 0, 2, 1)
-    rule = rule_for([(truth, prediction)])
-    assert [step.members for step in rule.steps] == [(1, 2)]
-    assert apply(prediction, rule).tolist() == truth.tolist()
-    assert "component of whole (mean Dice" in rule.describe(NESTED)
-    assert [step.members for step in rule.rejected] == [(2,)], "the foreground is tried once"
-
-
-def test_a_step_that_harms_another_region_is_not_taken():
-    # The whole would rise from 8/10 to 6/7 without its two small parts, one of which is all there is of the core.
-    truth, prediction = line(1, 1, 1, 0, 2, 0, 0, 0), line(1, 1, 1, 0, 2, 0, 1, 1)
-    labels = Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2, "apart": 3})
-    rule = rule_for([(truth, prediction)], labels)
-    assert rule.steps == ()
-    assert [step.members for step in rule.rejected] == [(1, 2, 3), (1, 2), (2,), (3,)]
-    assert (rule.rejected[1].dice_before, rule.rejected[1].dice_after) == pytest.approx((8 / 10, 6 / 7))
+def test_a_closing_of_endless_reach_is_refused():
+    with pytest.raises(AutosegError, match="reaches over 2000 voxels"):
+        apply_steps(row(1, 0, 1), [closing(20, 1)], (1.0, 1.0, 0.01))
 
 
 def test_steps_are_applied_one_after_the_other():
     # The rim of the larger part goes first: what remains of the core decides then.
-    labels = line(1, 2, 2, 0, 2, 2, 2, 1, 1, 0, 1)
-    assert apply_steps(labels, [(1,), (1, 2)]).tolist() == [[[0, 0, 0, 0, 2, 2, 2, 1, 1, 0, 0]]]
-    assert apply_steps(labels, [(1, 2), (1,)]).tolist() == [[[0, 0, 0, 0, 2, 2, 2, 1, 1, 0, 0]]]
-    apart = line(1, 1, 1, 0, 2, 1, 2, 2)
-    assert apply_steps(apart, [(1,), (1, 2)]).tolist() == [[[1, 1, 1, 0, 0, 0, 0, 0]]]
-    assert apply_steps(apart, [(1, 2), (1,)]).tolist() == [[[0, 0, 0, 0, 2, 1, 2, 2]]]
+    apart = row(1, 1, 1, 0, 2, 1, 2, 2)
+    assert after(apart, largest(1), largest(1, 2)) == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert after(apart, largest(1, 2), largest(1)) == [0, 0, 0, 0, 2, 1, 2, 2]
+    ring = image("11100", "10101", "11102")
+    assert apply_steps(ring, [holes(1), islands(2, 2), largest(1)], UNIT)[0].tolist() == [[1, 1, 1, 0, 0]] * 3
 
 
-def test_ignored_voxels_make_a_component_large_and_count_in_no_dice():
-    truth, prediction = line(1, 1, 0, 3, 3, 3), line(1, 1, 0, 1, 1, 1)
-    found = find_components(truth, prediction, 3, ignored=3)
-    assert (found.size.tolist(), found.counted.tolist(), found.hits.tolist()) == ([2, 3], [2, 0], [2, 0])
-    assert found.truth.tolist() == [1, 2, 0]
-    # Removing the smaller, true part would cost everything; the ignored one cannot be told from it by prediction.
-    assert choose([found], 3).steps == ()
-    assert choose([found], 3).rejected[0].dice_before == 1
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"kind": "islands"}, "needs below_mm3"),
+        ({"radius_mm": 2}, "has no radius_mm"),
+        ({"kind": "closing", "radius_mm": 0}, "above 0"),
+        ({"kind": "opening"}, "largest"),
+        ({"members": ()}, "members"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused(given, reason):
+    with pytest.raises(ValueError, match=reason):
+        Step(**({"members": (1,)} | given))
 
 
-def test_classes_that_were_not_annotated_have_no_say():
-    # Class 1 would gain from keeping its largest part, if it had been annotated.
-    truth, prediction = line(1, 1, 0, 0, 0, 2), line(1, 1, 0, 1, 0, 2)
-    assert [step.members for step in choose([find_components(truth, prediction, 3)], 3).steps] == [(1,)]
-    assert choose([find_components(truth, prediction, 3, scored=(False, True))], 3).steps == ()
+def test_words_say_what_is_done():
+    assert "nothing" in PostProcessing(cases=3).describe()
+    rule = PostProcessing(
+        cases=3, steps=(Step(members=(1, 2), dice_before=0.5, dice_after=0.75), islands(20, 1), closing(1.5, 2))
+    )
+    assert rule.describe(LABELS) == (
+        "keep the largest component of liver, lesion (mean Dice 0.5000 to 0.7500); remove components of liver below "
+        "20 mm3; close gaps of lesion with a radius of 1.5 mm"
+    )
+    assert "class 1, class 2" in rule.describe()
+    assert holes(1).describe(LABELS) == "fill holes of liver"
+
+
+def test_a_file_from_before_there_were_kinds_means_the_same(tmp_path):
+    old = {
+        "schema_version": 1,
+        "cases": 7,
+        "steps": [{"members": [1, 2], "dice_before": 0.5, "dice_after": 0.75}],
+        "rejected": [{"members": [1], "dice_before": None, "dice_after": None}],
+    }
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    rule = load_json(PostProcessing, tmp_path / "old.json")
+    assert rule.steps == (Step(kind="largest", members=(1, 2), dice_before=0.5, dice_after=0.75),)
+    assert apply(row(1, 2, 0, 1), rule, UNIT).ravel().tolist() == [1, 2, 0, 0]
+    assert rule.describe(LABELS) == "keep the largest component of liver, lesion (mean Dice 0.5000 to 0.7500)"
+    save_json(rule, tmp_path / "new.json")
+    assert load_json(PostProcessing, tmp_path / "new.json") == rule
+
+
+# Against plain implementations.
+
+
+@EXAMPLES
+@given(label_arrays(), member_sets)
+def test_keeping_agrees_with_scipy(labels, members):
+    kept = apply_steps(labels, [largest(*members)], UNIT)
+    assert kept.dtype == labels.dtype
+    assert np.array_equal(kept, plain_largest(labels, members))
+    one_by_one = labels
+    for member in members:
+        one_by_one = plain_largest(one_by_one, [member])
+    assert np.array_equal(apply_steps(labels, [largest(member) for member in members], UNIT), one_by_one)
+
+
+@EXAMPLES
+@given(label_arrays(), member_sets, st.integers(2, 12))
+def test_islands_agree_with_skimage(labels, members, voxels):
+    removed = apply_steps(labels, [islands(voxels * 0.7 * 3.0 * 0.1, *members)], (0.7, 3.0, 0.1))
+    kept = remove_small_objects(np.isin(labels, members), max_size=voxels - 1, connectivity=3)
+    assert np.array_equal(removed, np.where(np.isin(labels, members) & ~kept, 0, labels))
+
+
+@EXAMPLES
+@given(label_arrays(), member_sets)
+def test_holes_agree_with_scipy(labels, members):
+    mask = np.isin(labels, members)
+    full = ndimage.binary_fill_holes(mask[0])[None] if len(mask) == 1 else ndimage.binary_fill_holes(mask)
+    filled = apply_steps(labels, [holes(*members)], UNIT)
+    assert np.array_equal(filled > 0, (labels > 0) | full)
+
+
+@EXAMPLES
+@given(label_arrays(), member_sets, spacings, st.sampled_from([0.5, 1.0, 1.5, 3.0]))
+def test_closing_agrees_with_scipy(labels, members, spacing, radius):
+    in_plane = spacing if len(labels) > 1 else (100.0, *spacing[1:])
+    closed = plain_closing(np.isin(labels, members), radius, in_plane)
+    assert np.array_equal(apply_steps(labels, [closing(radius, *members)], spacing) > 0, (labels > 0) | closed)
+
+
+@settings(max_examples=150, deadline=None)
+@given(label_arrays(), any_step(), spacings)
+def test_every_step_is_done_at_once_and_touches_no_other_class(labels, step, spacing):
+    before = labels.copy()
+    out = apply_steps(labels, [step], spacing)
+    assert np.array_equal(labels, before), "the input must stay as it is"
+    assert out.dtype == labels.dtype
+    assert apply_steps(out, [step], spacing) is out, "once is enough"
+    changed = out != labels
+    if step.kind in ("largest", "islands"):
+        assert np.isin(labels[changed], step.members).all() and not out[changed].any()
+    else:
+        assert not labels[changed].any() and np.isin(out[changed], step.members).all()
+
+
+@EXAMPLES
+@given(label_arrays(), st.lists(any_step(), max_size=4), spacings)
+def test_room_around_an_image_changes_nothing(labels, steps, spacing):
+    roomy = np.pad(labels, ((0, 0) if len(labels) == 1 else (2, 1), (0, 3), (1, 0)))
+    out = apply_steps(roomy, steps, spacing)
+    inner = out[:, : labels.shape[1], 1:] if len(labels) == 1 else out[2:-1, : labels.shape[1], 1:]
+    assert np.array_equal(inner, apply_steps(labels, steps, spacing))
+
+
+def test_labels_with_regions_have_their_names():
+    labels = Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2})
+    assert largest(1, 2).describe(labels) == "keep the largest component of whole"

@@ -159,9 +159,24 @@ def test_regions_are_resampled_as_logits_and_painted_afterwards():
     found = restore(logits, case.trace, labels, here)
     assert found.dtype == np.int16
     assert np.array_equal(found, np.where(maps[1] > 0.5, 2, np.where(maps[0] > 0.5, 1, 0)))
-    projected = project(logits, case.trace, other.trace, labels, here)
+    projected = project(logits, case.trace, other.trace, labels, here, onto)
     assert projected.shape == other.trace.shape
     assert set(np.unique(projected)) == {0, 1, 2}
+
+
+def test_labels_of_the_stage_before_are_brought_on_as_label_files_are_prepared():
+    """Of imported cascades: as if the first stage had written a file, and the second one read it."""
+    stored, here = grid((9, 14, 11), (2.0, 1.0, 1.3)), configuration("low", (3.1, 1.9, 1.7))
+    later = configuration("full", (2.6, 0.8, 1.2), previous_stage="low", prior="labels")
+    made = plan(here, later, axis_order=(1, 0, 2))
+    image = Volume(array=RNG.random((1, 9, 14, 11), np.float32) + 1, grid=stored)
+    low, full = (prepare("a", image, None, stored, made, wanted) for wanted in (here, later))
+    logits = RNG.normal(0, 3, (3, *low.trace.shape)).astype(np.float32)
+    written = restore(logits, low.trace, LABELS, here)
+    found = project(logits, low.trace, full.trace, LABELS, here, later)
+    assert np.array_equal(found, prepare("a", image, written, stored, made, later).labels)
+    by_logits = project(logits, low.trace, full.trace, LABELS, here, replace(later, prior="logits"))
+    assert found.shape == by_logits.shape and not np.array_equal(found, by_logits)
 
 
 def test_restore_comes_close_where_spacing_changes():

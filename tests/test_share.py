@@ -21,6 +21,7 @@ from autoseg.cli import app
 from autoseg.fingerprint import Fingerprint
 from autoseg.model import weights_hash
 from autoseg.networks import build
+from autoseg.pipeline.postprocess import postprocess
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.share import export_model, info
 from autoseg.postprocess import PostProcessing, Step
@@ -93,6 +94,28 @@ def test_the_file_predicts_what_the_folders_predict(place, tmp_path, capsys):
     assert len(np.unique(read_labels(tmp_path / "one" / "a.nii.gz")[0].array)) == 3
     predict(elsewhere, tmp_path / "in", tmp_path / "one", replace(CPU, model=path))
     assert "2 of 2 cases are predicted already" in capsys.readouterr().out
+
+
+def test_the_rule_of_a_file_does_to_files_what_prediction_does_with_it(place, tmp_path):
+    """Sizes in mm mean the same on both ways, on an oblique grid of other spacing than the model's."""
+    folder = place.run(NAME, "default", "3d_fullres")
+    steps = (
+        Step(kind="islands", members=(1,), below_mm3=20.0),
+        Step(kind="closing", members=(1, 2), radius_mm=2.0),
+        Step(kind="holes", members=(2,)),
+    )
+    save_json(replace(card(folder), postprocessing=PostProcessing(cases=9, steps=steps)), folder / "model.json")
+    path = exported(place, tmp_path)
+    predict(place, tmp_path / "in", tmp_path / "one", CPU)
+    predict(place, tmp_path / "in", tmp_path / "raw", replace(CPU, postprocess=False))
+    for number, rule in enumerate((path, folder / "model.json")):
+        target = tmp_path / f"processed_{number}"
+        assert postprocess(place, tmp_path / "raw", target, rule=rule).steps == steps
+        for name in ("a.nii.gz", "b.nii.gz"):
+            raw, one, two = (
+                read_labels(place / name)[0].array for place in (tmp_path / "raw", tmp_path / "one", target)
+            )
+            assert np.array_equal(one, two) and not np.array_equal(raw, one)
 
 
 def test_single_folds_are_chosen_as_from_folders(place, tmp_path, capsys):

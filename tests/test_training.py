@@ -22,6 +22,7 @@ from autoseg.sampling import PreparedCases, Sampler, Stream
 from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
 from autoseg.store import write_case
+from autoseg.team import ALONE
 from autoseg.training import BAD_STEPS, Parts, class_counts, make_optimizer, train, training_step
 from autoseg.volume import Volume
 
@@ -46,7 +47,7 @@ def made_spec():
     return network(features=(6, 8, 10))
 
 
-def parts(tmp_path, run="run", augmentation="default", tuning=None, **recipe):
+def parts(tmp_path, run="run", augmentation="default", tuning=None, team=ALONE, **recipe):
     made = Recipe(**{"epochs": 3, "steps_per_epoch": 4, "validation_steps": 2, "seed": 1, **recipe})
     cases = PreparedCases(tmp_path / "cases", 1 << 30)
     torch.manual_seed(made.seed)
@@ -55,6 +56,7 @@ def parts(tmp_path, run="run", augmentation="default", tuning=None, **recipe):
         return Sampler(
             cases=cases, case_names=NAMES, patch=PATCH, batch_size=2, foreground_fraction=0.33, seed=made.seed,
             augmentation=make_augmentation(name, patch=PATCH, dimension=3, masked=(False,)), stream=stream,
+            team=team,
         )  # fmt: skip
 
     spec = made_spec()
@@ -69,6 +71,7 @@ def parts(tmp_path, run="run", augmentation="default", tuning=None, **recipe):
         device=torch.device("cpu"),
         folder=tmp_path / run,
         tuning=replace(safe_base(torch.device("cpu")), **(tuning or {})),
+        team=team,
     )
 
 

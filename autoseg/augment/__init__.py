@@ -20,6 +20,7 @@ from torch import Tensor
 from autoseg.augment import classic, foreign
 from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation, Policy, Source
 from autoseg.augment.foreign import Transform
+from autoseg.mirroring import ALL_AXES, Flips
 from autoseg.records import AutosegError
 from autoseg.schema import Dimension
 
@@ -31,6 +32,10 @@ class Drawn(Protocol):
 
     def source_shape(self, sample: int) -> tuple[int, ...]:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
+        ...
+
+    def part(self, samples: slice) -> "Drawn":
+        """What was drawn for these samples of the batch."""
         ...
 
 
@@ -50,19 +55,19 @@ class Augmentation(Protocol):
         ...
 
 
-Maker = Callable[[tuple[int, ...], Dimension, tuple[bool, ...]], Augmentation]
+Maker = Callable[[tuple[int, ...], Dimension, tuple[bool, ...], Flips], Augmentation]
 
 
 def _follow(policy: Policy) -> Maker:
-    return lambda patch, dimension, masked: DefaultAugmentation(
-        policy=policy, patch=patch, dimension=dimension, masked=masked
+    return lambda patch, dimension, masked, flips: DefaultAugmentation(
+        policy=policy, patch=patch, dimension=dimension, masked=masked, flips=flips
     )
 
 
-def _classic(patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, ...]) -> Augmentation:
+def _classic(patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, ...], flips: Flips) -> Augmentation:
     return foreign.ForeignAugmentation(
         name="batchgenerators",
-        transform=classic.classic(patch),
+        transform=classic.classic(patch, flips),
         box=classic.enlarged(patch),
         patch=patch,
         masked=masked,
@@ -72,10 +77,18 @@ def _classic(patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, .
 AUGMENTATIONS: dict[str, Maker] = {"default": _follow(DEFAULT), "none": _follow(NONE), "batchgenerators": _classic}
 
 
-def make_augmentation(name: str, *, patch: Sequence[int], dimension: Dimension, masked: Sequence[bool]) -> Augmentation:
+def make_augmentation(
+    name: str,
+    *,
+    patch: Sequence[int],
+    dimension: Dimension,
+    masked: Sequence[bool],
+    flips: Flips = ALL_AXES,
+) -> Augmentation:
     """The augmentation called `name` for patches of shape `patch`: (Z, Y, X), or (Y, X) where `dimension` is 2.
 
     `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
+    `flips`: the mirror images there are. A callable of your own does not see it: see `foreign.Transform`.
     Raises AutosegError for a name that is neither in AUGMENTATIONS nor a callable's `package.module:name`.
     """
     patch, masked = tuple(patch), tuple(masked)
@@ -88,4 +101,4 @@ def make_augmentation(name: str, *, patch: Sequence[int], dimension: Dimension, 
     if name not in AUGMENTATIONS:
         known = ", ".join(AUGMENTATIONS)
         raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
-    return AUGMENTATIONS[name](patch, dimension, masked)
+    return AUGMENTATIONS[name](patch, dimension, masked, flips)

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoseg.augment import geometry
 from autoseg.augment.default import is_planar, rotation_limit_rad
 from autoseg.augment.foreign import Transform
+from autoseg.mirroring import ALL_AXES, Flips
 
 _GLOBAL_GENERATORS = threading.Lock()
 
 
-def classic(patch: tuple[int, ...]) -> Transform:
+def classic(patch: tuple[int, ...], flips: Flips = ALL_AXES) -> Transform:
     """The transform from boxes of `enlarged(patch)` to patches, of the type that `foreign.Transform` describes."""
-    steps = _steps(patch)
+    steps = _steps(patch, flips)
 
     def transform(image: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         batch = {"data": image.cpu().numpy(), "seg": labels.cpu().numpy()[:, None].astype(np.float32)}
@@ -72,15 +74,41 @@ def _in_planes(step: Step) -> Step:
     return folded
 
 
-def _steps(patch: tuple[int, ...]) -> list[Step]:
+def _mirror_sides(flips: Flips) -> Step:
+    """Mirrors half of the samples along left-right and gives labels their other names, as no original class can."""
+    assert flips.left_right is not None
+    axis: int = flips.left_right
+
+    def mirror(data: np.ndarray, seg: np.ndarray) -> dict[str, Any]:
+        for sample in np.flatnonzero(np.random.uniform(size=len(data)) < 0.5):  # noqa: NPY002 - as the other steps
+            data[sample] = np.flip(data[sample], 1 + axis).copy()
+            seg[sample] = np.flip(seg[sample], 1 + axis).copy()
+            geometry.rename(torch.from_numpy(seg[sample]), flips.indices)
+        return {"data": data, "seg": seg}
+
+    return mirror
+
+
+def _mirrors(flips: Flips, dimension: int) -> list[Step]:
+    """The steps that mirror along every axis along which there are mirror images."""
+    from batchgenerators.transforms.spatial_transforms import MirrorTransform
+
+    plain = tuple(axis for axis in range(dimension) if axis in flips.axes)
+    if not flips.indices:
+        return [MirrorTransform(plain)] if plain else []
+    plain = tuple(axis for axis in plain if axis != flips.left_right)
+    return [*([MirrorTransform(plain)] if plain else []), _mirror_sides(flips)]
+
+
+def _steps(patch: tuple[int, ...], flips: Flips) -> list[Step]:
     # Imported only when asked for: it brings in all of scikit-image.
     from batchgenerators.transforms import color_transforms as color
     from batchgenerators.transforms import noise_transforms as noise
     from batchgenerators.transforms.resample_transforms import SimulateLowResolutionTransform
-    from batchgenerators.transforms.spatial_transforms import MirrorTransform, SpatialTransform
+    from batchgenerators.transforms.spatial_transforms import SpatialTransform
 
     planar = is_planar(patch)
-    limit = rotation_limit_rad(patch)
+    limit = rotation_limit_rad(patch, flips.left_right)
     angle = (-limit, limit)
     spatial = SpatialTransform(
         patch[1:] if planar else patch,
@@ -117,5 +145,5 @@ def _steps(patch: tuple[int, ...]) -> list[Step]:
         ),
         color.GammaTransform((0.7, 1.5), invert_image=True, per_channel=True, retain_stats=True, p_per_sample=0.1),
         color.GammaTransform((0.7, 1.5), invert_image=False, per_channel=True, retain_stats=True, p_per_sample=0.3),
-        MirrorTransform(tuple(range(len(patch)))),
+        *_mirrors(flips, len(patch)),
     ]

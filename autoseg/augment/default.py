@@ -9,13 +9,15 @@ with it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from autoseg.augment import geometry, intensity
+from autoseg.mirroring import ALL_AXES, Flips
 from autoseg.records import record
 from autoseg.schema import Dimension
 
@@ -85,18 +87,27 @@ class Draws:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         return geometry.source_shape(self.affine[sample], self.patch)
 
+    def part(self, samples: slice) -> "Draws":
+        """What was drawn for these samples of the batch."""
+        arrays: dict[str, Any] = {
+            name: value[samples] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, **arrays)
+
 
 @record
 class DefaultAugmentation:
     """Draws and applies a `Policy` to patches of one shape.
 
     `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
+    `flips`: the mirror images there are, and what labels become in them.
     """
 
     policy: Policy
     patch: tuple[int, ...]
     dimension: Dimension
     masked: tuple[bool, ...]
+    flips: Flips = ALL_AXES
 
     @property
     def planar(self) -> bool:
@@ -111,7 +122,7 @@ class DefaultAugmentation:
         policy, axes = self.policy, len(self.patch)
         each = (batch, channels)
         chosen = rng.random(batch) < policy.rotation
-        limit = rotation_limit_rad(self.patch)
+        limit = rotation_limit_rad(self.patch, self.flips.left_right)
         angles = rng.uniform(-limit, limit, (batch, 1 if axes == 2 or self.planar else 3)) * chosen[:, None]
         scales = np.where(rng.random(batch) < policy.scaling, rng.uniform(*policy.scale, batch), 1.0)
         affine = np.tile(np.eye(axes), (batch, 1, 1))
@@ -134,7 +145,7 @@ class DefaultAugmentation:
         return Draws(
             patch=self.patch,
             affine=affine,
-            mirrored=rng.random((batch, axes)) < policy.mirror,
+            mirrored=(rng.random((batch, axes)) < policy.mirror) & np.isin(range(axes), self.flips.axes),
             noise_sigma=noise_sigma,
             noise_seed=noise_seed,
             blur_sigma=blur_sigma,
@@ -156,7 +167,7 @@ class DefaultAugmentation:
         image = torch.empty((len(sources), len(first), *self.patch), dtype=torch.float32, device=first.device)
         labels = torch.empty((len(sources), *self.patch), dtype=torch.int64, device=first.device)
         for sample, (source_image, source_labels) in enumerate(sources):
-            _place(draws, sample, source_image, source_labels, image[sample], labels[sample])
+            self._place(draws, sample, source_image, source_labels, image[sample], labels[sample])
             _shade(draws, sample, image[sample])
         return finish(image, labels, self.masked)
 
@@ -170,8 +181,22 @@ class DefaultAugmentation:
         for sample, labels in enumerate(maps):
             # An image without channels: only labels are moved.
             none = first.new_empty((0, *labels.shape), dtype=torch.float32)
-            _place(draws, sample, none, labels, none.new_empty((0, *self.patch)), moved[sample])
+            self._place(draws, sample, none, labels, none.new_empty((0, *self.patch)), moved[sample])
         return moved.clamp_(min=0)
+
+    def _place(
+        self, draws: Draws, sample: int, image: Tensor, labels: Tensor, out_image: Tensor, out_labels: Tensor
+    ) -> None:
+        """Read a box, image (C, *source) and labels (*source), as drawn into (C, *patch) and (*patch)."""
+        shape = draws.source_shape(sample)
+        image, labels = geometry.centre(image, shape), geometry.centre(labels, shape)
+        affine, mirrored = draws.affine[sample], draws.mirrored[sample]
+        if np.array_equal(affine, np.eye(len(shape))):
+            geometry.mirror_into(image, labels, mirrored, out_image, out_labels)
+        else:
+            geometry.warp_into(image, labels, affine * np.where(mirrored, -1.0, 1.0), out_image, out_labels)
+        if self.flips.indices and mirrored[self.flips.left_right]:
+            geometry.rename(out_labels, self.flips.indices)
 
 
 def is_planar(patch: tuple[int, ...]) -> bool:
@@ -179,11 +204,18 @@ def is_planar(patch: tuple[int, ...]) -> bool:
     return len(patch) == 3 and max(patch) / patch[0] > 3
 
 
-def rotation_limit_rad(patch: tuple[int, ...]) -> float:
-    """Largest angle: 30 degrees about each axis in 3D, 180 in a plane, 15 in a plane longer than 3 : 2 (only if 2D)."""
-    if len(patch) == 2:
-        return np.deg2rad(15 if max(patch) / min(patch) > 1.5 else 180)
-    return np.deg2rad(180 if is_planar(patch) else 30)
+def rotation_limit_rad(patch: tuple[int, ...], left_right: int | None = None) -> float:
+    """Largest angle: 30 degrees about each axis in 3D, 180 in a plane, 15 in a plane longer than 3 : 2 (only if 2D).
+
+    30 in a plane that holds the axis `left_right`: half a turn and a mirror image along the other axis make a mirror
+    image along this one, in which no label has traded places.
+    """
+    if len(patch) == 2 and max(patch) / min(patch) > 1.5:
+        return np.deg2rad(15)
+    if len(patch) == 3 and not is_planar(patch):
+        return np.deg2rad(30)
+    in_plane = left_right is not None and left_right >= len(patch) - 2
+    return np.deg2rad(30 if in_plane else 180)
 
 
 def finish(image: Tensor, labels: Tensor, masked: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -206,16 +238,6 @@ def _about_one(rng: np.random.Generator, probability: float, span: Range, each: 
     below = rng.random(each) < 0.5
     factors = np.where(below, rng.uniform(span[0], 1.0, each), rng.uniform(1.0, span[1], each))
     return np.where(chosen, factors, 1.0)
-
-
-def _place(draws: Draws, sample: int, image: Tensor, labels: Tensor, out_image: Tensor, out_labels: Tensor) -> None:
-    shape = draws.source_shape(sample)
-    image, labels = geometry.centre(image, shape), geometry.centre(labels, shape)
-    affine, mirrored = draws.affine[sample], draws.mirrored[sample]
-    if np.array_equal(affine, np.eye(len(shape))):
-        geometry.mirror_into(image, labels, mirrored, out_image, out_labels)
-    else:
-        geometry.warp_into(image, labels, affine * np.where(mirrored, -1.0, 1.0), out_image, out_labels)
 
 
 def _shade(draws: Draws, sample: int, image: Tensor) -> None:

@@ -6,7 +6,7 @@ would otherwise surface far away, in the network.
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ Transform = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor
 """`(image (B, C, *box) float32, labels (B, *box) int64, rng) -> (image (B, C, *patch), labels (B, *patch))`.
 
 Labels are -1 outside the image content; the callable may change its arguments in place. It should take every random
-decision from `rng`, so that a seed repeats a run.
+decision from `rng`, so that a seed repeats a run. Where the plan tells left from right (`Plan.mirroring`), it must not
+mirror along that axis: nobody else could say which samples it has mirrored.
 """
 
 
@@ -30,10 +31,16 @@ class SeedDraw:
 
     box: tuple[int, ...]
     seed: int
+    first: int = 0
+    """The first sample of the batch that is in the callable's hands, where it is not handed the whole."""
 
     def source_shape(self, sample: int) -> tuple[int, ...]:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         return self.box
+
+    def part(self, samples: slice) -> "SeedDraw":
+        """The same, with random numbers of their own for these samples."""
+        return replace(self, first=samples.start or 0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,7 +67,9 @@ class ForeignAugmentation:
         expected = (image.shape[:2] + torch.Size(self.patch), labels.shape[:1] + torch.Size(self.patch))
         device = image.device
         try:
-            result = self.transform(image, labels, np.random.default_rng(draws.seed))
+            result = self.transform(
+                image, labels, np.random.default_rng((draws.seed, draws.first) if draws.first else draws.seed)
+            )
         except Exception as error:
             raise AutosegError(
                 f"the augmentation {self.name} failed on an image batch of shape {tuple(image.shape)} with labels of "

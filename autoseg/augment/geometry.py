@@ -5,10 +5,13 @@ be no larger than `source_shape` says. Mirroring is folded into the map: a patch
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from autoseg.labels import UNSEEN
 
 # Voxels handled at once: on the CPU what stays in the cache, elsewhere what keeps temporary arrays below ~0.5 GB.
 _SLAB_CPU = 1 << 17
@@ -77,6 +80,13 @@ def mirror_into(image: Tensor, labels: Tensor, mirrored: np.ndarray, out_image: 
     axes = [axis - len(mirrored) for axis in np.flatnonzero(mirrored).tolist()]
     out_image.copy_(image.flip(axes) if axes else image)
     out_labels.copy_(labels.flip(axes) if axes else labels)
+
+
+def rename(labels: Tensor, indices: Sequence[int]) -> None:
+    """In place: every voxel of index i in `labels` (any shape) becomes indices[i]; `UNSEEN` stays what it is."""
+    # -1 reads the last entry of the table.
+    table = torch.tensor((*indices, UNSEEN), dtype=labels.dtype, device=labels.device)
+    labels.copy_(table[labels.long()])
 
 
 def warp_into(image: Tensor, labels: Tensor, affine: np.ndarray, out_image: Tensor, out_labels: Tensor) -> None:

@@ -48,6 +48,10 @@ class PriorDraws:
     removed: np.ndarray
     """(B, F) in [0, 1): which of the small components vanishes, as a share of their count; -1: none."""
 
+    def part(self, samples: slice) -> "PriorDraws":
+        """What was drawn for these samples of the batch."""
+        return PriorDraws(**{name: value[samples] for name, value in vars(self).items()})
+
 
 def draw_prior(rng: np.random.Generator, batch: int, masks: int, policy: PriorPolicy = DEFAULT_PRIOR) -> PriorDraws:
     """Decide everything for `masks` masks of `batch` samples; how many numbers are drawn depends on the sizes alone."""

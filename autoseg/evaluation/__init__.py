@@ -1,4 +1,4 @@
-"""Evaluation: metrics of a case, summaries of many, and (in `plots`) pictures of a training."""
+"""Evaluation: metrics of a case, summaries of many, and (in `plots` and `overlay`) pictures."""
 
 from autoseg.evaluation.folders import evaluate_folders, evaluate_pairs, score_labels
 from autoseg.evaluation.metrics import DEFAULT_TOLERANCE_MM, METRICS, CaseScore, Metric, score_case

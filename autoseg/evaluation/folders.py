@@ -40,7 +40,7 @@ def evaluate_folders(
     Raises AutosegError that names the cases without prediction (unless `partial`: then they are passed over), whose
     grids differ, or that hold values which no label has.
     """
-    truths, predictions = _label_files(truth), _label_files(prediction)
+    truths, predictions = files_by_case(truth), files_by_case(prediction)
     missing = sorted(set(truths) - set(predictions))
     if missing and not partial:
         raise AutosegError(
@@ -112,8 +112,11 @@ def _read(path: Path, labels: Labels) -> Volume:
     return volume
 
 
-def _label_files(folder: Path) -> dict[str, Path]:
-    """Case -> file, for every file of `folder` that a reader knows. Raises AutosegError if there are none, or two."""
+def files_by_case(folder: Path, kind: str = "label files") -> dict[str, Path]:
+    """Case -> file, for every file of `folder` that a reader knows. Raises AutosegError if there are none, or two.
+
+    kind: what they are, for the error.
+    """
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
@@ -126,15 +129,16 @@ def _label_files(folder: Path) -> dict[str, Path]:
             )
         files[case] = path
     if not files:
-        raise AutosegError(f"{folder} is no folder with label files ({', '.join(ENDINGS)})")
+        raise AutosegError(f"{folder} is no folder with {kind} ({', '.join(ENDINGS)})")
     return files
 
 
 def find_labels(*folders: Path) -> tuple[Labels, dict[str, tuple[str, ...]]] | None:
-    """What the first dataset.json in or just above the folders says of labels."""
-    for folder in (place for given in folders for place in (given, given.resolve().parent)):
-        if (folder / "dataset.json").is_file():
-            return labels_in(folder)
+    """What the first dataset.json in or just above the folders says of labels; None without one."""
+    for folder in folders:
+        for place in (folder, folder.resolve().parent):
+            if (place / "dataset.json").is_file():
+                return labels_in(place)
     return None
 
 

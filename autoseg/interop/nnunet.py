@@ -10,30 +10,34 @@ import hashlib
 import json
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from safetensors.torch import save
 
 from autoseg import __version__
 from autoseg.bundle import ModelCard, ModelFile, Stage, write
-from autoseg.interop.nnunet_plans import chain_of, need, to_plan
+from autoseg.interop.nnunet_plans import chain_of, need, to_plan, with_inherited
 from autoseg.interop.nnunet_weights import Checkpoint, read_checkpoint, rename
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.records import AutosegError
 from autoseg.schema import Plan
 
 PLANS, DATASET, CHECKPOINT, RULES = "plans.json", "dataset.json", "checkpoint_final.pth", "postprocessing.json"
-SUMMARY = "summary.json"
+SUMMARY, PICKLED = "summary.json", "postprocessing.pkl"
 HASH = 16
 MOST_JSON_BYTES = 256 << 20
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, OverflowError, struct.error)
+"""What reading a zip that is none ends in."""
 KEEP_LARGEST = "remove_all_but_largest_component_from_segmentation"
 
 
@@ -100,7 +104,7 @@ class Archive:
         try:
             with zipfile.ZipFile(self.root) as file:
                 return sorted(info.filename for info in file.infolist() if not info.is_dir())
-        except (zipfile.BadZipFile, OSError) as error:
+        except DAMAGED as error:
             raise AutosegError(f"{self.root} is no zip file, or a damaged one ({error})") from None
 
     def read(self, name: str) -> bytes:
@@ -111,25 +115,26 @@ class Archive:
     @contextmanager
     def path(self, name: str) -> Iterator[Path]:
         """A temporary copy, under a name of our own: torch reads files, and the member is packed."""
+        # Weights hardly shrink: a member that grows manifold is no checkpoint.
         most = 4 * self.root.stat().st_size + (1 << 20)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "checkpoint.pth"
             with self._open(name, most) as member, copy.open("wb") as target:
-                try:
-                    shutil.copyfileobj(member, target, 1 << 20)
-                except (zipfile.BadZipFile, EOFError, OSError) as error:
-                    raise AutosegError(f"{self.root}: {name} is damaged ({error}); copy the file again") from None
+                shutil.copyfileobj(member, target, 1 << 20)
             yield copy
 
     @contextmanager
-    def _open(self, name: str, most: int) -> Iterator[Any]:
-        with zipfile.ZipFile(self.root) as file:
-            info = file.getinfo(name)
-            # Weights hardly shrink: a member that grows manifold is no checkpoint.
-            if info.file_size > most:
-                raise AutosegError(f"{self.root}: {name} unpacks to {info.file_size} bytes; it is refused")
-            with file.open(info) as member:
-                yield member
+    def _open(self, name: str, most: int) -> Iterator[IO[bytes]]:
+        """A member of at most `most` bytes: the zip reads no more of it than its directory states."""
+        try:
+            with zipfile.ZipFile(self.root) as file:
+                info = file.getinfo(name)
+                if info.file_size > most:
+                    raise AutosegError(f"{self.root}: {name} unpacks to {info.file_size:,} bytes; it is refused")
+                with file.open(info) as member:
+                    yield member
+        except DAMAGED as error:
+            raise AutosegError(f"{self.root}: {name} cannot be unpacked ({error}); copy the file again") from None
 
 
 def open_nnunet(source: Path, configuration: str | None = None, folds: Sequence[str] = ()) -> Imported:
@@ -159,7 +164,7 @@ def understood(source: Path) -> Iterator[None]:
     """Says that the files in `source` are not what nnU-Net writes where one holds values of unexpected kinds."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AutosegError(
             f"{source} is no complete model of nnU-Net v2: a value is missing or of an unexpected kind "
@@ -169,33 +174,30 @@ def understood(source: Path) -> Iterator[None]:
 
 def _assemble(source: Path, files: Files, place: str, folds: Sequence[str]) -> Imported:
     plans, dataset = read_json(files, place, PLANS), read_json(files, place, DATASET)
-
-    chosen = folds_of(files, place, folds)
-    checkpoints = {place: [load(files, place, fold) for fold in chosen]}
-    name = checkpoints[place][0].configuration
-    places = {name: place}
-    names = {name: tuple(chosen)}
-    *earlier, _ = chain_of(plans, name)
-    for stage in earlier:
+    chosen = load_folds(files, place, folds_of(files, place, folds))
+    name = next(iter(chosen.values())).configuration
+    checkpoints = {name: chosen}
+    order = chain_of(plans, name)
+    for stage in order[:-1]:
         beside, around = find_beside(source, files, place, stage)
-        names[stage] = tuple(folds_of(around, beside, ()))
-        places[stage] = beside
-        checkpoints[beside] = [load(around, beside, fold) for fold in names[stage]]
-    order = (*earlier, name)
-    flips = {stage: checkpoints[places[stage]][0].mirror_axes for stage in order}
+        if with_inherited(read_json(around, beside, PLANS), stage) != with_inherited(plans, stage):
+            raise AutosegError(f"{beside} was trained with another plan of {stage} than {name}; they make no cascade")
+        checkpoints[stage] = load_folds(around, beside, folds_of(around, beside, ()))
+    flips = {stage: next(iter(points.values())).mirror_axes for stage, points in checkpoints.items()}
     plan = to_plan(plans, dataset, order, flips)
     stages: list[Stage] = []
     weights: dict[str, bytes] = {}
     for stage in order:
         spec = plan.configuration(stage)
         sizes = (plan.in_channels(spec), plan.labels.heads)
-        made = Stage(configuration=stage, folds=tuple("all" if f == "all" else int(f) for f in names[stage]))
-        packed = [save(rename(point.weights, spec.network, *sizes)) for point in checkpoints[places[stage]]]
-        weights |= {made.member(fold): content for fold, content in zip(made.folds, packed)}
+        found = {fold: save(rename(p.weights, spec.network, *sizes)) for fold, p in checkpoints[stage].items()}
+        made = Stage(configuration=stage, folds=tuple("all" if fold == "all" else int(fold) for fold in found))
+        weights |= {made.member(fold): packed for fold, packed in zip(made.folds, found.values())}
         stages.append(made)
-    card, said = read_card(files, place, plan, name, {f"fold_{f}": w for f, w in zip(names[name], packed)})
+    card, said = read_card(files, place, plan, name, {f"fold_{fold}": packed for fold, packed in found.items()})
     stages[-1] = replace(stages[-1], card=card)
-    trained = [f"{s}: fold {', '.join(names[s])}, trained by {checkpoints[places[s]][0].trainer}" for s in order]
+    trainers = {stage: next(iter(points.values())).trainer for stage, points in checkpoints.items()}
+    trained = [f"{s}: fold {', '.join(checkpoints[s])}, trained by {trainers[s]}" for s in order]
     stated = f" Its dataset.json states the licence {dataset['licence']!r}." if "licence" in dataset else ""
     content = ModelFile(
         autoseg_version=__version__,
@@ -207,29 +209,28 @@ def _assemble(source: Path, files: Files, place: str, folds: Sequence[str]) -> I
     return Imported(content=content, weights=weights, notes=(*trained, f"post-processing: {said}"))
 
 
-def find_models(files: Files) -> dict[str, str]:
-    """Place of every model folder ("" for the root itself) -> the configuration that its name ends in."""
+def find_models(files: Files) -> tuple[str, ...]:
+    """Places of all model folders, "" for the root itself."""
     names = files.names()
     there = set(names)
-    found = {}
+    found = set()
     for name in names:
         path = PurePosixPath(name)
-        folder = path.parent.parent.as_posix().removeprefix(".")
+        folder = "" if len(path.parts) == 2 else path.parent.parent.as_posix()
         described = {_join(folder, PLANS), _join(folder, DATASET)} <= there
         if path.name == CHECKPOINT and path.parent.name.startswith("fold_") and described:
-            found[folder] = PurePosixPath(folder).name.rpartition("__")[2]
-    return found
+            found.add(folder)
+    return tuple(sorted(found))
 
 
-def choose(source: Path, models: Mapping[str, str], configuration: str | None) -> str:
-    """The place of the model that is meant. Raises AutosegError that lists the choices if it is not plain."""
-    fitting = [
-        place
-        for place, name in models.items()
-        if configuration is None or configuration in (name, PurePosixPath(place).name)
-    ]
-    if "" in models and configuration is None:
-        return ""
+def choose(source: Path, places: Sequence[str], configuration: str | None) -> str:
+    """The place of the model that is meant: by its configuration, or where that is not enough by its folder's name.
+
+    Raises AutosegError that lists the choices if it is not plain.
+    """
+    folders = {place: PurePosixPath(place).name or source.resolve().name for place in places}
+    models = {place: folder.rpartition("__")[2] for place, folder in folders.items()}
+    fitting = [place for place in places if configuration in (None, models[place], folders[place])]
     if len(fitting) == 1:
         return fitting[0]
     listed = "\n".join(f"  -c {name}   ({place or source})" for place, name in models.items())
@@ -237,7 +238,7 @@ def choose(source: Path, models: Mapping[str, str], configuration: str | None) -
         raise AutosegError(f"{source} has no model {configuration!r}; it has\n{listed}")
     if configuration is None:
         raise AutosegError(f"{source} holds {len(models)} models; choose one:\n{listed}")
-    places = "\n".join(f"  -c {PurePosixPath(place).name}" for place in fitting)
+    places = "\n".join(f"  -c {folders[place]}" for place in fitting)
     raise AutosegError(f"{source} holds {len(fitting)} models of {configuration}; choose one:\n{places}")
 
 
@@ -272,14 +273,19 @@ def folds_of(files: Files, place: str, wanted: Sequence[str]) -> list[str]:
             f"{place or 'the model'} has no finished fold {', '.join(missing)}; it has {', '.join(found)}"
         )
     crossed = [fold for fold in found if fold != "all"]
-    return list(wanted) or crossed or found
+    return [fold for fold in found if fold in wanted] or crossed or found
 
 
-def load(files: Files, place: str, fold: str) -> Checkpoint:
-    """The checkpoint of one fold."""
-    name = _join(place, f"fold_{fold}/{CHECKPOINT}")
-    with files.path(name) as path:
-        return read_checkpoint(path, shown=name)
+def load_folds(files: Files, place: str, folds: Sequence[str]) -> dict[str, Checkpoint]:
+    """The checkpoint of each fold. Raises AutosegError if they are of different configurations."""
+    found = {}
+    for fold in folds:
+        name = _join(place, f"fold_{fold}/{CHECKPOINT}")
+        with files.path(name) as path:
+            found[fold] = read_checkpoint(path, shown=name)
+    if len(kinds := sorted({point.configuration for point in found.values()})) > 1:
+        raise AutosegError(f"the folds of {place or 'the model'} are of several configurations: {', '.join(kinds)}")
+    return found
 
 
 def read_json(files: Files, place: str, name: str) -> dict[str, Any]:
@@ -304,6 +310,8 @@ def read_card(
     folder = _join(place, f"crossval_results_folds_{folds}")
     if _join(folder, RULES) not in files.names():
         below = f"{place}/" if place else ""
+        if _join(folder, PICKLED) in files.names():
+            return None, f"none: {folder} holds it as {PICKLED} alone, which could run anything and is not read"
         others = [n for n in files.names() if n.startswith(f"{below}crossval_results") and n.endswith(RULES)]
         seen = f"; what there is belongs to others: {', '.join(others)}" if others else ""
         return None, f"none was fitted for these folds{seen}"
@@ -320,7 +328,7 @@ def read_card(
         members = [chosen] if isinstance(chosen, int) else chosen
         if unknown := [value for value in members if value not in values]:
             raise AutosegError(f"{where} speaks of labels {unknown}, dataset.json of {list(values)}")
-        steps.append(Step(members=tuple(values.index(v) for v in members), dice_before=None, dice_after=None))
+        steps.append(Step(kind="largest", members=tuple(values.index(v) for v in members)))
 
     def dice(part: str) -> dict[str, float | None]:
         scores = need(content, part, where)

@@ -44,6 +44,8 @@ NETWORKS = {"PlainConvUNet": ("unet", "n_conv_per_stage"), "ResidualEncoderUNet"
 """Class -> our name, and the key of its encoder's depth."""
 SPLINES = "resample_data_or_seg_to_shape"
 LINEAR = "resample_torch_fornnunet"
+MOST_STAGES = 20
+"""Each halves the image, or keeps an axis that is short already."""
 NEVER = 1e9
 """No spacing is so anisotropic: nothing is resampled slice by slice."""
 
@@ -178,6 +180,8 @@ def to_configuration(name: str, entry: Mapping[str, Any], mirror_axes: tuple[int
     if (preprocessor := entry.get("preprocessor_name", "DefaultPreprocessor")) != "DefaultPreprocessor":
         refuse(f"{where}.preprocessor_name", preprocessor, ["DefaultPreprocessor"])
     patch = tuple(need(entry, "patch_size", where))
+    if any(axis >= len(patch) for axis in mirror_axes):
+        raise AutosegError(f"{where} has {len(patch)} axes, and its checkpoint allows mirroring along {mirror_axes}")
     return Configuration(
         name=name,
         dimension=len(patch),  # type: ignore[arg-type]
@@ -234,6 +238,8 @@ def to_network(entry: Mapping[str, Any], where: str, dimension: int) -> NetworkS
     given = dict(need(architecture, "arch_kwargs", where))
     where = f"{where}.arch_kwargs"
     stages = need(given, "n_stages", where)
+    if stages not in range(2, MOST_STAGES + 1):
+        refuse(f"{where}.n_stages", stages, [f"2 to {MOST_STAGES} stages"])
     features = each(need(given, "features_per_stage", where), stages)
 
     def expect(key: str, *allowed: Any, default: Any = None) -> None:

@@ -5,6 +5,7 @@ nnU-Net writes beside the weights (its loss curves). Whatever else a file asks f
 """
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def read_checkpoint(path: Path, shown: str = "") -> Checkpoint:
     """
     shown = shown or str(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
+        if packed:
+            # torch packs nothing, and a packed file could grow to any size.
+            raise AutosegError(f"{shown} is packed, which nnU-Net's checkpoints are not; it is refused")
         with torch.serialization.safe_globals(NUMPY_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -56,21 +62,32 @@ def read_checkpoint(path: Path, shown: str = "") -> Checkpoint:
             f"{shown} is damaged or wants to make things that no weights need ({' '.join(asked.split())[:200]}); "
             "nothing in it was run, and it is refused"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except AutosegError:
+        raise
+    except Exception as error:
+        # Bytes that make no sense end in errors of every kind.
         raise AutosegError(f"{shown} cannot be read ({' '.join(str(error).split())[:200]}); copy it again") from None
     try:
         arguments, weights = content["init_args"], content["network_weights"]
-        found = Checkpoint(
-            configuration=str(arguments["configuration"]),
-            trainer=str(content["trainer_name"]),
-            mirror_axes=tuple(int(axis) for axis in content.get("inference_allowed_mirroring_axes") or ()),
-            weights={str(name).removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()},
+        configuration, trainer = arguments["configuration"], content["trainer_name"]
+        axes = content.get("inference_allowed_mirroring_axes") or ()
+        # Lists nested in a few bytes could be written out without end, so nothing but these is turned into text.
+        sound = (
+            isinstance(configuration, str)
+            and isinstance(trainer, str)
+            and all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes)
+            and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise AutosegError(f"{shown} is no checkpoint of nnU-Net v2: {error} is missing or of another kind") from None
-    if not all(isinstance(tensor, Tensor) for tensor in found.weights.values()):
-        raise AutosegError(f"{shown} is no checkpoint of nnU-Net v2: its network_weights are not all tensors")
-    return found
+    if not sound:
+        raise AutosegError(f"{shown} is no checkpoint of nnU-Net v2: names or weights are of another kind")
+    return Checkpoint(
+        configuration=configuration,
+        trainer=trainer,
+        mirror_axes=tuple(axes),
+        weights={name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()},
+    )
 
 
 def our_name(name: str, levels: int) -> str | None:
@@ -114,13 +131,15 @@ def rename(weights: Mapping[str, Tensor], spec: NetworkSpec, in_channels: int, h
 
     Raises AutosegError that lists what is missing, too much, or of another shape.
     """
+    if sum(spec.encoder_blocks) + sum(spec.decoder_blocks) > len(weights):
+        raise AutosegError(f"there are {len(weights)} tensors, fewer than the planned network has blocks")
     levels = len(spec.decoder_blocks)
-    with torch.device("meta"):
-        wanted = {name: tuple(t.shape) for name, t in build(spec, in_channels, heads).state_dict().items()}
-    found: dict[str, Tensor] = {}
-    for theirs, tensor in weights.items():
-        if (name := our_name(theirs, levels)) is not None:
-            found[name] = tensor.float().contiguous()
+    try:
+        with torch.device("meta"):
+            wanted = {name: tuple(t.shape) for name, t in build(spec, in_channels, heads).state_dict().items()}
+    except (RuntimeError, OverflowError) as error:
+        raise AutosegError(f"the planned network cannot be built ({str(error).splitlines()[0]})") from None
+    found = {name: tensor for theirs, tensor in weights.items() if (name := our_name(theirs, levels)) is not None}
     faults = [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{name} is in no network of this plan" for name in found if name not in wanted]
     faults += [
@@ -128,7 +147,13 @@ def rename(weights: Mapping[str, Tensor], spec: NetworkSpec, in_channels: int, h
         for name, shape in wanted.items()
         if name in found and tuple(found[name].shape) != shape
     ]
+    odd = [n for n, t in found.items() if t.layout != torch.strided or t.is_meta or not t.is_floating_point()]
+    faults += [f"{name} holds no plain floating point numbers" for name in odd]
     if faults:
         more = f"\n  and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise AutosegError("the weights are not those of the planned network:\n  " + "\n  ".join(faults[:8]) + more)
-    return found
+    # A tensor may repeat what it stores, so that a small file would make large weights.
+    stores = {store.data_ptr(): store.nbytes() for store in (t.untyped_storage() for t in found.values())}
+    if sum(tensor.nbytes for tensor in found.values()) > sum(stores.values()):
+        raise AutosegError("the weights are larger than what the file stores of them; it is refused")
+    return {name: tensor.float().contiguous() for name, tensor in found.items()}

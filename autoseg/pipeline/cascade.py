@@ -17,7 +17,7 @@ import torch
 from autoseg.model import Model, is_finished, open_model, open_run, weights_hash
 from autoseg.preprocess import Trace, project
 from autoseg.progress import Progress
-from autoseg.records import AutosegError, hash_text, to_json
+from autoseg.records import AutosegError, hash_text
 from autoseg.schema import Configuration, Fold, Plan
 from autoseg.splits import Splits
 from autoseg.store import read_case, stored_key, write_map
@@ -68,7 +68,8 @@ def write_prior(path: Path, logits: np.ndarray, trace: Trace, model: Model, late
     if path.exists() or stored_key(later.prepared, trace.case) is None:
         return
     onto = read_case(later.prepared, trace.case).trace
-    write_map(path, project(logits, trace, onto, model.plan.labels, model.configuration), later.configuration.patch)
+    stages = model.configuration, later.configuration
+    write_map(path, project(logits, trace, onto, model.plan.labels, *stages), later.configuration.patch)
 
 
 def held_out_by(workspace: Workspace, plan: Plan, run: str, stage: str) -> dict[str, Path]:
@@ -78,7 +79,7 @@ def held_out_by(workspace: Workspace, plan: Plan, run: str, stage: str) -> dict[
         if not is_finished(fold):
             continue
         facts = open_run(fold)
-        if to_json(facts.plan) != to_json(plan):
+        if facts.plan.concerning(stage) != plan.concerning(stage):
             raise AutosegError(
                 f"{fold} was trained with another plan; train {stage} again under another --run, and the cascade too"
             )

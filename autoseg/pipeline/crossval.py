@@ -2,16 +2,12 @@
 
 Written into the configuration's folder: `crossval/` with the scores of every case, as predicted, and where
 post-processing changes anything `crossval_postprocessed/`; `model.json`, which `predict` follows. The post-processed
-scores are those of the cases that the rule was chosen on, so they flatter it a little.
+scores are those of the cases that the rule was chosen on, so they flatter it a little; the cross-fitted Dice does not.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
 
 from autoseg.bundle import ModelCard
 from autoseg.evaluation import CaseScore, Summary, save_summary, score_labels, summarise, table
@@ -19,16 +15,8 @@ from autoseg.labels import Labels
 from autoseg.layout import Dataset
 from autoseg.model import CARD, is_finished, open_run, weights_hash
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.postprocess import (
-    Components,
-    PostProcessing,
-    apply,
-    apply_steps,
-    choose,
-    choose_for_regions,
-    find_components,
-    region_dice,
-)
+from autoseg.pipeline.postprocess import measure_pairs, search
+from autoseg.postprocess import PostProcessing, apply, trials
 from autoseg.readers import read_labels
 from autoseg.records import AutosegError, load_json, save_json, to_json
 from autoseg.schema import Run
@@ -36,7 +24,6 @@ from autoseg.splits import Splits
 
 SUMMARY = "summary.json"
 
-T = TypeVar("T")
 HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
 
@@ -89,7 +76,7 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     )
     save_summary(merged, folder / "crossval")
     print(f"\nCross-validation of {len(folds)} folds, {len(pairs)} held-out cases, as predicted:\n{table(merged)}")
-    print(f"Post-processing: {rule.describe(labels)}", flush=True)
+    print(f"Post-processing: {rule.describe(labels)}\n{trials(rule, labels)}", flush=True)
     if rule.steps:
         save_summary(processed, folder / "crossval_postprocessed")
         print(f"\nThe same with post-processing:\n{table(processed)}")
@@ -103,7 +90,7 @@ def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
 
     def essence(run: Run) -> str:
         recipe = replace(run.recipe, epochs=1, budget_seconds=None, seed=0)
-        return to_json(run.plan) + to_json(recipe)
+        return to_json(run.plan.concerning(run.configuration)) + to_json(recipe)
 
     for fold, run in zip(folds, runs):
         if essence(run) != essence(runs[0]):
@@ -116,30 +103,9 @@ def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
 def fit_postprocessing(
     pairs: Sequence[HeldOut], labels: Labels, annotated: Mapping[str, Sequence[str]], workers: int | None
 ) -> PostProcessing:
-    """The rule for held-out predictions. Nothing but numbers is remembered of a case.
-
-    Each case is read once; with overlapping regions once for each rule that is tried.
-    """
-
-    def read(pair: HeldOut) -> tuple[np.ndarray, np.ndarray, tuple[bool, ...]]:
-        truth, prediction = (labels.to_indices(read_labels(path)[0].array[0]) for path in pair[1:])
-        return truth, prediction, labels.flags(annotated.get(pair[0]))
-
-    def components(pair: HeldOut) -> Components:
-        truth, prediction, scored = read(pair)
-        return find_components(truth, prediction, labels.count, labels.ignored, scored)
-
-    def dice(steps: Sequence[tuple[int, ...]], pair: HeldOut) -> np.ndarray:
-        truth, prediction, scored = read(pair)
-        return region_dice(truth, apply_steps(prediction, steps), labels, scored)
-
-    def of_all(measure: Callable[[HeldOut], T]) -> list[T]:
-        outcomes = map_cases(measure, pairs, name=lambda pair: pair[0], what="fit post-processing", workers=workers)
-        return raise_failures(outcomes, "fitting post-processing")
-
-    if labels.exclusive:
-        return choose(of_all(components), labels.count)
-    return choose_for_regions(lambda steps: of_all(partial(dice, steps)), labels.members)
+    """The rule for held-out predictions; each case is read once."""
+    cases = raise_failures(measure_pairs(pairs, labels, annotated, workers), "fitting post-processing")
+    return search(dict(zip((pair[0] for pair in pairs), cases, strict=True)), labels, workers)
 
 
 def score_processed(
@@ -154,8 +120,8 @@ def score_processed(
 
     def score(pair: HeldOut) -> Iterable[CaseScore]:
         truth, _ = read_labels(pair[1])
-        prediction = apply(labels.to_indices(read_labels(pair[2])[0].array[0]), rule)
         spacing = truth.grid.spacing_mm
+        prediction = apply(labels.to_indices(read_labels(pair[2])[0].array[0]), rule, spacing)
         stored = labels.to_values(prediction)
         return score_labels(pair[0], truth.array[0], stored, spacing, labels, raw.tolerance_mm, annotated)
 

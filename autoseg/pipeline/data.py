@@ -15,7 +15,7 @@ from autoseg import bundle, records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
-from autoseg.planners import PLANNERS, explain, plan, plan_like
+from autoseg.planners import PLANNERS, explain, keep_edits, plan, plan_like, says_sides, stamped
 from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
@@ -24,7 +24,12 @@ from autoseg.splits import Splits, make_splits, read_splits
 from autoseg.store import stored_key, write_case
 from autoseg.workspace import Workspace
 
-PLAN_OPTIONS = {"name": "--plan", "preset": "--preset", "gpu_memory_gb": "--gpu-memory"}
+PLAN_OPTIONS = {
+    "name": "--plan",
+    "preset": "--preset",
+    "gpu_memory_gb": "--gpu-memory",
+    "planned": "--discard-edits",
+}
 """Plan fields that have an option of their own."""
 
 PEAK_PER_BYTE = 16
@@ -53,6 +58,8 @@ class PlanOptions:
     like: Path | None = None
     """A model whose plan is taken over: a model file, the folder of a configuration, or of a fold."""
     choose: Callable[[Plan], Sequence[str]] | None = None
+    discard_edits: bool = False
+    """Whether what was edited in plan.json by hand gives way to the new plan."""
     keep: bool = False
     """Whether a plan of that name stays as it is, if the data have not changed since."""
     group_by: str | None = None
@@ -170,8 +177,9 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
 
     planned = workspace.plan_folder(name, options.name)
     made = kept_plan(planned / "plan.json", fingerprint, dataset) if options.keep else None
+    kept: dict[str, str] = {}
     if made is None:
-        made = make_plan(fingerprint, dataset, options)
+        made, kept = make_plan(fingerprint, dataset, options, None if options.discard_edits else planned / "plan.json")
     every = tuple(c.name for c in made.configurations)
     wanted = options.configurations or (every if options.choose is None else options.choose(made))
     chosen = [made.configuration(entry) for entry in wanted]
@@ -186,6 +194,8 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         save_json(made, planned / "plan.json")
         print(explain(made))
         print(f"\nPlan: {planned / 'plan.json'}")
+        for line in kept.values():
+            print(f"{line}; --discard-edits lets the planner decide")
         if left_out := sorted({case.id for case in dataset.cases} - set(splits.fold("all").train) - set(splits.test)):
             print(
                 f"warning: {len(left_out)} cases are in no fold and will not be used, for example {left_out[0]}; "
@@ -204,6 +214,9 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     if [case.case for case in old.cases] != [case.id for case in dataset.cases]:
         return None
     if old.channel_names != dataset.channel_names:
+        return None
+    # One without positions is of an earlier version; they matter only where a class is named after a side.
+    if any(case.across is None for case in old.cases) and says_sides(dataset.labels):
         return None
     outcomes = map_cases(
         lambda case: hash_case(dataset, case),
@@ -224,8 +237,13 @@ def kept_plan(path: Path, fingerprint: Fingerprint, dataset: Dataset) -> Plan | 
     return old if old.data_hash == fingerprint.data_hash() and old.labels == dataset.labels else None
 
 
-def make_plan(fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions) -> Plan:
-    """The plan for a fingerprint, with the changes of --set made and validated."""
+def make_plan(
+    fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions, before: Path | None
+) -> tuple[Plan, dict[str, str]]:
+    """The plan for a fingerprint with the changes of --set made and validated, and name -> line for each edit kept.
+
+    `before`: the file of an earlier plan, whose edits by hand are kept.
+    """
     if options.preset not in PLANNERS:
         raise AutosegError(f"unknown preset {options.preset!r}; choose one of {', '.join(PLANNERS)}")
     made = plan(
@@ -238,8 +256,12 @@ def make_plan(fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions) 
     )
     if options.like is not None:
         made = plan_like(plan_at(options.like), fingerprint, dataset.labels, made, options.like.name)
-    made = replace(made, data_hash=fingerprint.data_hash())
-    return settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
+    made = fresh = replace(made, data_hash=fingerprint.data_hash())
+    kept: dict[str, str] = {}
+    if before is not None and before.is_file():
+        made, kept = keep_edits(load_json(Plan, before), fresh)
+    made = settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
+    return stamped(made, fresh, kept), kept
 
 
 def plan_at(path: Path) -> Plan:
@@ -271,17 +293,18 @@ def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOpti
     Raises AutosegError if folds exist and the options ask for others: runs may already rest on them.
     """
     cases = [case.id for case in dataset.cases]
+    group_by = options.group_by or dataset.group_by
     for given in (raw / "splits.json", raw / "splits_final.json", prepared / "splits_final.json"):
         if given.is_file():
             if options.test_fraction:
                 raise AutosegError(f"{given} already says which cases are held out; leave out --test-fraction")
-            return read_splits(given, cases, options.group_by)
-    wanted = make_splits(cases, group_by=options.group_by, test_fraction=options.test_fraction)
+            return read_splits(given, cases, group_by)
+    wanted = make_splits(cases, group_by=group_by, test_fraction=options.test_fraction)
     existing = prepared / "splits.json"
     if not existing.is_file():
         return wanted
     old = read_splits(existing, cases)
-    asked = options.group_by is not None or options.test_fraction > 0
+    asked = options.group_by is not None or options.test_fraction > 0 or old.group_by != group_by
     if asked and to_json(old) != to_json(wanted):
         raise AutosegError(f"{existing} holds other folds, which runs may rest on; delete it to make new ones")
     return old

@@ -6,12 +6,13 @@ that were validated, and before the first of them by predicting one case with un
 of work; a night between two sessions costs nothing.
 """
 
-import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
+from math import ceil, comb
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.cascade import refuse_incomplete
 from autoseg.pipeline.crossval import cross_validate, validated
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.folds import Fold, train_side_by_side
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json
 from autoseg.schema import Configuration, Plan, Run
@@ -55,6 +57,8 @@ class FitOptions:
     configurations: tuple[str, ...] = ()
     folds: tuple[int, ...] = ()
     budget_seconds: float | None = None
+    processes: int = 1
+    """How many folds are trained side by side, each on a device of its own."""
 
 
 @record
@@ -120,6 +124,12 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     save_json(spent, place)
 
     short: AutosegError | None = None
+    if options.processes > 1:
+        try:
+            spent = side_by_side(workspace, dataset_text, made, tasks, spent, options)
+        except AutosegError as error:
+            short = error
+            tasks = tuple(task for task in tasks if validated(task.folder))
     for number, task in enumerate(tasks, 1):
         train = options.train
         if options.budget_seconds is not None:
@@ -165,6 +175,29 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
         print(f"To compare them and their ensembles: autoseg find_best -d {name}{named}")
     print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT -d {name}{which}{named}")
     return tuple(cards)
+
+
+def side_by_side(
+    workspace: Workspace, dataset_text: str, plan: Plan, tasks: Sequence[Task], spent: Spent, options: FitOptions
+) -> Spent:
+    """Train the folds that are not done, one configuration after the other, several folds at a time.
+
+    Returns what is spent then. Raises AutosegError for a budget that is too short, and for folds that failed.
+    """
+    for name in dict.fromkeys(task.configuration.name for task in tasks):
+        todo = [task for task in tasks if task.configuration.name == name and not validated(task.folder)]
+        train = options.train
+        folds = []
+        for task in todo:
+            if options.budget_seconds is not None:
+                train = replace(train, budget_seconds=share(workspace, plan, tasks, task, spent, options))
+            folds.append(Fold(configuration=name, fold=task.fold, folder=task.folder, options=train))
+        if folds:
+            print(f"\n== {len(folds)} folds of {name}, {options.processes} at a time", flush=True)
+            train_side_by_side(workspace, dataset_text, folds, options.processes)
+        for task in todo:
+            spent = spent.with_fold(task.name, open_run(task.folder).validation_seconds, 0.0)
+    return spent
 
 
 def stages(plan: Plan, asked: Sequence[str]) -> tuple[str, ...]:
@@ -227,21 +260,26 @@ def share(
         for name in dict.fromkeys(other.configuration.name for other in todo)
     }
     validation = sum(per_case[other.configuration.name] * other.cases for other in todo)
+    # Folds side by side take the time of the rounds that there are of them.
+    many = options.processes
+    rounds = sum(ceil(count / many) for count in Counter(other.configuration.name for other in todo).values())
+    validation *= rounds / len(todo)
     if EVERY in options.configurations:
         # Each pair is restored, written and scored as a configuration is, without its tiles.
-        count = len({other.configuration.name for other in tasks})
-        cases = sum(other.cases for other in tasks) / count
-        validation += math.comb(count, 2) * cases * max(per_case.values()) * (1 - 1 / EXPORT_SHARE)
-    used = spent.preparing + sum(spent.validating.values()) + sum(other.trained_seconds() for other in tasks)
+        names = {other.configuration.name for other in tasks}
+        cases = sum(other.cases for other in tasks) / len(names)
+        validation += comb(len(names), 2) * cases * max(per_case.values()) * (1 - 1 / EXPORT_SHARE)
+    trained = sum(spent.validating.values()) + sum(other.trained_seconds() for other in tasks)
+    used = spent.preparing + trained / many
     left = options.budget_seconds * (1 - MERGE_SHARE) - used - validation
-    if left / len(todo) < LEAST_TRAINING_S:
-        needed = used + validation + len(todo) * max(LEAST_TRAINING_S, 60.0)
+    if left / rounds < LEAST_TRAINING_S:
+        needed = used + validation + rounds * max(LEAST_TRAINING_S, 60.0)
         raise AutosegError(
             f"--budget {say_duration(options.budget_seconds)} is too short: {say_duration(used)} are spent, validating "
             f"{len(todo)} folds takes about {say_duration(validation)}, which leaves {say_duration(max(left, 0))} for "
             f"their training; give at least {say_duration(needed / (1 - MERGE_SHARE))}, or fewer --folds"
         )
-    return left / len(todo)
+    return left / rounds
 
 
 def seconds_a_case(
@@ -263,7 +301,7 @@ def seconds_a_case(
         clock = time.monotonic()
         network(tile).sum().item()
     view = time.monotonic() - clock
-    return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch)
+    return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch, plan.flips(configuration).axes)
 
 
 def say_share(budget: float, total: float, tasks: Sequence[Task], spent: Spent) -> None:

@@ -141,7 +141,7 @@ def model_key(trained: Trained | Chosen, rule: PostProcessing | None, options: P
         PREDICT_VERSION,
         PREPROCESS_VERSION,
         trained.name,
-        [step.members for step in rule.steps] if rule else [],
+        [step.action for step in rule.steps] if rule else [],
         options.step,
         options.mirror,
     )

@@ -48,6 +48,8 @@ class TrainOptions:
     validate_only: bool = False
     recipe: Path | None = None
     changes: Mapping[str, Any] | None = None
+    neighbours: int = 1
+    """How many trainings, this one included, share the memory of this machine."""
 
 
 def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe:

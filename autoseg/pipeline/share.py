@@ -13,6 +13,7 @@ from autoseg.ensemble import Chosen
 from autoseg.labels import Labels
 from autoseg.model import Trained, in_file, open_run
 from autoseg.pipeline.predict import PredictOptions, choose_model
+from autoseg.postprocess import trials
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import Fingerprint
 from autoseg.training import WEIGHTS
@@ -143,16 +144,17 @@ def _scores(card: ModelCard | None, labels: Labels) -> list[str]:
     """Cross-validated Dice, as predicted and post-processed, and the post-processing."""
     if card is None:
         return ["  Dice      not known: it was not cross-validated"]
-    last = f"  post-processing: {card.postprocessing.describe(labels)}"
+    tried = trials(card.postprocessing, labels).splitlines()
+    last = [f"  post-processing: {card.postprocessing.describe(labels)}", *(f"    {line}" for line in tried)]
     if not card.dice:
-        return ["  Dice      not stated", last]
+        return ["  Dice      not stated", *last]
     rows = [("Dice, cross-validated", "as predicted", "post-processed")]
     for name in card.dice:
         both = (_number(card.dice[name]), _number(card.dice_postprocessed.get(name)))
         rows.append(("mean of classes" if name == "foreground" else name, *both))
     width = max(len(row[0]) for row in rows)
     lines = [f"  {name:{width}}  {raw:>12}  {processed:>14}" for name, raw, processed in rows]
-    return [*lines, f"  of {card.cases} held-out cases", last]
+    return [*lines, f"  of {card.cases} held-out cases", *last]
 
 
 def _cases(fingerprint: Fingerprint | None) -> str:

@@ -30,6 +30,7 @@ from autoseg.pipeline import probabilities
 from autoseg.pipeline.cascade import NextStage, find_priors, forget_maps, map_path, next_stages, write_prior
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, held_out, validated
 from autoseg.pipeline.data import case_key
+from autoseg.pipeline.orders import give_order, refuse_small_batch
 from autoseg.pipeline.predict import export
 from autoseg.pipeline.recipe import (
     LENGTH,
@@ -48,6 +49,7 @@ from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
 from autoseg.store import StoredArray, read_case, stored_key
 from autoseg.supervise import JOURNAL
+from autoseg.team import ALONE, Team
 from autoseg.training import Parts, train, workload
 from autoseg.transfer import differences, open_source, tensor_table, transfer
 from autoseg.tuning import tune
@@ -68,10 +70,16 @@ def parse_fold(text: str) -> int | Literal["all"]:
 
 
 def train_fold(
-    workspace: Workspace, dataset_text: str, configuration_name: str, fold_text: str, options: TrainOptions
+    workspace: Workspace,
+    dataset_text: str,
+    configuration_name: str,
+    fold_text: str,
+    options: TrainOptions,
+    team: Team = ALONE,
 ) -> Summary:
     """Train one fold, or go on with it, then predict and score its held-out cases. Returns the scores.
 
+    team: the processes that share the work, of which this one leads.
     Signals to save or to end are heeded while it trains; the latter raise Stopped. Raises AutosegError when something
     is missing (naming the command that makes it) or the run has another recipe.
     """
@@ -90,6 +98,7 @@ def train_fold(
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, dataset_text)
     refuse_never_annotated(fold, cases, plan, fingerprint)
+    refuse_small_batch(configuration, team)
     device = choose_device(options.device)
 
     run = Run(
@@ -117,7 +126,7 @@ def train_fold(
             forget_validation(folder)
         elif run.finished is None:
             run = train_to_the_end(
-                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated()
+                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated(), team
             )
         else:
             print(
@@ -129,11 +138,12 @@ def train_fold(
             print(table(summary))
         else:
             started = time.monotonic()
-            summary = validate_fold(folder, dataset, prepared, device, priors, later)
+            summary = validate_fold(folder, dataset, prepared, device, priors, later, team)
             seconds = run.validation_seconds + time.monotonic() - started
             save_json(replace(open_run(folder), validation_seconds=seconds), folder / "run.json")
         if (folds := all_folds(folder.parent, splits)) is not None:
             cross_validate(folds, dataset)
+    team.tell("")
     return summary
 
 
@@ -146,15 +156,18 @@ def train_to_the_end(
     options: TrainOptions,
     priors: Mapping[str, Path] | None,
     annotated: Mapping[str, Sequence[str]],
+    team: Team = ALONE,
 ) -> Run:
     """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
-    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated)
+    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours)
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:  # it begins
         run = replace(run, recipe=for_length(run.recipe, options, device.type, tuning.seconds_a_step))
     parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
+    # The leader's weights are given to all: nobody else needs those to begin with.
+    give_order("train", replace(run, pretrained=None), folder, prepared, priors, team, annotated=annotated)
     try:
         with heeded() as requests:
             train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
@@ -222,7 +235,7 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
     differing = [
         what
         for what, a, b in (
-            ("plan", to_json(old.plan), to_json(run.plan)),
+            ("plan", *(to_json(one.plan.concerning(run.configuration)) for one in (old, run))),
             ("recipe", to_json(old.recipe), to_json(same_length)),
             ("data", old.data_hash, run.data_hash),
             ("cases of the fold", to_json(old.cases), to_json(run.cases)),
@@ -251,10 +264,13 @@ def make_parts(
     device: torch.device,
     priors: Mapping[str, Path] | None,
     annotated: Mapping[str, Sequence[str]],
+    team: Team = ALONE,
+    neighbours: int = 1,
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
 
     priors: case -> label map of the stage before, in a cascade. annotated: case -> classes, where not all were.
+    neighbours: see `TrainOptions`.
     """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
@@ -262,7 +278,7 @@ def make_parts(
     # A checkpoint holds what became of them.
     if run.pretrained is not None and not checkpoints(folder):
         begin_with(network, run, configuration, folder)
-    cases = PreparedCases(prepared, memory=free_memory() // 4)
+    cases = PreparedCases(prepared, memory=free_memory() // (4 * team.size * neighbours))
     masked = tuple(channel.masked for channel in plan.channels)
     every = {*run.cases.train, *run.cases.val}
     flags = {name: plan.labels.flags(annotated.get(name)) for name in every} if every & set(annotated) else None
@@ -282,12 +298,17 @@ def make_parts(
             batch_size=configuration.batch_size,
             foreground_fraction=recipe.foreground_fraction,
             augmentation=make_augmentation(
-                augmentation, patch=configuration.patch, dimension=configuration.dimension, masked=masked
+                augmentation,
+                patch=configuration.patch,
+                dimension=configuration.dimension,
+                masked=masked,
+                flips=plan.flips(configuration),
             ),
             seed=recipe.seed,
             stream=stream,
             prior=prior(corrupted),
             annotated=flags,
+            team=team,
         )
 
     return Parts(
@@ -301,6 +322,7 @@ def make_parts(
         device=device,
         folder=folder,
         tuning=safe_base(device),
+        team=team,
     )
 
 
@@ -344,10 +366,11 @@ def say_start(run: Run, parts: Parts) -> None:
     """What is about to be trained, in a few lines."""
     weights = sum(p.numel() for p in parts.network.parameters())
     recipe = run.recipe
+    shared = "" if parts.team.size == 1 else f", shared by {parts.team.size} processes"
     print(
         f"{run.dataset} {run.configuration} fold {run.fold}: {len(run.cases.train)} training cases, "
         f"{len(run.cases.val)} validation cases\n"
-        f"{parts.training.batch_size} patches of {' x '.join(map(str, parts.training.patch))} a step, "
+        f"{parts.training.batch_size} patches of {' x '.join(map(str, parts.training.patch))} a step{shared}, "
         f"{describe_length(recipe)}, seed {recipe.seed}\n"
         f"{weights:,} weights, {parts.device}, {torch.get_num_threads()} threads\n{parts.folder}",
         flush=True,
@@ -361,6 +384,7 @@ def validate_fold(
     device: torch.device,
     priors: Mapping[str, Path] | None = None,
     later: Sequence[NextStage] = (),
+    team: Team = ALONE,
 ) -> Summary:
     """Predict the fold's held-out cases whole, write them on their original grids, and score those files.
 
@@ -369,18 +393,39 @@ def validate_fold(
     priors: as in `make_parts`. later: the stages of a cascade that read these predictions; they get theirs too.
     """
     run = open_run(folder)
-    model = open_model([folder], device)
     out = folder / "validation"
     out.mkdir(exist_ok=True)
     # The fold `all` has learnt every case by heart: its predictions are no use to a next stage.
-    stages = later if run.fold != "all" else ()
-    for stage in stages:
+    for stage in later if run.fold != "all" else ():
         forget_maps(folder, stage.configuration.name)
     probabilities.forget(folder)
+    give_order("validate", run, folder, prepared, priors, team, ending=dataset.file_ending)
+    predict_held_out(folder, dataset.file_ending, prepared, device, priors, later, team)
+    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
+    save_summary(summary, out)
+    print(table(summary))
+    probabilities.say_room(folder)
+    return summary
+
+
+def predict_held_out(
+    folder: Path,
+    ending: str,
+    prepared: Path,
+    device: torch.device,
+    priors: Mapping[str, Path] | None,
+    later: Sequence[NextStage],
+    team: Team,
+) -> None:
+    """Predict the fold's held-out cases that have no prediction yet: of a team each process its own share of them."""
+    run = open_run(folder)
+    model = open_model([folder], device)
+    stages = later if run.fold != "all" else ()
     kept = probabilities.place_of(folder) if run.recipe.keep_probabilities and run.fold != "all" else None
-    with Progress("validate", len(run.cases.val)) as bar:
-        for name in run.cases.val:
-            path = out / f"{name}{dataset.file_ending}"
+    mine = run.cases.val[team.rank :: team.size]
+    with Progress("validate", len(mine), quiet=not team.leads) as bar:
+        for name in mine:
+            path = folder / "validation" / f"{name}{ending}"
             if death := JOURNAL.dead.get(("validate", name)):
                 raise AutosegError(f"case {name} cannot be validated: {death}")
             if not path.exists():
@@ -396,8 +441,4 @@ def validate_fold(
                     # Last: a case whose prediction is there has left everything else.
                     export(logits, case.trace, model, path)
             bar.advance(note=name)
-    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
-    save_summary(summary, out)
-    print(table(summary))
-    probabilities.say_room(folder)
-    return summary
+    team.wait()

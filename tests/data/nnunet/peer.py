@@ -86,6 +86,12 @@ def shrink(configuration: dict, args: argparse.Namespace) -> None:
     configuration["patch_size"] = [int(-(-edge // unit) * unit) for edge, unit in zip(wanted, divisor)]
     if args.spacing:
         configuration["spacing"] = args.spacing[-dimension:]
+    if args.linear:
+        # As nnU-Net's planners with torchres in their names do.
+        for kind in ("data", "seg", "probabilities"):
+            configuration[f"resampling_fn_{kind}"] = "resample_torch_fornnunet"
+            given = {"is_seg": kind == "seg", "force_separate_z": False, "memefficient_seg_resampling": False}
+            configuration[f"resampling_fn_{kind}_kwargs"] = given
 
 
 def train(raw: Path, work: Path, args: argparse.Namespace) -> None:
@@ -321,6 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--features", type=integers, default=[8, 16, 24])
     verb.add_argument("--order", type=integers, default=[])
     verb.add_argument("--reader", default="")
+    verb.add_argument("--linear", action="store_true", help="resample by torch")
     verb.add_argument("--steps", type=int, default=40)
     verb.add_argument("--cases", type=int, default=6)
     verb.add_argument("--thin", action="store_true", help="one block a stage")
