@@ -199,7 +199,10 @@ def train_verb(
 def fit_verb(
     dataset: DatasetOption,
     configurations: Annotated[
-        list[str] | None, typer.Option("-c", "--configuration", help="May be repeated [3d_fullres; 2d for 2D data].")
+        list[str] | None,
+        typer.Option(
+            "-c", "--configuration", help="May be repeated; `all`, then find_best [3d_fullres; 2d for 2D data]."
+        ),
     ] = None,
     folds: Annotated[str | None, typer.Option(metavar="0,1,...", help="Only these folds [all].")] = None,
     budget: Annotated[
@@ -259,6 +262,21 @@ def fit_verb(
     fit(Workspace.find(workspace), dataset, options)
 
 
+@app.command("find_best")
+def find_best_verb(
+    dataset: DatasetOption,
+    runs: Annotated[list[str] | None, typer.Option("--run", help="Only this run; may be repeated [all].")] = None,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Compare all trained configurations and their pairs on the held-out cases; predict then follows the best."""
+    from autoseg.pipeline.best import BestOptions, find_best
+
+    options = BestOptions(runs=tuple(runs or ()), device=device, workers=workers)
+    find_best(Workspace.find(workspace), dataset, options)
+
+
 @app.command("predict")
 def predict_verb(
     source: Annotated[Path, typer.Option("-i", "--input", help="Folder of images, or one image file.")],
@@ -300,6 +318,25 @@ def predict_verb(
         device=device,
     )
     predict(Workspace.find(workspace), source, target, options)
+
+
+@app.command("ensemble")
+def ensemble_verb(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of predictions of the same cases.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label files.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Whose labels [a dataset.json in or above the folders, else 0, 1, ...]."),
+    ] = None,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Put predictions of several models together: mean of their probabilities, else a majority vote of their labels."""
+    from autoseg.layout import labels_in
+    from autoseg.pipeline.combine import combine
+
+    labels = None if dataset is None else labels_in(Workspace.find(workspace).dataset(dataset)[1])[0]
+    combine(folders, target, labels, workers)
 
 
 @app.command("export")
@@ -557,7 +594,7 @@ def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
     return z, y, x
 
 
-SUPERVISED = ("check", "plan_and_preprocess", "predict", "fit")
+SUPERVISED = ("check", "plan_and_preprocess", "predict", "fit", "find_best")
 """Verbs that go on without a case that ended their process."""
 
 

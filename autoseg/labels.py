@@ -205,6 +205,14 @@ class Labels:
             return weights / weights.sum(0)
         return logits.softmax(0)
 
+    def logits(self, probabilities: np.ndarray) -> np.ndarray:
+        """Probabilities above 0 and, of regions, below 1 -> logits of the same shape that give them."""
+        return np.log(probabilities if self.exclusive else probabilities / (1 - probabilities))
+
+    def decide(self, probabilities: Any) -> Any:
+        """Probabilities (heads, ...) -> indices (...): the most probable class; regions where more than one half."""
+        return self.decode(probabilities if self.exclusive else probabilities - 0.5)
+
     def describe(self, members: Sequence[int]) -> str:
         """The class that consists of exactly these indices of a label map, or all classes that they touch, by name."""
         chosen = set(members)

@@ -23,8 +23,8 @@ from autoseg.inference import Swap, predict_logits
 from autoseg.mirroring import Flips
 from autoseg.networks import NETWORKS, build
 from autoseg.postprocess import PostProcessing, apply
-from autoseg.preprocess import PreparedCase, Trace, prepare, project, restore
-from autoseg.records import AutosegError, load_json
+from autoseg.preprocess import PreparedCase, Trace, prepare, project, restore, restore_probabilities
+from autoseg.records import AutosegError, load_json, to_json
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.training import WEIGHTS
 from autoseg.volume import Grid, Volume, canonical_grid
@@ -99,6 +99,10 @@ class Model:
             indices = apply(indices, rule, canonical_grid(trace.stored).spacing_mm)
         return self.plan.labels.to_values(indices)
 
+    def probabilities(self, logits: np.ndarray, trace: Trace) -> np.ndarray:
+        """Logits of a prepared case -> probabilities (K, Z, Y, X), float32, on its file's canonical grid."""
+        return restore_probabilities(logits, trace, self.plan.labels, self.configuration)
+
 
 T = TypeVar("T")
 
@@ -123,6 +127,20 @@ class Trained:
     """The networks of the folds, one after another, on the CPU."""
     before: "Trained | None" = None
     """All folds of the earlier stage of a cascade."""
+
+    @property
+    def name(self) -> str:
+        """Of the configuration."""
+        return self.configuration.name
+
+    def describe(self) -> str:
+        """Dataset, configuration, folds and where they lie, for people."""
+        names = ", ".join(fold.removeprefix("fold_") for fold in self.folds)
+        return f"{self.plan.dataset} {self.name}, fold {names} ({self.where})"
+
+    def identity(self) -> tuple[str, ...]:
+        """All that tells its networks and what they read from others."""
+        return *self.hashes(), to_json(self.plan)
 
     def postprocessing(self) -> tuple[PostProcessing | None, str]:
         """The rule that goes with these very weights, and in words what is done and why."""

@@ -16,9 +16,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from autoseg.devices import choose_device
-from autoseg.model import Model, Trained, at
+from autoseg.ensemble import Chosen, Ensemble, chosen_at
+from autoseg.model import Model, Trained
 from autoseg.postprocess import PostProcessing
-from autoseg.preprocess import restore_probabilities
 from autoseg.readers import Stored, expected_in_file, join, read_stored
 from autoseg.readers.itk import stored_of
 from autoseg.records import AutosegError
@@ -44,9 +44,9 @@ class Prediction:
 class Predictor:
     """A loaded model; made by `load`."""
 
-    trained: Trained
+    trained: Trained | Chosen
     """Its plan, configuration, folds and cross-validated scores."""
-    model: Model
+    model: Model | Ensemble
     rule: PostProcessing | None
     """The post-processing that belongs to these weights."""
 
@@ -85,25 +85,24 @@ class Predictor:
             parts, names = _decoded(image, spacing, self.model.plan)
             volume, stored = join(parts, names, len(self.channels))
         with _timed(seconds, "prepare"):
-            case = self.model.prepare("image", volume, stored)
+            case: Any = self.model.prepare("image", volume, stored)
         with _timed(seconds, "compute"):
-            logits = self.model.logits(case, step=step, mirror=mirror)
+            logits: Any = self.model.logits(case, step=step, mirror=mirror)
         with _timed(seconds, "restore"):
             labels = self.model.labels(logits, case.trace, self.rule if postprocess else None)
             maps = None
             if probabilities:
-                here = self.model.plan.labels, self.model.configuration
-                maps = _back(restore_probabilities(logits, case.trace, *here), stored)
+                maps = _back(self.model.probabilities(logits, case.trace), stored)
             return Prediction(labels=_back(labels, stored), probabilities=maps, grid=stored, seconds=seconds)
 
 
 def load(path: str | Path, *, device: str = "auto", folds: Sequence[int | str] = ()) -> Predictor:
-    """Load a model file, the folder of a configuration of a run, or the folder of one fold.
+    """Load a model file, the folder of a configuration or of a fold, or of a run: what `find_best` chose in it.
 
     folds: those to use, for example (0, 1); by default all that were cross-validated. device: auto, cuda, cuda:1, mps
     or cpu. Raises AutosegError that says what is wrong with the file or folder.
     """
-    trained = at(Path(path).expanduser(), [str(fold) for fold in folds])
+    trained = chosen_at(Path(path).expanduser(), [str(fold) for fold in folds])
     rule, _ = trained.postprocessing()
     return Predictor(trained=trained, model=trained.open(choose_device(device)), rule=rule)
 

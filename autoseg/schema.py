@@ -234,6 +234,8 @@ class Recipe:
     tune: bool = True
     """Whether probes at the start may choose precision, layout and compilation; without them float32, eager."""
     checkpoint_minutes: float = 5.0
+    keep_probabilities: bool = True
+    """Whether those of held-out cases stay beside the fold for `find_best`, which predicts anew what is not there."""
     max_bad_steps: int = 5
     """Consecutive non-finite losses after which the run stops."""
 

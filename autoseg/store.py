@@ -124,11 +124,20 @@ def write_case(folder: Path, case: PreparedCase, key: str, patch: Sequence[int] 
 
 def write_map(path: Path, labels: np.ndarray, patch: Sequence[int]) -> None:
     """Write a label map (Z, Y, X) by itself, whole or not at all; `StoredArray(path)` reads it."""
+    _write_alone(path, _smallest(labels), patch, blosc2.Codec.LZ4)
+
+
+def write_bytes(path: Path, array: np.ndarray, patch: Sequence[int]) -> None:
+    """As `write_map`, for uint8 (..., Z, Y, X) that is seldom read: ZSTD, smaller than LZ4 and slower to write."""
+    _write_alone(path, array, patch, blosc2.Codec.ZSTD)
+
+
+def _write_alone(path: Path, array: np.ndarray, patch: Sequence[int], codec: blosc2.Codec) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The folds of a cascade may miss the same map at the same time.
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        _write_array(_smallest(labels), temporary, patch)
+        _write_array(array, temporary, patch, codec)
         sync(temporary)
         temporary.replace(path)
     finally:
@@ -226,9 +235,9 @@ def _smallest(labels: np.ndarray) -> np.ndarray:
     raise ValueError(f"labels from {low} to {high} do not fit 32 bits")
 
 
-def _write_array(array: np.ndarray, path: Path, patch: Sequence[int]) -> None:
+def _write_array(array: np.ndarray, path: Path, patch: Sequence[int], codec: blosc2.Codec = blosc2.Codec.LZ4) -> None:
     chunks, blocks = layout(array.shape, patch, array.dtype.itemsize)
-    settings = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    settings = {"codec": codec, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
     blosc2.asarray(
         np.ascontiguousarray(array), chunks=chunks, blocks=blocks, urlpath=str(path), mode="w", cparams=settings
     )

@@ -28,7 +28,7 @@ ROWS = [
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
     {"networks", "losses", "augment", "devices", "schedule", "history", "team"},
     {"sampling", "checkpoint", "inference", "evaluation", "computing", "agreement"},
-    {"training", "tuning", "postprocess", "bundle", "model", "predictor", "transfer", "interop"},
+    {"training", "tuning", "postprocess", "bundle", "model", "ensemble", "predictor", "transfer", "interop"},
     {"pipeline"},
     {"cli", "__main__"},
 ]

@@ -14,6 +14,7 @@ from autoseg.model import earlier_folds, open_model
 from autoseg.pipeline.cascade import NextStage, find_priors, held_out_by, map_path, maps_folder
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess, preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
+from autoseg.pipeline.probabilities import find_probabilities
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.preprocess import project
 from autoseg.readers import read_labels
@@ -114,6 +115,14 @@ def test_both_stages_train_and_predict(place, tmp_path):
     assert len(summary.scores) == 4
     folder = fold(workspace, "3d_cascade_fullres", 0)
     assert earlier_folds(folder) == (fold(workspace, "3d_lowres", 0), fold(workspace, "3d_lowres", 1))
+
+    splits = read_splits(workspace.prepared(NAME) / "splits.json", ["p0_0", "p0_1", "p1_0", "p1_1"])
+    kept = find_probabilities(workspace, [folder], splits, CPU)
+    assert sorted(kept) == ["p1_0", "p1_1"]
+    before = {name: path.read_bytes() for name, path in kept.items()}
+    kept["p1_0"].unlink()
+    find_probabilities(workspace, [folder], splits, CPU)
+    assert {name: path.read_bytes() for name, path in kept.items()} == before, "made again with the same priors"
 
     write_balls(tmp_path, "x", seed=11, split="Ts")
     options = PredictOptions(configuration="3d_cascade_fullres", device="cpu")

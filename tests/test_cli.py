@@ -30,10 +30,12 @@ OPTIONS = {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
         "test_fraction", "seed", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
     },
+    "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {
         "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
+    "ensemble": {"folders", "target", "dataset", "workers", "workspace"},
     "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
     "info": {"file"},
     "import-nnunet": {"source", "target", "configuration", "folds"},

@@ -7,6 +7,7 @@ import pytest
 from toys import BALLS, balls_dataset, configuration, plan, write_balls
 
 from autoseg.bundle import ModelCard
+from autoseg.ensemble import Choice
 from autoseg.evaluation import evaluate_pairs, save_summary
 from autoseg.labels import Labels
 from autoseg.layout import open_dataset
@@ -134,6 +135,7 @@ def test_stages_come_in_order_and_the_earlier_one_with_every_fold():
     made = plan(flat, low, full, cascade)
     assert stages(made, ()) == ("3d_fullres",)
     assert stages(plan(flat), ()) == ("2d",)
+    assert stages(plan(cascade, full, low), ("all",)) == ("3d_lowres", "3d_cascade_fullres", "3d_fullres")
     assert stages(made, ("3d_cascade_fullres", "2d")) == ("3d_lowres", "3d_cascade_fullres", "2d")
     with pytest.raises(AutosegError, match="has no configuration"):
         stages(made, ("4d",))
@@ -146,6 +148,49 @@ def test_stages_come_in_order_and_the_earlier_one_with_every_fold():
         find_tasks(nowhere, made, splits, replace(options, folds=(3,)))
     with pytest.raises(AutosegError, match="1 training cases are held out in no fold, for example c"):
         find_tasks(nowhere, made, replace(splits, folds=splits.folds[:2]), options)
+
+
+def test_all_configurations_are_trained_compared_and_the_best_is_followed(place, capsys, tmp_path):
+    small = {
+        "configurations.2d.patch": [16, 16],
+        "configurations.2d.batch_size": 2,
+        "configurations.2d.network.features": [4, 6, 8],
+    }
+    (place.raw(NAME) / "splits_final.json").write_text(
+        '[{"train": ["p0_0", "p0_1"], "val": ["p1_0"]}, {"train": ["p1_0"], "val": ["p0_0", "p0_1"]}]'
+    )
+    planning = replace(PLAN, changes={**(PLAN.changes or {}), **small})
+    options = FitOptions(plan=planning, train=replace(OPTIONS.train, epochs=1), configurations=("all",))
+    cards = fit(place, "7", options)
+    assert {card.configuration for card in cards} == {"2d", "3d_fullres"}
+    printed = capsys.readouterr().out
+    assert printed.count("held-out cases are kept for find_best") == 4
+    assert "2d + 3d_fullres" in printed
+    assert f"Next: autoseg predict -i IN -o OUT -d {NAME}\n" in printed
+    choice = load_json(Choice, place.root / "runs" / NAME / "default" / "model.json")
+    assert len(choice.candidates) == 3
+    assert len(choice.winner.members) == 1, "three cases are too few for a pair"
+    fit(place, "7", options)
+    again = capsys.readouterr().out
+    assert "== fold" not in again
+    assert "scoring" not in again
+    write_balls(tmp_path, "x", seed=11, split="Ts")
+    predict(place, tmp_path / "imagesTs", tmp_path / "out", PredictOptions(dataset="7", device="cpu", mirror=False))
+    assert f"{choice.winner.name}, fold 0, 1; chosen by find_best among 3" in capsys.readouterr().out
+
+
+def test_the_time_to_compare_is_set_aside_too(tmp_path, monkeypatch):
+    """Two configurations of 5 folds, none done: 10 s a case and fold, 40 cases; one pair of 20 cases at 10 * 3 / 13."""
+    flat = configuration("2d", patch=(6, 8), spacing_mm=(1.0, 0.5))
+    tasks = [
+        Task(configuration=made, fold=n, folder=tmp_path / made.name / f"fold_{n}", cases=4)
+        for made in (configuration(), flat)
+        for n in range(5)
+    ]
+    monkeypatch.setattr(module, "seconds_a_case", lambda *_: 10.0)
+    options = replace(OPTIONS, budget_seconds=2000.0, configurations=("all",))
+    budget = share(Workspace(tmp_path), plan(), tasks, tasks[0], Spent(), options)
+    assert budget == pytest.approx((1960 - 400 - 20 * 10 * 3 / 13) / 10)
 
 
 def five_tasks(root) -> list[Task]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
-from math import ceil
+from math import ceil, comb
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from autoseg.inference import count_views
 from autoseg.layout import open_dataset
 from autoseg.model import open_run
 from autoseg.networks import build
+from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.cascade import refuse_incomplete
 from autoseg.pipeline.crossval import cross_validate, validated
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
@@ -37,6 +38,8 @@ from autoseg.store import read_case
 from autoseg.workspace import Workspace
 
 SPENT = "fit.json"
+EVERY = "all"
+"""In place of configurations: all of the plan, and then `find_best`."""
 EXPORT_SHARE = 1.3
 """Validation also resamples, writes and scores: seconds of a case over those of its tiles alone."""
 MERGE_SHARE = 0.02
@@ -160,7 +163,17 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
         raise short
     total = spent.preparing + sum(spent.validating.values()) + sum(task.trained_seconds() for task in tasks)
     named = "" if options.train.run == "default" else f" --run {options.train.run}"
-    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT -d {name} -c {best(cards)}{named}")
+    which = f" -c {best(cards)}"
+    if EVERY in options.configurations and not options.folds:
+        find_best(
+            workspace,
+            dataset_text,
+            BestOptions(runs=(options.train.run,), device=options.train.device, workers=options.plan.workers),
+        )
+        which = ""
+    elif len(cards) > 1:
+        print(f"To compare them and their ensembles: autoseg find_best -d {name}{named}")
+    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT -d {name}{which}{named}")
     return tuple(cards)
 
 
@@ -188,12 +201,14 @@ def side_by_side(
 
 
 def stages(plan: Plan, asked: Sequence[str]) -> tuple[str, ...]:
-    """The configurations to train, in order: those asked for, each after its earlier stage.
+    """The configurations to train, in order: those asked for (EVERY: all), each after its earlier stage.
 
     Without a choice: 3d_fullres, or 2d where there is no 3D configuration.
     """
     names = [entry.name for entry in plan.configurations]
     order: list[str] = []
+    if EVERY in asked:
+        asked = names
     for name in asked or (("3d_fullres",) if "3d_fullres" in names else ("2d",)):
         earlier = plan.configuration(name).previous_stage
         order += [name] if earlier is None else [earlier, name]
@@ -249,6 +264,11 @@ def share(
     many = options.processes
     rounds = sum(ceil(count / many) for count in Counter(other.configuration.name for other in todo).values())
     validation *= rounds / len(todo)
+    if EVERY in options.configurations:
+        # Each pair is restored, written and scored as a configuration is, without its tiles.
+        names = {other.configuration.name for other in tasks}
+        cases = sum(other.cases for other in tasks) / len(names)
+        validation += comb(len(names), 2) * cases * max(per_case.values()) * (1 - 1 / EXPORT_SHARE)
     trained = sum(spent.validating.values()) + sum(other.trained_seconds() for other in tasks)
     used = spent.preparing + trained / many
     left = options.budget_seconds * (1 - MERGE_SHARE) - used - validation

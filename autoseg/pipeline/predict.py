@@ -8,23 +8,23 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from autoseg.bundle import printable
 from autoseg.devices import choose_device, keep_freed_memory
+from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
 from autoseg.layout import Case, ending_of, find_cases
 from autoseg.model import Model, Trained, at, is_finished
 from autoseg.parallel import Outcome, map_cases, raise_failures
 from autoseg.pipeline.status import NAME, Row, Status
 from autoseg.postprocess import PostProcessing
-from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace, restore_probabilities
+from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace
 from autoseg.progress import Progress
 from autoseg.raw import hash_files
 from autoseg.readers import read_image, write_image, write_labels
-from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer, to_json
+from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer
 from autoseg.supervise import JOURNAL
 from autoseg.workspace import Workspace
 
@@ -65,14 +65,34 @@ def options_for(folder: Path) -> str:
     return f"-d {dataset} -c {configuration} --run {run}"
 
 
-def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "predict -i IN -o OUT") -> Trained:
-    """What to predict with: the model file or folder of -m, or the only candidate; with all stages of a cascade.
+def choice_for(found: Sequence[Path], options: PredictOptions) -> Chosen | None:
+    """What `find_best` chose among the candidates `found`, if it did; None where a configuration is asked for.
+
+    Of one run, or of all runs of a dataset where no run is asked for.
+    """
+    runs = {folder.parent for folder in found}
+    if options.configuration is not None or len({run.parent for run in runs}) != 1:
+        return None
+    run = next(iter(runs))
+    of_all = None if options.run is not None else open_choice(run.parent, options.folds)
+    chosen = of_all or (open_choice(run, options.folds) if len(runs) == 1 else None)
+    if chosen is None:
+        return None
+    compared = {member.folder for candidate in chosen.choice.candidates for member in candidate.members}
+    there = [folder.relative_to(chosen.where.parent).as_posix() for folder in found]
+    return replace(chosen, others=tuple(name for name in there if name not in compared))
+
+
+def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "predict -i IN -o OUT") -> Trained | Chosen:
+    """What to predict with: the model file or folder of -m, what find_best chose, or the only candidate.
+
+    All stages of a cascade come with it.
 
     Raises AutosegError that lists the exact choices (as options of `verb`) when there are several, and what to do when
     there are none.
     """
     if options.model is not None:
-        return at(options.model, options.folds)
+        return chosen_at(options.model, options.folds)
     found = candidates(workspace, options)
     if not found:
         asked = f" for {options.dataset}" if options.dataset else ""
@@ -80,28 +100,29 @@ def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "pre
             f"no finished model{asked} in {workspace.root / 'runs'}; train one with `autoseg train`, choose another "
             "root with --workspace, or name a run folder or a model file with -m"
         )
+    if chosen := choice_for(found, options):
+        return chosen
     if len(found) > 1:
         lines = "\n".join(f"  autoseg {verb} {options_for(folder)}" for folder in found)
-        raise AutosegError(f"{len(found)} models could be meant; choose one:\n{lines}")
+        raise AutosegError(f"{len(found)} models could be meant; choose one, or give autoseg find_best -d:\n{lines}")
     return at(found[0], options.folds)
 
 
 def export(
-    logits: np.ndarray,
+    logits: Any,
     trace: Trace,
-    model: Model,
+    model: Model | Ensemble,
     path: Path,
     rule: PostProcessing | None = None,
     probabilities: bool = False,
 ) -> None:
-    """Write logits of a prepared case as labels on the grid of its file, with the original values, to `path`.
+    """Write what `model` said of a prepared case as labels on the grid of its file, with original values, to `path`.
 
     With `probabilities` one image with a channel a head of the network stands beside it, see `probabilities_of`.
     """
     write_labels(model.labels(logits, trace, rule), trace.stored, path)
     if probabilities:
-        maps = restore_probabilities(logits, trace, model.plan.labels, model.configuration)
-        write_image(maps, trace.stored, probabilities_of(path.parent, trace.case))
+        write_image(model.probabilities(logits, trace), trace.stored, probabilities_of(path.parent, trace.case))
 
 
 def labels_of(folder: Path, case: Case) -> Path:
@@ -114,17 +135,17 @@ def probabilities_of(folder: Path, case: str) -> Path:
     return folder / f"{case}_probabilities.nii.gz"
 
 
-def model_key(trained: Trained, rule: PostProcessing | None, options: PredictOptions) -> str:
+def model_key(trained: Trained | Chosen, rule: PostProcessing | None, options: PredictOptions) -> str:
     """Hash of all that decides which voxels a case gets, the case itself apart: weights, plan, rule, options, code."""
     said = (
         PREDICT_VERSION,
         PREPROCESS_VERSION,
-        trained.configuration.name,
+        trained.name,
         [step.action for step in rule.steps] if rule else [],
         options.step,
         options.mirror,
     )
-    return hash_text(*trained.hashes(), to_json(trained.plan), repr(said))
+    return hash_text(*trained.identity(), repr(said))
 
 
 def case_key(case: Case, model: str) -> str:
@@ -140,10 +161,8 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     AutosegError is raised.
     """
     trained = choose_model(workspace, options)
-    names = ", ".join(fold.removeprefix("fold_") for fold in trained.folds)
     rule, in_words = trained.postprocessing() if options.postprocess else (None, "none, as asked")
-    described = f"{trained.plan.dataset} {trained.configuration.name}, fold {names} ({trained.where})"
-    print(f"Model: {printable(described)}", flush=True)
+    print(f"Model: {printable(trained.describe())}", flush=True)
     print(f"Post-processing: {printable(in_words)}")
     device = choose_device(options.device)
     keep_freed_memory()
@@ -206,7 +225,7 @@ def settled_before(
 
 
 def predict_cases(
-    model: Model,
+    model: Model | Ensemble,
     cases: Sequence[Case],
     status: Status,
     rule: PostProcessing | None,
@@ -245,14 +264,14 @@ def predict_cases(
         )
         bar.advance(note=f"{case.id} failed" if error else case.id)
 
-    def read(case: Case) -> PreparedCase:
+    def read(case: Case) -> Any:
         with step(case, "reading"):
             keys[case.id] = case_key(case, key)
             remove_former(case, status)
             image, stored = read_image([Path(p) for p in case.images], channels=len(model.plan.channels))
             return model.prepare(case.id, image, stored)
 
-    def write(case: Case, prepared: PreparedCase, logits: np.ndarray) -> None:
+    def write(case: Case, prepared: PreparedCase | EnsembleCase, logits: Any) -> None:
         path = labels_of(status.folder, case)
         try:
             with step(case, "writing", last=True):
@@ -267,7 +286,7 @@ def predict_cases(
 
     dead = {case.id: death for case in cases if (death := JOURNAL.dead.get((STAGE, case.id)))}
     order = sorted((case for case in cases if case.id not in dead), key=lambda case: not suspected(case))
-    ahead: Future[PreparedCase] | None = None
+    ahead: Future[Any] | None = None
     writing: Future[None] | None = None
     with Progress("predict", len(cases)) as bar, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         for case in cases:

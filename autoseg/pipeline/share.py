@@ -9,6 +9,7 @@ import torch
 
 import autoseg
 from autoseg.bundle import ENDING, ModelCard, ModelFile, Stage, printable, read, unsound, write
+from autoseg.ensemble import Chosen
 from autoseg.labels import Labels
 from autoseg.model import Trained, in_file, open_run
 from autoseg.pipeline.predict import PredictOptions, choose_model
@@ -31,7 +32,14 @@ def export_model(
         raise AutosegError(f"-o {target}: the name of a model file ends in {ENDING}")
     if options.model is not None and options.model.is_file():
         raise AutosegError(f"-m {options.model} is a file already; copy it, or give the folder of a run")
-    trained = choose_model(workspace, options, verb=f"export -o {target}")
+    found = choose_model(workspace, options, verb=f"export -o {target}")
+    if isinstance(found, Chosen) and len(found.members) > 1:
+        choices = " or ".join(f"-c {member.name} --run {member.where.parent.name}" for member in found.members)
+        raise AutosegError(
+            f"{found.where} names an ensemble of {found.choice.winner.name}, and a model file holds one configuration; "
+            f"export one of them ({choices}), or predict here"
+        )
+    trained = found.members[0] if isinstance(found, Chosen) else found
     stages = _stages(trained)
     run = open_run(trained.where / next(iter(trained.folds)))
     content = ModelFile(

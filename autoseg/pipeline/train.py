@@ -26,6 +26,7 @@ from autoseg.layout import Dataset, open_dataset
 from autoseg.model import open_model, open_run
 from autoseg.networks import build
 from autoseg.parallel import free_memory
+from autoseg.pipeline import probabilities
 from autoseg.pipeline.cascade import NextStage, find_priors, forget_maps, map_path, next_stages, write_prior
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, held_out, validated
 from autoseg.pipeline.data import case_key
@@ -397,11 +398,13 @@ def validate_fold(
     # The fold `all` has learnt every case by heart: its predictions are no use to a next stage.
     for stage in later if run.fold != "all" else ():
         forget_maps(folder, stage.configuration.name)
+    probabilities.forget(folder)
     give_order("validate", run, folder, prepared, priors, team, ending=dataset.file_ending)
     predict_held_out(folder, dataset.file_ending, prepared, device, priors, later, team)
     summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
     save_summary(summary, out)
     print(table(summary))
+    probabilities.say_room(folder)
     return summary
 
 
@@ -418,6 +421,7 @@ def predict_held_out(
     run = open_run(folder)
     model = open_model([folder], device)
     stages = later if run.fold != "all" else ()
+    kept = probabilities.place_of(folder) if run.recipe.keep_probabilities and run.fold != "all" else None
     mine = run.cases.val[team.rank :: team.size]
     with Progress("validate", len(mine), quiet=not team.leads) as bar:
         for name in mine:
@@ -431,6 +435,10 @@ def predict_held_out(
                     logits = model.logits(case, prior=prior)
                     for stage in stages:
                         write_prior(map_path(folder, stage, prepared, name), logits, case.trace, model, stage)
+                    if kept is not None:
+                        place = probabilities.path_of(kept, prepared, name)
+                        probabilities.keep(place, logits, run.plan.labels, model.configuration.patch)
+                    # Last: a case whose prediction is there has left everything else.
                     export(logits, case.trace, model, path)
             bar.advance(note=name)
     team.wait()
