@@ -1,6 +1,7 @@
 """Who may import whom, held as an explicit list; what must start fast; and that every package is shipped."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -167,3 +168,10 @@ def test_every_dependency_is_pinned_and_bounded():
     for requirement in needed:
         assert ">=" in requirement
         assert requirement.split(">=")[0].lower() in pinned
+
+
+def test_every_proof_of_the_list_of_features_is_a_test():
+    proofs = re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs" / "features.md").read_text())
+    assert len(proofs) > 50
+    for file, name in proofs:
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {name}"
