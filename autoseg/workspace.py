@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,14 @@ class Workspace:
     """One root folder with `raw`, `prepared` and `runs` below it."""
 
     root: Path
+    option: str = ""
+    """What a suggested command needs to find this workspace: ` --workspace PATH` where that was given, else nothing."""
 
     @classmethod
     def find(cls, option: Path | None) -> "Workspace":
         """--workspace if given, else AUTOSEG_HOME, else ./autoseg_data. The only place that reads the environment."""
-        return cls(Path(option or os.environ.get("AUTOSEG_HOME") or "autoseg_data").absolute())
+        root = Path(option or os.environ.get("AUTOSEG_HOME") or "autoseg_data").absolute()
+        return cls(root, f" --workspace {shlex.quote(str(option))}" if option else "")
 
     def raw(self, dataset: str) -> Path:
         """The raw dataset as people provide it."""

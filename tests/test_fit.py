@@ -14,7 +14,7 @@ from autoseg.layout import open_dataset
 from autoseg.model import in_folders, open_run
 from autoseg.pipeline import fit as module
 from autoseg.pipeline.crossval import all_folds, cross_validate, held_out
-from autoseg.pipeline.data import PlanOptions
+from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, Spent, Task, find_tasks, fit, fit_table, share, stages
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.train import TrainOptions, train_fold
@@ -213,6 +213,7 @@ def test_time_is_shared_out_after_validation_is_set_aside(tmp_path, monkeypatch)
 def test_a_fold_that_was_started_keeps_its_budget(place, monkeypatch):
     monkeypatch.setattr(module, "LEAST_TRAINING_S", 0.5)
     options = replace(OPTIONS, folds=(0,), train=TrainOptions(device="cpu", changes=QUICK), budget_seconds=9.0)
+    plan_and_preprocess(place, "7", PLAN)  # not out of the budget, which would not last on a busy machine
     fit(place, "7", options)
     fold = place.fold(NAME, "default", "3d_fullres", 0)
     given = open_run(fold).recipe.budget_seconds

@@ -1,5 +1,7 @@
 """Which dataset a person means."""
 
+from pathlib import Path
+
 import pytest
 
 from autoseg.records import AutosegError
@@ -55,3 +57,9 @@ def test_root_option_then_environment_then_here(monkeypatch, tmp_path):
     monkeypatch.setenv("AUTOSEG_HOME", str(tmp_path / "home"))
     assert Workspace.find(None).root == tmp_path / "home"
     assert Workspace.find(tmp_path / "given").root == tmp_path / "given"
+
+
+def test_suggested_commands_name_the_workspace_only_where_an_option_did(monkeypatch, tmp_path):
+    monkeypatch.setenv("AUTOSEG_HOME", str(tmp_path))
+    assert Workspace.find(None).option == ""
+    assert Workspace.find(Path("my data")).option == " --workspace 'my data'"

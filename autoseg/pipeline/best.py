@@ -95,7 +95,7 @@ def find_best(workspace: Workspace, dataset_text: str, options: BestOptions) -> 
     print(f"Post-processing: {rule.describe(entries[0].trained.plan.labels)}")
     if rule.steps and processed["foreground"] is not None:
         print(f"Mean Dice with it: {processed['foreground']:.4f}")
-    print(f"Model: {place / CARD}; autoseg predict -d {name} follows it", flush=True)
+    print(f"Model: {place / CARD}; autoseg predict -d {name}{workspace.option} follows it", flush=True)
     return choice
 
 

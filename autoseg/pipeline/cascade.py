@@ -105,12 +105,14 @@ def find_priors(
     earlier = plan.configuration(configuration.previous_stage)
     sources = held_out_by(workspace, plan, run, earlier.name)
     needed = (*cases.train, *cases.val)
-    refuse_untrained(plan, configuration.name, earlier.name, run, needed, sources, splits)
+    refuse_untrained(plan, configuration.name, earlier.name, run, needed, sources, splits, workspace.option)
     later = NextStage(
         configuration=configuration, prepared=workspace.cases(plan.dataset, plan.name, configuration.prepared)
     )
     prepared = workspace.cases(plan.dataset, plan.name, earlier.prepared)
     found = {name: map_path(sources[name], later, prepared, name) for name in needed}
+    folds = ", ".join(sorted({sources[name].name.removeprefix("fold_") for name in needed}))
+    print(f"Reads what {earlier.name} predicts for cases that it has not seen: fold {folds}", flush=True)
     predict_missing(found, sources, prepared, later, device)
     return found
 
@@ -123,6 +125,7 @@ def refuse_untrained(
     needed: Sequence[str],
     sources: Mapping[str, Path],
     splits: Splits,
+    option: str = "",
 ) -> None:
     """AutosegError if a needed case was held out by no finished fold; it lists the commands that are missing."""
     missing = set(needed) - set(sources)
@@ -131,7 +134,7 @@ def refuse_untrained(
     refuse_incomplete(stage, needed, splits)
     folds = [number for number, fold in enumerate(splits.folds) if missing & set(fold.val)]
     named = ("" if run == "default" else f" --run {run}") + ("" if plan.name == "default" else f" --plan {plan.name}")
-    lines = "\n".join(f"  autoseg train {plan.dataset} {earlier} {number}{named}" for number in folds)
+    lines = "\n".join(f"  autoseg train {plan.dataset} {earlier} {number}{named}{option}" for number in folds)
     raise AutosegError(
         f"{stage} learns from predictions of {earlier} for cases that the predicting fold has not seen; "
         f"{len(folds)} folds of it are still to be trained:\n{lines}"

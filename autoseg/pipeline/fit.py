@@ -172,8 +172,9 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
         )
         which = ""
     elif len(cards) > 1:
-        print(f"To compare them and their ensembles: autoseg find_best -d {name}{named}")
-    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT -d {name}{which}{named}")
+        print(f"To compare them and their ensembles: autoseg find_best -d {name}{named}{workspace.option}")
+    chosen = f"-d {name}{which}{named}{workspace.option}"
+    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT {chosen}")
     return tuple(cards)
 
 

@@ -88,9 +88,10 @@ def import_dataset(
             f"{target} is written, but has {errors} errors, see the table above; mend its files and run autoseg check, "
             "or mend the source, remove the folder and import again"
         )
-    place = "" if workspace.root == Path("autoseg_data").absolute() else f" --workspace {workspace.root}"
     said = dataset.name if target.parent == workspace.root / "raw" else str(target)
-    print(f"Checked: no errors, {len(findings)} warnings. Next: autoseg plan_and_preprocess -d {said}{place}")
+    print(
+        f"Checked: no errors, {len(findings)} warnings. Next: autoseg plan_and_preprocess -d {said}{workspace.option}"
+    )
     return target
 
 

@@ -92,7 +92,7 @@ def complete_folders(workspace: Workspace, name: str, runs: Sequence[str], split
     if not done:
         raise AutosegError(
             f"no configuration of {name} has all its {len(splits.folds)} folds trained and validated in {root}; "
-            f"train them: autoseg fit -d {name} -c all"
+            f"train them: autoseg fit -d {name} -c all{workspace.option}"
         )
     return done
 

@@ -103,7 +103,7 @@ def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "pre
     if chosen := choice_for(found, options):
         return chosen
     if len(found) > 1:
-        lines = "\n".join(f"  autoseg {verb} {options_for(folder)}" for folder in found)
+        lines = "\n".join(f"  autoseg {verb} {options_for(folder)}{workspace.option}" for folder in found)
         raise AutosegError(f"{len(found)} models could be meant; choose one, or give autoseg find_best -d:\n{lines}")
     return at(found[0], options.folds)
 

@@ -88,7 +88,9 @@ def train_fold(
     dataset = open_dataset(raw_folder)
     plan_path = workspace.plan_folder(name, options.plan) / "plan.json"
     if not plan_path.is_file():
-        raise AutosegError(f"no plan {options.plan!r} for {name}; run: autoseg plan_and_preprocess -d {dataset_text}")
+        raise AutosegError(
+            f"no plan {options.plan!r} for {name}; run: autoseg plan_and_preprocess -d {dataset_text}{workspace.option}"
+        )
     plan = load_json(Plan, plan_path)
     configuration = plan.configuration(configuration_name)
     splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
@@ -96,7 +98,7 @@ def train_fold(
     folder = workspace.fold(name, options.run, configuration_name, fold)
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
-    refuse_unprepared(prepared, cases, plan, configuration, fingerprint, dataset_text)
+    refuse_unprepared(prepared, cases, plan, configuration, fingerprint, f"{dataset_text}{workspace.option}")
     refuse_never_annotated(fold, cases, plan, fingerprint)
     refuse_small_batch(configuration, team)
     device = choose_device(options.device)
@@ -187,9 +189,12 @@ def now() -> str:
 
 
 def refuse_unprepared(
-    prepared: Path, cases: Fold, plan: Plan, configuration: Configuration, fingerprint: Fingerprint, dataset_text: str
+    prepared: Path, cases: Fold, plan: Plan, configuration: Configuration, fingerprint: Fingerprint, asked: str
 ) -> None:
-    """AutosegError if a case of the fold has not been prepared, or not as this plan says."""
+    """AutosegError if a case of the fold has not been prepared, or not as this plan says.
+
+    asked: the dataset and the workspace, as they are given on the command line.
+    """
     facts = {entry.case: entry for entry in fingerprint.cases}
     own = plan.configuration(configuration.prepared)
     missing = [
@@ -201,7 +206,7 @@ def refuse_unprepared(
         named = "" if plan.name == "default" else f" --plan {plan.name}"
         raise AutosegError(
             f"{len(missing)} cases are not prepared in {prepared} as the plan says, for example {missing[0]}; "
-            f"run: autoseg plan_and_preprocess -d {dataset_text}{named}"
+            f"run: autoseg plan_and_preprocess -d {asked}{named}"
         )
 
 
