@@ -195,8 +195,8 @@ def in_folders(folders: Sequence[Path], before: Sequence[Path] = ()) -> Trained:
         if name != first.configuration or run.plan.concerning(name) != first.plan.concerning(name):
             raise AutosegError(f"{folder} was trained with another plan than {folders[0]}; they cannot be averaged")
     earlier = in_folders(before) if before else None
-    name = first.configuration
-    if earlier is not None and earlier.plan.concerning(name) != first.plan.concerning(name):
+    # As in training: what the plans say of the later stage may differ.
+    if earlier is not None and earlier.plan.concerning(earlier.name) != first.plan.concerning(earlier.name):
         raise AutosegError(f"{before[0]} was trained with another plan than {folders[0]}; they make no cascade")
     configuration = first.plan.configuration(first.configuration)
 

@@ -26,7 +26,7 @@ from autoseg.readers import read_image, read_labels, read_stored, write_labels
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Fingerprint, Recipe, Run
 from autoseg.splits import read_splits
-from autoseg.store import read_case
+from autoseg.store import read_case, stored_key
 from autoseg.workspace import Workspace
 
 NAME = "Dataset007_Balls"
@@ -62,7 +62,7 @@ def prepared_workspace(root, **more):
     }
     made = plan_and_preprocess(workspace, "7", PlanOptions(changes=small, configurations=("3d_fullres",)))
     full = made.configuration("3d_fullres")
-    made = replace(made, configurations=tuple(replace(full, name=name) for name in ("left", "old", "right")))
+    made = replace(made, configurations=(full, *(replace(full, name=name) for name in ("left", "old", "right"))))
     save_json(made, workspace.plan_folder(NAME, "default") / "plan.json")
     return workspace, made
 
@@ -185,6 +185,7 @@ def test_one_run_among_several_and_all_of_them(place, tmp_path, capsys):
     one = find_best(workspace, "7", replace(QUICK, runs=("default",)))
     assert one.reason == "the only one that is trained"
     assert (runs / "default" / "model.json").is_file()
+    assert f"autoseg predict -d {NAME} --run default follows it" in capsys.readouterr().out
     with pytest.raises(AutosegError, match=r"2 models could be meant(.|\n)*find_best -d"):
         choose_model(workspace, PredictOptions(dataset="7"))
     both = find_best(workspace, "7", QUICK)
@@ -201,6 +202,10 @@ def test_one_run_among_several_and_all_of_them(place, tmp_path, capsys):
         find_best(workspace, "7", replace(QUICK, runs=("small",)))
     export_model(workspace, tmp_path / "x.autoseg", PredictOptions(dataset="7"))
     assert (tmp_path / "x.autoseg").is_file(), "a single configuration fits into a file"
+    shutil.rmtree(runs / "big")
+    find_best(workspace, "7", QUICK)
+    assert not (runs / "model.json").exists(), "it would be followed first, and names what is gone"
+    assert choose_model(workspace, PredictOptions(dataset="7")).where == runs / "default" / "model.json"
 
 
 def perfect(labels):
@@ -217,6 +222,12 @@ def test_missing_probabilities_are_predicted_and_stale_ones_never_read(place, tm
     stale = fold / "probabilities" / "0123456789abcdef"
     stale.mkdir(parents=True)
     (stale / "c3.01234567.b2nd").write_bytes(b"of other weights")
+    card = workspace.cases(NAME, "default", "3d_fullres") / "c3" / "case.json"
+    said = card.read_text()
+    card.write_text(said.replace(stored_key(card.parent.parent, "c3"), "of another plan"))
+    with pytest.raises(AutosegError, match=r"left/fold_0 cannot predict 1 cases, for example c3: (.|\n)*--run"):
+        find_best(workspace, "7", QUICK)
+    card.write_text(said)
     find_best(workspace, "7", QUICK)
     assert not stale.exists()
     prepared = workspace.cases(NAME, "default", "3d_fullres")
@@ -296,3 +307,18 @@ def test_a_configuration_without_all_folds_is_named_and_left_out(place, tmp_path
     shutil.rmtree(workspace.fold(NAME, "default", "left", 0).parent)
     with pytest.raises(AutosegError, match="was trained on other data than there are now, so their scores"):
         find_best(workspace, "7", QUICK)
+
+
+def test_what_cannot_be_merged_or_has_other_labels_is_named_and_left_out(place, capsys):
+    workspace, made = place
+    for name in ("left", "right"):
+        cross_validated(workspace, made, name, knows(1))
+    path = workspace.fold(NAME, "default", "right", 1) / "run.json"
+    save_json(replace(load_json(Run, path), recipe=Recipe(loss="dice")), path)
+    assert [one.name for one in find_best(workspace, "7", QUICK).candidates] == ["left"]
+    assert "default/right, " in (printed := capsys.readouterr().out) and "different plans or recipes" in printed
+    facts = workspace.raw(NAME) / "dataset.json"
+    facts.write_text(facts.read_text().replace('"big"', '"huge"'))
+    with pytest.raises(AutosegError, match="trained on other data"):
+        find_best(workspace, "7", QUICK)
+    assert "left, it has other labels or channels than the dataset has now" in capsys.readouterr().out

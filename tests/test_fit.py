@@ -166,7 +166,7 @@ def test_all_configurations_are_trained_compared_and_the_best_is_followed(place,
     printed = capsys.readouterr().out
     assert printed.count("held-out cases are kept for find_best") == 4
     assert "2d + 3d_fullres" in printed
-    assert f"Next: autoseg predict -i IN -o OUT -d {NAME}\n" in printed
+    assert f"Next: autoseg predict -i IN -o OUT -d {NAME} --run default\n" in printed
     choice = load_json(Choice, place.root / "runs" / NAME / "default" / "model.json")
     assert len(choice.candidates) == 3
     assert len(choice.winner.members) == 1, "three cases are too few for a pair"

@@ -23,7 +23,7 @@ from autoseg.pipeline.pairs import (
     complete_folders,
     make_pair,
     members_of,
-    open_entry,
+    open_entries,
     predict_pairs,
     score_pairs,
 )
@@ -57,9 +57,7 @@ def find_best(workspace: Workspace, dataset_text: str, options: BestOptions) -> 
     place = folders[0].parent if len({folder.parent for folder in folders}) == 1 else folders[0].parent.parent
     with sole_writer(place):
         facts = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
-        entries = comparable(
-            [open_entry(workspace, folder, place, dataset, splits, options.workers) for folder in folders], facts
-        )
+        entries = comparable(open_entries(workspace, folders, place, dataset, splits, options.workers), facts, dataset)
         cases = sorted({score.case for score in entries[0].summary.scores})
         pairs = [make_pair(place, *two) for two in combinations(entries, 2)]
         summaries: dict[tuple[Member, ...], Summary] = {(entry.member,): entry.summary for entry in entries}
@@ -89,13 +87,18 @@ def find_best(workspace: Workspace, dataset_text: str, options: BestOptions) -> 
             postprocessing=rule,
         )
         save_json(choice, place / CARD)
+        root = workspace.root / "runs" / name
+        if not options.runs and place != root:
+            # All runs were asked for: a former choice among several, which predict would follow first, is out of date.
+            (root / CARD).unlink(missing_ok=True)
         for pair in pairs:
             if members_of(pair) != members:
                 pair.forget_predictions(dataset, cases)
     print(f"Post-processing: {rule.describe(entries[0].trained.plan.labels)}")
     if rule.steps and processed["foreground"] is not None:
         print(f"Mean Dice with it: {processed['foreground']:.4f}")
-    print(f"Model: {place / CARD}; autoseg predict -d {name}{workspace.option} follows it", flush=True)
+    named = "" if place == root else f" --run {place.name}"
+    print(f"Model: {place / CARD}; autoseg predict -d {name}{named}{workspace.option} follows it", flush=True)
     return choice
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from autoseg.model import Model, is_finished, open_model, open_run, weights_hash
+from autoseg.pipeline.data import unprepared
 from autoseg.preprocess import Trace, project
 from autoseg.progress import Progress
-from autoseg.records import AutosegError, hash_text
-from autoseg.schema import Configuration, Fold, Plan
+from autoseg.records import AutosegError, hash_text, load_json
+from autoseg.schema import Configuration, Fingerprint, Fold, Plan
 from autoseg.splits import Splits
 from autoseg.store import read_case, stored_key, write_map
 from autoseg.workspace import Workspace
@@ -113,8 +114,26 @@ def find_priors(
     found = {name: map_path(sources[name], later, prepared, name) for name in needed}
     folds = ", ".join(sorted({sources[name].name.removeprefix("fold_") for name in needed}))
     print(f"Reads what {earlier.name} predicts for cases that it has not seen: fold {folds}", flush=True)
+    missing = [name for name, path in found.items() if not path.exists()]
+    for fold in sorted({sources[name] for name in missing}):
+        refuse_prepared_otherwise(workspace, fold, [name for name in missing if sources[name] == fold])
     predict_missing(found, sources, prepared, later, device)
     return found
+
+
+def refuse_prepared_otherwise(workspace: Workspace, fold: Path, cases: Iterable[str]) -> None:
+    """AutosegError if some of `cases` are not prepared as the plan says that the fold was trained with."""
+    run = open_run(fold)
+    configuration = run.plan.configuration(run.configuration)
+    prepared = workspace.cases(run.dataset, run.plan.name, configuration.prepared)
+    fingerprint = load_json(Fingerprint, workspace.prepared(run.dataset) / "fingerprint.json")
+    if missing := unprepared(prepared, cases, run.plan, configuration, fingerprint):
+        named = "" if run.plan.name == "default" else f" --plan {run.plan.name}"
+        raise AutosegError(
+            f"{fold} cannot predict {len(missing)} cases, for example {missing[0]}: they are not prepared in "
+            f"{prepared} as the plan says that it was trained with. Take that plan back from its run.json and give "
+            f"autoseg plan_and_preprocess -d {run.dataset}{named}{workspace.option}, or train again under another --run"
+        )
 
 
 def refuse_untrained(

@@ -5,8 +5,8 @@ post-processing changes anything `crossval_postprocessed/`; `model.json`, which 
 scores are those of the cases that the rule was chosen on, so they flatter it a little; the cross-fitted Dice does not.
 """
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from autoseg.bundle import ModelCard
@@ -16,13 +16,16 @@ from autoseg.layout import Dataset
 from autoseg.model import CARD, is_finished, open_run, weights_hash
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.pipeline.postprocess import measure_pairs, search
+from autoseg.pipeline.recipe import LENGTH, SHORT
 from autoseg.postprocess import PostProcessing, apply, trials
 from autoseg.readers import read_labels
 from autoseg.records import AutosegError, load_json, save_json, to_json
-from autoseg.schema import Run
+from autoseg.schema import Recipe, Run
 from autoseg.splits import Splits
 
 SUMMARY = "summary.json"
+MAY_DIFFER = (*LENGTH, *SHORT, "seed", "keep_probabilities", "loader_threads", "checkpoint_minutes")
+"""Recipe fields that folds of one cross-validation need not share: the optimizer follows from the length."""
 
 HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
@@ -40,9 +43,13 @@ def validated(folder: Path) -> bool:
 
 
 def all_folds(folder: Path, splits: Splits) -> tuple[Path, ...] | None:
-    """The fold folders of a configuration if every fold of the splits is trained and validated, else None."""
+    """The fold folders of a configuration if every fold of the splits is trained and validated, else None.
+
+    A fold of other cases than the splits have now, by an earlier division, is none of theirs.
+    """
     folds = tuple(folder / f"fold_{number}" for number in range(len(splits.folds)))
-    return folds if all(validated(fold) for fold in folds) else None
+    whole = all(validated(fold) and open_run(fold).cases == cases for fold, cases in zip(folds, splits.folds))
+    return folds if whole else None
 
 
 def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None = None) -> ModelCard:
@@ -80,17 +87,19 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
     if rule.steps:
         save_summary(processed, folder / "crossval_postprocessed")
         print(f"\nThe same with post-processing:\n{table(processed)}")
+    else:
+        shutil.rmtree(folder / "crossval_postprocessed", ignore_errors=True)  # of an earlier rule
     save_json(card, folder / CARD)
     print(f"Model: {folder / CARD}", flush=True)
     return card
 
 
 def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
-    """AutosegError if the folds were trained with different plans or recipes, their lengths and seeds apart."""
+    """AutosegError if the folds were trained with different plans or recipes, MAY_DIFFER apart."""
 
     def essence(run: Run) -> str:
-        recipe = replace(run.recipe, epochs=1, budget_seconds=None, seed=0)
-        return to_json(run.plan.concerning(run.configuration)) + to_json(recipe)
+        stated = {name: getattr(run.recipe, name) for name in Recipe.__dataclass_fields__ if name not in MAY_DIFFER}
+        return to_json(run.plan.concerning(run.configuration)) + repr(stated)
 
     for fold, run in zip(folds, runs):
         if essence(run) != essence(runs[0]):

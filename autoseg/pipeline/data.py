@@ -6,7 +6,7 @@ preprocessing of every configuration. A second run decodes only what is missing 
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -308,6 +308,19 @@ def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOpti
     if asked and to_json(old) != to_json(wanted):
         raise AutosegError(f"{existing} holds other folds, which runs may rest on; delete it to make new ones")
     return old
+
+
+def unprepared(
+    folder: Path, cases: Iterable[str], plan: Plan, configuration: Configuration, fingerprint: Fingerprint
+) -> list[str]:
+    """Those of `cases` that are not prepared in `folder`, or not as `plan` says for `configuration`; sorted."""
+    facts = {entry.case: entry for entry in fingerprint.cases}
+    own = plan.configuration(configuration.prepared)
+    return [
+        name
+        for name in sorted(set(cases))
+        if name not in facts or stored_key(folder, name) != case_key(plan, own, facts[name])
+    ]
 
 
 def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -> str:

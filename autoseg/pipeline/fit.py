@@ -170,7 +170,7 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
             dataset_text,
             BestOptions(runs=(options.train.run,), device=options.train.device, workers=options.plan.workers),
         )
-        which = ""
+        which, named = "", f" --run {options.train.run}"
     elif len(cards) > 1:
         print(f"To compare them and their ensembles: autoseg find_best -d {name}{named}{workspace.option}")
     chosen = f"-d {name}{which}{named}{workspace.option}"

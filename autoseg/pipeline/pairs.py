@@ -88,6 +88,11 @@ def complete_folders(workspace: Workspace, name: str, runs: Sequence[str], split
             print(
                 f"Left out: {folder}, {len(ready)} of {len(splits.folds)} folds are trained, "
                 f"{sum(validated(fold) for fold in ready)} validated"
+                + (
+                    ", some of them divided otherwise than splits.json says now"
+                    if divided_otherwise(ready, splits)
+                    else ""
+                )
             )
     if not done:
         raise AutosegError(
@@ -95,6 +100,12 @@ def complete_folders(workspace: Workspace, name: str, runs: Sequence[str], split
             f"train them: autoseg fit -d {name} -c all{workspace.option}"
         )
     return done
+
+
+def divided_otherwise(folds: Sequence[Path], splits: Splits) -> bool:
+    """Whether some finished fold has other cases than the splits have under its number."""
+    now = {f"fold_{number}": cases for number, cases in enumerate(splits.folds)}
+    return any(open_run(fold).cases != now.get(fold.name) for fold in folds)
 
 
 def open_entry(
@@ -120,6 +131,28 @@ def open_entry(
     )
 
 
+def open_entries(
+    workspace: Workspace,
+    folders: Sequence[Path],
+    place: Path,
+    dataset: Dataset,
+    splits: Splits,
+    workers: int | None,
+) -> list[Entry]:
+    """`open_entry` of each folder; those that cannot be opened are named. Raises AutosegError if none can."""
+    found: list[Entry] = []
+    refused: AutosegError | None = None
+    for folder in folders:
+        try:
+            found.append(open_entry(workspace, folder, place, dataset, splits, workers))
+        except AutosegError as error:
+            refused = error
+            print(f"Left out: {folder}, {error}")
+    if not found and refused is not None:
+        raise refused
+    return found
+
+
 def seconds_a_case(folds: Sequence[Path]) -> float | None:
     """What validating a case took, None if that was not measured."""
     runs = [open_run(fold) for fold in folds]
@@ -127,14 +160,14 @@ def seconds_a_case(folds: Sequence[Path]) -> float | None:
     return seconds / cases if seconds > 0 and cases else None
 
 
-def comparable(entries: Sequence[Entry], facts: Fingerprint) -> list[Entry]:
+def comparable(entries: Sequence[Entry], facts: Fingerprint, dataset: Dataset) -> list[Entry]:
     """Those trained on the data as they are now, all on the same held-out cases and classes; others are named.
 
     Raises AutosegError if there is none.
     """
     found: list[Entry] = []
     for entry in entries:
-        why = differs(entry, found[0] if found else entry, facts)
+        why = differs(entry, found[0] if found else entry, facts, dataset)
         if why is None:
             found.append(entry)
         else:
@@ -147,13 +180,13 @@ def comparable(entries: Sequence[Entry], facts: Fingerprint) -> list[Entry]:
     return found
 
 
-def differs(entry: Entry, first: Entry, facts: Fingerprint) -> str | None:
-    """Why the scores of a configuration say nothing beside those of the first, None if they do."""
+def differs(entry: Entry, first: Entry, facts: Fingerprint, dataset: Dataset) -> str | None:
+    """Why the scores of a configuration say nothing of the dataset as it is, or beside the first; None if they do."""
     if open_run(entry.folds[0]).data_hash != facts.data_hash():
         return "it was trained on other data than there are now"
-    own, other = entry.trained.plan, first.trained.plan
-    if own.labels != other.labels or len(own.channels) != len(other.channels):
-        return f"it has other labels or channels than {first.member.folder}"
+    own = entry.trained.plan
+    if own.labels != dataset.labels or len(own.channels) != len(dataset.channel_names):
+        return "it has other labels or channels than the dataset has now"
     if {score.case for score in entry.summary.scores} != {score.case for score in first.summary.scores}:
         return f"it held out other cases than {first.member.folder}"
     return None

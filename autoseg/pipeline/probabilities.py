@@ -19,7 +19,7 @@ import torch
 
 from autoseg.labels import Labels
 from autoseg.model import open_model, open_run, weights_hash
-from autoseg.pipeline.cascade import find_priors
+from autoseg.pipeline.cascade import find_priors, refuse_prepared_otherwise
 from autoseg.progress import Progress
 from autoseg.records import hash_text, sole_writer
 from autoseg.schema import Fold
@@ -118,6 +118,7 @@ def predict_missing(
     run = open_run(fold)
     configuration = run.plan.configuration(run.configuration)
     prepared = workspace.cases(run.dataset, run.plan.name, configuration.prepared)
+    refuse_prepared_otherwise(workspace, fold, wanted)
     forget(fold)
     cases = Fold(train=(), val=tuple(wanted))
     priors = find_priors(workspace, run.plan, configuration, fold.parent.parent.name, cases, splits, device)

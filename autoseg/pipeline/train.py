@@ -23,13 +23,13 @@ from autoseg.evaluation import Summary, evaluate_pairs, save_summary, table
 from autoseg.evaluation.plots import training_curves
 from autoseg.history import METRICS
 from autoseg.layout import Dataset, open_dataset
-from autoseg.model import open_model, open_run
+from autoseg.model import CARD, open_model, open_run
 from autoseg.networks import build
 from autoseg.parallel import free_memory
 from autoseg.pipeline import probabilities
 from autoseg.pipeline.cascade import NextStage, find_priors, forget_maps, map_path, next_stages, write_prior
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, held_out, validated
-from autoseg.pipeline.data import case_key
+from autoseg.pipeline.data import unprepared
 from autoseg.pipeline.orders import give_order, refuse_small_batch
 from autoseg.pipeline.predict import export
 from autoseg.pipeline.recipe import (
@@ -47,7 +47,7 @@ from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
-from autoseg.store import StoredArray, read_case, stored_key
+from autoseg.store import StoredArray, read_case
 from autoseg.supervise import JOURNAL
 from autoseg.team import ALONE, Team
 from autoseg.training import Parts, train, workload
@@ -124,8 +124,9 @@ def train_fold(
         run = agree_with_existing(folder, run, options)
         priors = find_priors(workspace, plan, configuration, options.run, cases, splits, device)
         if options.validate_only:
-            open_run(folder)
+            run = replace(open_run(folder), validation_seconds=0.0)
             forget_validation(folder)
+            save_json(run, folder / "run.json")
         elif run.finished is None:
             run = train_to_the_end(
                 folder, run, configuration, prepared, device, options, priors, fingerprint.annotated(), team
@@ -178,6 +179,8 @@ def train_to_the_end(
         print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
         raise
     forget_validation(folder)
+    if run.fold != "all":
+        forget_later(folder, run.configuration)
     run = replace(run, finished=now(), validation_seconds=0.0)
     save_json(run, folder / "run.json")
     return run
@@ -195,14 +198,7 @@ def refuse_unprepared(
 
     asked: the dataset and the workspace, as they are given on the command line.
     """
-    facts = {entry.case: entry for entry in fingerprint.cases}
-    own = plan.configuration(configuration.prepared)
-    missing = [
-        name
-        for name in sorted({*cases.train, *cases.val})
-        if name not in facts or stored_key(prepared, name) != case_key(plan, own, facts[name])
-    ]
-    if missing:
+    if missing := unprepared(prepared, (*cases.train, *cases.val), plan, configuration, fingerprint):
         named = "" if plan.name == "default" else f" --plan {plan.name}"
         raise AutosegError(
             f"{len(missing)} cases are not prepared in {prepared} as the plan says, for example {missing[0]}; "
@@ -259,6 +255,16 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
 def forget_validation(folder: Path) -> None:
     """Remove the whole-case predictions of earlier weights, so that those that are there are of the present ones."""
     shutil.rmtree(folder / "validation", ignore_errors=True)
+
+
+def forget_later(folder: Path, stage: str) -> None:
+    """Remove what later stages of a cascade, in the run of the fold `folder`, said from earlier weights of `stage`."""
+    for path in sorted(folder.parent.parent.glob("*/fold_*/run.json")):
+        run = load_json(Run, path)
+        if run.plan.configuration(run.configuration).previous_stage == stage:
+            forget_validation(path.parent)
+            shutil.rmtree(path.parent / "probabilities", ignore_errors=True)
+            (path.parent.parent / CARD).unlink(missing_ok=True)
 
 
 def make_parts(

@@ -1,0 +1,90 @@
+"""What was made with other weights, plans or folds than there are now is neither followed nor taken for present."""
+
+from dataclasses import replace
+
+import pytest
+from toys import configuration, plan
+
+from autoseg.model import in_folders
+from autoseg.pipeline.crossval import all_folds, refuse_mixture
+from autoseg.pipeline.pairs import divided_otherwise
+from autoseg.pipeline.train import forget_later
+from autoseg.records import AutosegError, load_json, save_json
+from autoseg.schema import Fold, Recipe, Run
+from autoseg.splits import Splits
+
+LOW = configuration("3d_lowres", spacing_mm=(4.0, 2.0, 1.5))
+CASCADE = configuration("3d_cascade_fullres", previous_stage="3d_lowres")
+STAGES = plan(LOW, configuration(), CASCADE)
+
+
+def put_fold(folder, made, name, number=0, weights=b"w", **more):
+    """A finished fold: its facts, and a file in place of weights."""
+    fold = folder / name / f"fold_{number}"
+    facts = Run(
+        autoseg_version="1",
+        versions={},
+        dataset=made.dataset,
+        configuration=name,
+        fold=number,
+        cases=Fold(train=("b",), val=("a",)),
+        plan=made,
+        recipe=Recipe(),
+        data_hash="",
+        device="cpu",
+        started="2026-01-01T00:00:00+00:00",
+        finished="2026-01-01T00:00:00+00:00",
+    )
+    save_json(replace(facts, **more), fold / "run.json")
+    (fold / "weights.safetensors").write_bytes(weights)
+    return fold
+
+
+def test_a_cascade_may_be_edited_after_its_first_stage_was_trained_and_the_first_stage_not(tmp_path):
+    edited = plan(LOW, configuration(), replace(CASCADE, batch_size=3))
+    low = put_fold(tmp_path, STAGES, "3d_lowres")
+    later = put_fold(tmp_path, edited, "3d_cascade_fullres")
+    found = in_folders([later], [low])
+    assert found.configuration.batch_size == 3 and found.before is not None
+    other = put_fold(tmp_path, plan(replace(LOW, batch_size=3), configuration(), CASCADE), "3d_lowres", 1)
+    with pytest.raises(AutosegError, match="make no cascade"):
+        in_folders([later], [other])
+
+
+def test_more_training_of_the_first_stage_takes_back_what_the_second_said(tmp_path):
+    low = put_fold(tmp_path, STAGES, "3d_lowres")
+    full = put_fold(tmp_path, STAGES, "3d_fullres")
+    later = put_fold(tmp_path, STAGES, "3d_cascade_fullres", 1)
+    for fold in (low, full, later):
+        (fold / "validation").mkdir()
+        (fold / "probabilities").mkdir()
+        (fold.parent / "model.json").touch()
+    forget_later(low, "3d_lowres")
+    assert sorted(path.name for path in later.iterdir()) == ["run.json", "weights.safetensors"]
+    assert not (later.parent / "model.json").exists()
+    for fold in (low, full):
+        assert (fold / "validation").is_dir() and (fold / "probabilities").is_dir()
+        assert (fold.parent / "model.json").is_file()
+
+
+def test_folds_may_differ_in_what_their_length_chose_and_in_nothing_else(tmp_path):
+    def mixed(**more):
+        folds = [put_fold(tmp_path, STAGES, "3d_fullres", n, recipe=Recipe(**more) if n else Recipe()) for n in (0, 1)]
+        refuse_mixture(folds, [load_json(Run, fold / "run.json") for fold in folds])
+
+    mixed(optimizer="adamw", learning_rate=0.003, warmup_steps=20, budget_seconds=60.0, seed=3, epochs=7)
+    mixed(keep_probabilities=False, loader_threads=1, checkpoint_minutes=1.0)
+    with pytest.raises(AutosegError, match="different plans or recipes"):
+        mixed(loss="dice")
+
+
+def test_folds_of_another_division_are_not_those_of_today(tmp_path):
+    """Fold 0 held out a; by another division of the same cases it would hold out b."""
+    fold = put_fold(tmp_path, STAGES, "3d_fullres")
+    (fold / "validation").mkdir()
+    (fold / "validation" / "summary.json").touch()
+    today = Splits(folds=(Fold(train=("b",), val=("a",)),))
+    other = Splits(folds=(Fold(train=("a",), val=("b",)),))
+    assert all_folds(fold.parent, today) == (fold,)
+    assert all_folds(fold.parent, other) is None
+    assert divided_otherwise([fold], other) and not divided_otherwise([fold], today)
