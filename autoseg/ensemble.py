@@ -181,6 +181,8 @@ class Chosen:
 
     def postprocessing(self) -> tuple[PostProcessing | None, str]:
         """The rule that goes with these very weights, and in words what is done and why."""
+        if not self.whole and len(self.members) == 1:
+            return self.members[0].postprocessing()
         if not self.whole:
             return None, "none: it was fitted on predictions of all folds"
         return self.choice.postprocessing, self.choice.postprocessing.describe(self.plan.labels)
@@ -203,11 +205,23 @@ def open_choice(folder: Path, folds: Sequence[str] = ()) -> Chosen | None:
     again = f"give autoseg find_best -d {choice.dataset} again, or name one configuration with -c (and --run)"
     members = []
     for member in choice.winner.members:
+        if strange := [fold for fold in folds if f"fold_{fold}" not in member.folds]:
+            compared = ", ".join(fold.removeprefix("fold_") for fold in member.folds)
+            raise AutosegError(
+                f"{where} compared fold {compared} of {member.folder}, and fold {', '.join(strange)} had no part in "
+                "that; name one configuration with -c (and --run) to predict with it"
+            )
         try:
             trained = at(folder / member.folder, folds or [fold.removeprefix("fold_") for fold in member.folds])
         except AutosegError as error:
             raise AutosegError(f"{where} names {member.folder}, which cannot be opened: {error}; {again}") from None
-        if not set(trained.hashes()) <= set(member.weights):
+        own, before = member.weights[: len(member.folds)], member.weights[len(member.folds) :]
+        if (trained.before.hashes() if trained.before else ()) != before:
+            raise AutosegError(
+                f"{where} names {member.folder}, whose earlier stage has other weights or folds than when it was "
+                f"compared; {again}"
+            )
+        if not set(trained.folds.values()) <= set(own):
             raise AutosegError(
                 f"{where} names {member.folder}, which was trained further since it was compared; {again}"
             )

@@ -6,6 +6,7 @@ threads run side by side, each with memory of its own, and share the threads of 
 """
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ import SimpleITK as sitk
 from autoseg.devices import choose_device
 from autoseg.ensemble import Chosen, Ensemble, chosen_at
 from autoseg.model import Model, Trained
-from autoseg.postprocess import PostProcessing
+from autoseg.postprocess import PostProcessing, out_of_reach
 from autoseg.readers import Stored, expected_in_file, join, read_stored
 from autoseg.readers.itk import stored_of
 from autoseg.records import AutosegError
 from autoseg.schema import Plan
-from autoseg.volume import Grid, from_canonical
+from autoseg.volume import Grid, canonical_grid, from_canonical
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,7 +90,11 @@ class Predictor:
         with _timed(seconds, "compute"):
             logits: Any = self.model.logits(case, step=step, mirror=mirror)
         with _timed(seconds, "restore"):
-            labels = self.model.labels(logits, case.trace, self.rule if postprocess else None)
+            rule, grid = self.rule if postprocess else None, canonical_grid(stored)
+            for left_out in out_of_reach(rule.steps if rule else (), grid.spacing_mm, grid.shape[0] == 1):
+                done = left_out.describe(self.model.plan.labels)
+                warnings.warn(f"{done} is left out: the voxels of the image are too fine for that", stacklevel=2)
+            labels = self.model.labels(logits, case.trace, rule)
             maps = None
             if probabilities:
                 maps = _back(self.model.probabilities(logits, case.trace), stored)

@@ -119,7 +119,10 @@ def _unfit(name: str, own: Tensor, source: Source) -> Line:
 
 def inputs(plan: Plan, configuration: Configuration) -> tuple[str, ...]:
     """What each input channel of a network is: image channels, then in a cascade the masks of the earlier stage."""
-    masks = (f"mask of {plan.labels.names[index]}" for index in plan.labels.foreground)
+    labels = plan.labels
+    # There is a mask for each value; a region may have several.
+    names = labels.names if labels.exclusive else [f"value {value}" for value in labels.stored]
+    masks = (f"mask of {names[index]}" for index in labels.foreground)
     return (*(channel.channel for channel in plan.channels), *(masks if configuration.previous_stage else ()))
 
 

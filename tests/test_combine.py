@@ -87,6 +87,8 @@ def test_missing_cases_and_other_grids_are_named_and_the_rest_is_done(tmp_path):
             write(tmp_path / name, uniform(0.1, 0.9), case=case)
     (tmp_path / "y" / "b_probabilities.nii.gz").unlink()
     write(tmp_path / "y", uniform(0.1, 0.9), stored=grid(), case="c")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.nii.gz").write_bytes(b"of an earlier command")
     with pytest.raises(AutosegError) as failed:
         combine([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
     assert "2 of 3 cases" in str(failed.value)

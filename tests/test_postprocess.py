@@ -9,7 +9,7 @@ from skimage.morphology import remove_small_objects
 from toys import LABELS
 
 from autoseg.labels import Labels
-from autoseg.postprocess import PostProcessing, Step, apply, apply_steps
+from autoseg.postprocess import PostProcessing, Step, apply, apply_steps, out_of_reach
 from autoseg.postprocess.steps import KINDS
 from autoseg.records import AutosegError, load_json, save_json
 
@@ -193,6 +193,15 @@ def test_closing_measures_in_mm():
 def test_a_closing_of_endless_reach_is_refused():
     with pytest.raises(AutosegError, match="reaches over 2000 voxels"):
         apply_steps(row(1, 0, 1), [closing(20, 1)], (1.0, 1.0, 0.01))
+
+
+def test_a_rule_leaves_out_a_closing_that_an_image_is_too_fine_for():
+    found, fine = image("1101", "1101", "1101"), (1.0, 1.0, 0.01)
+    rule = PostProcessing(cases=9, steps=(closing(2, 1), largest(1)))
+    assert out_of_reach(rule.steps, fine, True) == rule.steps[:1]
+    assert out_of_reach(rule.steps, UNIT, True) == ()
+    assert apply(found, rule, fine)[0, 1].tolist() == [1, 1, 0, 0], "only the largest is kept"
+    assert apply(found, rule, UNIT)[0, 1].tolist() == [1, 1, 1, 1], "the gap is closed first"
 
 
 def test_steps_are_applied_one_after_the_other():

@@ -102,6 +102,16 @@ def test_holes_and_gaps_are_closed_where_that_is_right():
     assert [step.dice_before for step in rule.steps[1:]] == [step.dice_after for step in rule.steps[:1]]
 
 
+def test_a_case_too_fine_for_a_closing_does_not_end_the_search():
+    """Closings follow the middle spacing of most cases: 1 to 3 mm, 100 to 300 voxels of the last one."""
+    truth = row(1, 1, 1, 1)
+    cases = [measure(truth, row(1, 0, 1, 1), ONE, spacing) for spacing in [UNIT] * 9 + [(1.0, 1.0, 0.01)]]
+    found = choose(cases, ONE)
+    assert not any(step.kind == "closing" for step in (*found.steps, *found.rejected))
+    found = choose(cases[:9], ONE)
+    assert any(step.kind == "closing" for step in (*found.steps, *found.rejected))
+
+
 def test_a_gain_that_could_be_chance_is_refused():
     gains, loses = (row(1, 1, 1, 0, 0), row(1, 1, 1, 0, 1)), (row(1, 1, 1, 0, 1), row(1, 1, 1, 0, 1))
     # One case in twenty: two of five draws have none of it.

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_predict import finished_run
 from toys import OBLIQUE, ball, grid
 from typer.testing import CliRunner
 
 from autoseg.bundle import ModelCard
 from autoseg.cli import app
+from autoseg.ensemble import Candidate, Choice, Member
 from autoseg.pipeline.postprocess import NAME, RuleFile, postprocess
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.readers import read_labels, read_stored, write_labels
@@ -99,6 +101,30 @@ def test_the_rule_of_a_model_needs_to_know_the_labels(folders):
     save_json(odd, folders / "model.json")
     with pytest.raises(AutosegError, match=r"names the classes \[5\]"):
         run(folders, rule=folders / "model.json", dataset=str(folders))
+
+
+def test_the_rule_of_a_choice_is_taken_with_the_labels_of_its_first_member(folders, capsys):
+    """Probabilities beside the predictions are no case."""
+    (folders / "pred" / "case3_probabilities.nii.gz").write_bytes((folders / "pred" / "case3.nii.gz").read_bytes())
+    finished_run(folders / "small" / "3d_fullres" / "fold_0")
+    member = Member(folder="small/3d_fullres", folds=("fold_0",), weights=("x",))
+    choice = Choice(
+        dataset="Dataset001_Toy",
+        cases=8,
+        chosen=0,
+        reason="",
+        candidates=(Candidate(members=(member,), dice={}, mean=None),),
+        draws=1,
+        seed=0,
+        dice_postprocessed={},
+        postprocessing=PostProcessing(cases=8, steps=(Step(members=(1, 2)),)),
+    )
+    save_json(choice, folders / "model.json")
+    assert run(folders, rule=folders / "model.json") == choice.postprocessing
+    assert "largest component of liver, lesion" in (printed := capsys.readouterr().out) and "11 of 11 cases" in printed
+    save_json(choice, folders / "elsewhere" / "model.json")
+    with pytest.raises(AutosegError, match="names small/3d_fullres, which holds no fold"):
+        run(folders, rule=folders / "elsewhere" / "model.json")
 
 
 def test_a_rule_for_other_labels_is_refused(folders):

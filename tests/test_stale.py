@@ -5,11 +5,16 @@ from dataclasses import replace
 import pytest
 from toys import configuration, plan
 
+from autoseg.bundle import ModelCard
+from autoseg.ensemble import Candidate, Choice, Member, open_choice
 from autoseg.model import in_folders
+from autoseg.pipeline.cascade import NextStage, map_path
 from autoseg.pipeline.crossval import all_folds, refuse_mixture
 from autoseg.pipeline.pairs import divided_otherwise
-from autoseg.pipeline.train import forget_later
-from autoseg.records import AutosegError, load_json, save_json
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import agree_with_existing, forget_later
+from autoseg.postprocess import PostProcessing, Step
+from autoseg.records import AutosegError, hash_text, load_json, save_json
 from autoseg.schema import Fold, Recipe, Run
 from autoseg.splits import Splits
 
@@ -88,3 +93,77 @@ def test_folds_of_another_division_are_not_those_of_today(tmp_path):
     assert all_folds(fold.parent, today) == (fold,)
     assert all_folds(fold.parent, other) is None
     assert divided_otherwise([fold], other) and not divided_otherwise([fold], today)
+
+
+RULE = PostProcessing(cases=2, steps=(Step(members=(1,)),))
+
+
+def chosen(folder, *folds, before=()):
+    """A choice of the configuration of `folds`, of their weights, in `folder`."""
+    trained = in_folders(folds, before)
+    name = folds[0].parent.name
+    member = Member(folder=name, folds=tuple(trained.folds), weights=trained.hashes())
+    choice = Choice(
+        dataset=STAGES.dataset,
+        cases=2,
+        chosen=0,
+        reason="",
+        candidates=(Candidate(members=(member,), dice={}, mean=None),),
+        draws=1,
+        seed=0,
+        dice_postprocessed={},
+        postprocessing=RULE,
+    )
+    save_json(choice, folder / "model.json")
+
+
+def test_some_folds_of_a_single_winner_have_its_rule_and_others_are_named(tmp_path):
+    folds = [put_fold(tmp_path, STAGES, "3d_fullres", number, bytes([number])) for number in range(3)]
+    chosen(tmp_path, *folds[:2])
+    hashes = dict(in_folders(folds[:2]).folds)
+    card = ModelCard(
+        dataset=STAGES.dataset,
+        configuration="3d_fullres",
+        folds=hashes,
+        cases=2,
+        dice={},
+        dice_postprocessed={},
+        postprocessing=RULE,
+    )
+    save_json(card, folds[0].parent / "model.json")
+    for asked in ((), ("1",)):
+        found = open_choice(tmp_path, asked)
+        assert found is not None and found.postprocessing()[0] == RULE
+    with pytest.raises(AutosegError, match="compared fold 0, 1 of 3d_fullres, and fold 2 had no part in that"):
+        open_choice(tmp_path, ("2",))
+
+
+def test_a_cascade_whose_first_stage_lost_a_fold_is_not_the_one_that_was_compared(tmp_path):
+    low = [put_fold(tmp_path, STAGES, "3d_lowres", number, bytes([number])) for number in range(2)]
+    later = [put_fold(tmp_path, STAGES, "3d_cascade_fullres", number, bytes([9, number])) for number in range(2)]
+    chosen(tmp_path, *later, before=low)
+    for asked in ((), ("0",)):
+        assert open_choice(tmp_path, asked) is not None
+    (low[1] / "weights.safetensors").unlink()
+    for asked in ((), ("0",)):
+        with pytest.raises(AutosegError, match="whose earlier stage has other weights or folds"):
+            open_choice(tmp_path, asked)
+
+
+def test_maps_of_logits_and_of_labels_have_other_names(tmp_path):
+    low = put_fold(tmp_path, STAGES, "3d_lowres")
+    stage = NextStage(configuration=CASCADE, prepared=tmp_path)
+    first, second = (
+        map_path(low, replace(stage, configuration=replace(CASCADE, prior=prior)), tmp_path, "a")
+        for prior in ("logits", "labels")
+    )
+    assert first != second
+    assert first.name == f"a.{hash_text('', '')[:8]}.b2nd", "as before there were two kinds"
+
+
+def test_a_run_of_another_plan_says_what_differs(tmp_path):
+    fold = put_fold(tmp_path, STAGES, "3d_fullres")
+    run = load_json(Run, fold / "run.json")
+    other = plan(LOW, replace(configuration(), batch_size=3), CASCADE)
+    with pytest.raises(AutosegError, match=r"another plan \(plan: 3d_fullres.batch_size 2, now 3\); give"):
+        agree_with_existing(fold, replace(run, plan=other), TrainOptions(validate_only=True))

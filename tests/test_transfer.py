@@ -231,3 +231,11 @@ def test_the_table_has_a_line_a_tensor():
     assert len(rows) == len(given.tensors)
     assert rows[0].split() == [FIRST, "reused"]
     assert outputs(made) == ("background", "liver", "lesion")
+
+
+def test_masks_of_regions_are_called_by_their_values():
+    """A region has several values, and there is a mask for each value of the files."""
+    late = plan(configuration("3d_cascade_fullres", previous_stage="3d_lowres"))
+    regions = Labels.from_dataset({"background": 0, "any": [3, 5, 9], "core": 5})
+    late = replace(late, labels=regions)
+    assert inputs(late, late.configurations[0]) == ("MR", "mask of value 3", "mask of value 5", "mask of value 9")

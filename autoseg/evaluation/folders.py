@@ -15,6 +15,9 @@ from autoseg.records import AutosegError
 from autoseg.volume import Volume, mismatch
 
 NAMES_SHOWN = 10
+PROBABILITIES = "_probabilities.nii.gz"
+"""After the case: what `predict --save-probabilities` writes beside its labels."""
+BESIDE = PROBABILITIES.removesuffix(".nii.gz")
 
 Pair = tuple[str, Path, Path]
 """Case, file of the truth, file of the prediction."""
@@ -115,7 +118,7 @@ def _read(path: Path, labels: Labels) -> Volume:
 def files_by_case(folder: Path, kind: str = "label files") -> dict[str, Path]:
     """Case -> file, for every file of `folder` that a reader knows. Raises AutosegError if there are none, or two.
 
-    kind: what they are, for the error.
+    Probabilities beside the labels of a case are no case of their own. kind: what they are, for the error.
     """
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -128,6 +131,7 @@ def files_by_case(folder: Path, kind: str = "label files") -> dict[str, Path]:
                 f"{folder} has two files for case {case}: {files[case].name} and {path.name}; remove one"
             )
         files[case] = path
+    files = {c: p for c, p in files.items() if not (p.name.endswith(PROBABILITIES) and c[: -len(BESIDE)] in files)}
     if not files:
         raise AutosegError(f"{folder} is no folder with {kind} ({', '.join(ENDINGS)})")
     return files

@@ -44,7 +44,9 @@ def next_stages(workspace: Workspace, plan: Plan, configuration: Configuration) 
 
 def map_path(fold: Path, stage: NextStage, prepared: Path, case: str) -> Path:
     """The file of one case's map: named by the weights of `fold`, and by what the case was prepared from and onto."""
-    grids = hash_text(stored_key(prepared, case) or "", stored_key(stage.prepared, case) or "")
+    # As it always was for logits, so that maps of those stay valid.
+    kind = () if stage.configuration.prior == "logits" else (stage.configuration.prior,)
+    grids = hash_text(stored_key(prepared, case) or "", stored_key(stage.prepared, case) or "", *kind)
     return maps_folder(fold, stage.configuration.name) / f"{case}.{grids[:8]}.b2nd"
 
 

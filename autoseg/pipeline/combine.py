@@ -1,9 +1,9 @@
 """ensemble: folders of predictions of any origin become one, case by case.
 
-Where every folder has probabilities of every case, their mean decides; otherwise the labels are voted on. Probabilities
-are what `predict --save-probabilities` writes, CASE_probabilities.nii.gz, or nnU-Net's CASE.npz, which has no geometry:
-that is read from the label file beside it. The .pkl that lies there too is never opened, since opening one runs what
-it says.
+Where every folder has probabilities, their mean decides, and a case of which one lacks them fails; where some folder
+has none at all, the labels are voted on. Probabilities are what `predict --save-probabilities` writes,
+CASE_probabilities.nii.gz, or nnU-Net's CASE.npz, which has no geometry: that is read from the label file beside it. The
+.pkl that lies there too is never opened, since opening one runs what it says.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,11 +87,13 @@ def combine(folders: Sequence[Path], target: Path, labels: Labels | None = None,
 
     def write(case: str) -> Path:
         kind = "labels" if without else "maps"
+        beside = next((folder.labels[case] for folder in found if case in folder.labels), None)
+        path = target / (f"{case}.nii.gz" if beside is None else beside.name)
+        # What an earlier command made of this case must not stand beside a failure.
+        path.unlink(missing_ok=True)
         if missing := [str(folder.path) for folder in found if case not in getattr(folder, kind)]:
             raise AutosegError(f"there is no {'label file' if without else 'probability map'} in {names(missing)}")
         values, stored = one(found, case, labels)
-        beside = next((folder.labels[case] for folder in found if case in folder.labels), None)
-        path = target / (f"{case}.nii.gz" if beside is None else beside.name)
         write_labels(values, stored, path)
         return path
 

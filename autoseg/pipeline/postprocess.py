@@ -15,7 +15,7 @@ from autoseg.evaluation.folders import Pair, files_by_case, find_labels
 from autoseg.labels import Labels
 from autoseg.layout import labels_in
 from autoseg.parallel import Outcome, map_cases, raise_failures
-from autoseg.postprocess import Case, PostProcessing, apply, before_and_after, choose, measure, trials
+from autoseg.postprocess import Case, PostProcessing, apply, before_and_after, choose, measure, out_of_reach, trials
 from autoseg.readers import read_labels, write_labels
 from autoseg.records import (
     SCHEMA_VERSION,
@@ -156,7 +156,10 @@ def write_processed(
         place.unlink(missing_ok=True)
         volume, stored = read_labels(item[1])
         before = _indices(volume.array[0], labels)
-        after = apply(before, rule, volume.grid.spacing_mm)
+        spacing = volume.grid.spacing_mm
+        for step in out_of_reach(rule.steps, spacing, before.shape[0] == 1):
+            print(f"{item[0]}: {step.describe(labels)} is left out: its voxels are too fine for that", flush=True)
+        after = apply(before, rule, spacing)
         write_labels(labels.to_values(after), stored, place)
         return after is not before
 
@@ -175,6 +178,15 @@ def load_rule(path: Path, told: Labels | None) -> tuple[PostProcessing, Labels]:
         if card is None:
             raise AutosegError(f"{path} was not cross-validated, so it has no post-processing")
         rule = card.postprocessing
+    elif (choice := _content(path)) is not None and "candidates" in choice:
+        from autoseg.ensemble import Choice  # loads torch, which nothing else here needs
+
+        found = load_json(Choice, path)
+        runs = sorted((path.parent / found.winner.members[0].folder).glob("fold_*/run.json"))
+        labels = load_json(Run, runs[0]).plan.labels if runs else told
+        rule = found.postprocessing
+        if labels is None:
+            raise AutosegError(f"{path} names {found.winner.name}, which holds no fold that says what its classes are")
     elif _is_card(path):
         runs = sorted(path.parent.glob("fold_*/run.json"))
         labels = load_json(Run, runs[0]).plan.labels if runs else told
@@ -191,14 +203,17 @@ def load_rule(path: Path, told: Labels | None) -> tuple[PostProcessing, Labels]:
     return rule, labels
 
 
-def _is_card(path: Path) -> bool:
-    if path.name == CARD:
-        return True
+def _content(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None if it holds none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "configuration" in content
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _is_card(path: Path) -> bool:
+    return path.name == CARD or "configuration" in (_content(path) or {})
 
 
 def _meaning(truth: Path, source: Path, workers: int | None) -> Meaning:

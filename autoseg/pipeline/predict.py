@@ -15,17 +15,19 @@ from typing import Any
 from autoseg.bundle import printable
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
+from autoseg.evaluation.folders import PROBABILITIES
 from autoseg.layout import Case, ending_of, find_cases
 from autoseg.model import Model, Trained, at, is_finished
 from autoseg.parallel import Outcome, map_cases, raise_failures
 from autoseg.pipeline.status import NAME, Row, Status
-from autoseg.postprocess import PostProcessing
+from autoseg.postprocess import PostProcessing, out_of_reach
 from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace
 from autoseg.progress import Progress
 from autoseg.raw import hash_files
 from autoseg.readers import read_image, write_image, write_labels
 from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer
 from autoseg.supervise import JOURNAL
+from autoseg.volume import canonical_grid
 from autoseg.workspace import Workspace
 
 STAGE = "predict"
@@ -132,7 +134,7 @@ def labels_of(folder: Path, case: Case) -> Path:
 
 def probabilities_of(folder: Path, case: str) -> Path:
     """Where the probabilities of a case stand."""
-    return folder / f"{case}_probabilities.nii.gz"
+    return folder / f"{case}{PROBABILITIES}"
 
 
 def model_key(trained: Trained | Chosen, rule: PostProcessing | None, options: PredictOptions) -> str:
@@ -275,6 +277,10 @@ def predict_cases(
         path = labels_of(status.folder, case)
         try:
             with step(case, "writing", last=True):
+                grid = canonical_grid(prepared.trace.stored)
+                for left_out in out_of_reach(rule.steps if rule else (), grid.spacing_mm, grid.shape[0] == 1):
+                    done = left_out.describe(model.plan.labels)
+                    bar.say(f"{case.id}: {done} is left out: its voxels are too fine for that")
                 export(logits, prepared.trace, model, path, rule, options.save_probabilities)
         except Exception as error:
             settle(case, error=error)

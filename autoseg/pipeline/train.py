@@ -41,6 +41,7 @@ from autoseg.pipeline.recipe import (
     make_recipe,
     with_length,
 )
+from autoseg.planners import difference
 from autoseg.progress import Progress
 from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
@@ -58,6 +59,7 @@ from autoseg.workspace import Workspace
 PRETRAINED = "pretrained.txt"
 """In a fold folder: what became of every tensor of the network that training began with."""
 MOST_SHOWN = 20
+FIELDS_SHOWN = 3
 
 
 def parse_fold(text: str) -> int | Literal["all"]:
@@ -245,9 +247,12 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
         if a != b
     ]
     if differing:
+        rows = difference(*(one.plan.concerning(run.configuration) for one in (old, run)))
+        shown = ", ".join(f"{field} {value}, now {present}" for field, value, present in rows[:FIELDS_SHOWN])
+        fields = f" (plan: {shown}{' and more' if len(rows) > FIELDS_SHOWN else ''})" if rows else ""
         raise AutosegError(
-            f"{folder} was trained with another {' and '.join(differing)}; give the new run a name of its own with "
-            "--run NAME, repeat the options of the old one to go on with it, or delete the folder"
+            f"{folder} was trained with another {' and '.join(differing)}{fields}; give the new run a name of its "
+            "own with --run NAME, repeat the options of the old one to go on with it, or delete the folder"
         )
     return old if options.validate_only else with_length(old, recipe, options, folder)
 
@@ -345,8 +350,8 @@ def begin_with(network: torch.nn.Module, run: Run, configuration: Configuration,
     network.load_state_dict(begin)
     counts = ", ".join(f"{[line.what for line in lines].count(kind)} {kind}" for kind in ("reused", "adapted", "new"))
     head = f"Begins with {source.words}\nTensors: {counts}\n"
-    for difference in differences(run.plan, configuration, source):
-        head += f"Prepared differently: {difference}; plan_and_preprocess --like takes it over\n"
+    for odd in differences(run.plan, configuration, source):
+        head += f"Prepared differently: {odd}; plan_and_preprocess --like takes it over\n"
     with atomic_write(folder / PRETRAINED) as file:
         file.write(head + tensor_table(lines))
     changed = [line for line in lines if line.what != "reused"]

@@ -3,7 +3,7 @@
 from autoseg.postprocess.components import Case, measure
 from autoseg.postprocess.report import before_and_after, trials
 from autoseg.postprocess.search import choose
-from autoseg.postprocess.steps import KINDS, PostProcessing, Step, apply, apply_steps
+from autoseg.postprocess.steps import KINDS, PostProcessing, Step, apply, apply_steps, out_of_reach
 
 __all__ = [
     "KINDS",
@@ -15,5 +15,6 @@ __all__ = [
     "before_and_after",
     "choose",
     "measure",
+    "out_of_reach",
     "trials",
 ]

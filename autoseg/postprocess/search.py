@@ -29,7 +29,7 @@ from scipy.sparse.csgraph import connected_components
 from autoseg.labels import Labels
 from autoseg.postprocess.components import Case
 from autoseg.postprocess.significance import Resamples, mean_of, means
-from autoseg.postprocess.steps import PostProcessing, Step, apply_steps, filling, is_below
+from autoseg.postprocess.steps import PostProcessing, Step, apply_steps, filling, is_below, out_of_reach
 
 LEVEL = 0.05
 SIZES = 4
@@ -156,7 +156,10 @@ class Search:
         decisions = []
         for members in self.targets:
             decisions.append([Step(kind="holes", members=members)])
-            decisions.append([Step(kind="closing", members=members, radius_mm=radius) for radius in closings])
+            tried = [Step(kind="closing", members=members, radius_mm=radius) for radius in closings]
+            # What the voxels of some case are too fine for cannot be judged.
+            odd = {step for case in self.cases for step in out_of_reach(tried, case.spacing_mm, case.flat)}
+            decisions.append([step for step in tried if step not in odd])
         for number, candidates in enumerate(decisions):
             self.try_out(state, [step for later in decisions[number:] for step in later])
             trials = [state.plus(step, *self.tried[_key(state, step)]) for step in candidates]

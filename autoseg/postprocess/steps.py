@@ -7,7 +7,7 @@ has several members, a filled voxel gets the class of the nearest of them, of eq
 Components connect by faces, edges and corners (26 neighbours, 8 where Z = 1), holes by faces, as the complement must.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import cc3d
@@ -112,8 +112,26 @@ class PostProcessing:
 
 
 def apply(labels: np.ndarray, rule: PostProcessing, spacing_mm: Sequence[float]) -> np.ndarray:
-    """Apply the steps of `rule` to class indices (Z, Y, X) with voxels of `spacing_mm` (Z, Y, X); see `apply_steps`."""
-    return apply_steps(labels, rule.steps, spacing_mm)
+    """Apply the steps of `rule` to class indices (Z, Y, X) with voxels of `spacing_mm` (Z, Y, X); see `apply_steps`.
+
+    Those that are out of reach are left out: an image of very fine voxels is segmented without them.
+    """
+    left_out = out_of_reach(rule.steps, spacing_mm, labels.shape[0] == 1)
+    return apply_steps(labels, [step for step in rule.steps if step not in left_out], spacing_mm)
+
+
+def out_of_reach(steps: Iterable[Step], spacing_mm: Sequence[float], flat: bool) -> tuple[Step, ...]:
+    """The closings among `steps` that reach over more than MOST_REACH voxels of `spacing_mm` (Z, Y, X)."""
+    return tuple(
+        step
+        for step in steps
+        if step.radius_mm is not None and max(_reach(step.radius_mm, spacing_mm, flat)) > MOST_REACH
+    )
+
+
+def _reach(radius_mm: float, spacing_mm: Sequence[float], flat: bool) -> list[int]:
+    """Voxels that a closing reaches along each axis."""
+    return [0 if flat and axis == 0 else int(radius_mm * (1 + ROUNDING) / step) for axis, step in enumerate(spacing_mm)]
 
 
 def apply_steps(
@@ -225,7 +243,7 @@ def _filled(mask: np.ndarray, flat: bool) -> np.ndarray:
 def _closed(mask: np.ndarray, radius_mm: float, spacing_mm: Sequence[float], flat: bool) -> np.ndarray:
     """Morphological closing with all voxels within `radius_mm`, as if the image had no edge."""
     radius = radius_mm * (1 + ROUNDING)
-    reach = [0 if flat and axis == 0 else int(radius / step) for axis, step in enumerate(spacing_mm)]
+    reach = _reach(radius_mm, spacing_mm, flat)
     if max(reach) > MOST_REACH:
         raise AutosegError(
             f"closing with a radius of {radius_mm:g} mm reaches over {max(reach)} voxels here, and at most "
