@@ -199,6 +199,20 @@ def test_maps_of_cases_that_were_prepared_anew_are_not_used(place, tmp_path):
     assert map_path(fold(workspace, "3d_lowres", 0), stage, tmp_path, "p1_0") != first
 
 
+def test_a_first_stage_predicts_no_case_that_is_prepared_otherwise_than_it_was_trained(place):
+    workspace, made = place
+    low = workspace.cases(NAME, "default", "3d_lowres")
+    card, said = low / "p1_0" / "case.json", (low / "p1_0" / "case.json").read_text()
+    splits = read_splits(workspace.prepared(NAME) / "splits.json", ["p0_0", "p0_1", "p1_0", "p1_1"])
+    cascade = made.configuration("3d_cascade_fullres")
+    try:
+        card.write_text(said.replace(stored_key(low, "p1_0"), "another"))
+        with pytest.raises(AutosegError, match="3d_lowres/fold_0 cannot predict 1 cases, for example p1_0"):
+            find_priors(workspace, made, cascade, "default", splits.fold(0), splits, CPU)
+    finally:
+        card.write_text(said)
+
+
 def test_maps_of_other_weights_are_not_used(place):
     workspace, _ = place
     low = fold(workspace, "3d_lowres", 0)

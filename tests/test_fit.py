@@ -105,6 +105,11 @@ def test_a_rule_that_helps_is_found_stored_and_applied_unless_left_out(place, ca
     predict(place, tmp_path / "imagesTs", tmp_path / "out", PredictOptions(postprocess=False, device="cpu"))
     assert "Post-processing: none, as asked" in capsys.readouterr().out
 
+    monkeypatch.undo()
+    (folder / "model.json").unlink()
+    assert cross_validate(folds, dataset).postprocessing.steps == ()
+    assert not (folder / "crossval_postprocessed").exists(), "scores of the earlier rule"
+
 
 def test_a_rule_of_other_weights_is_not_used(place):
     fit(place, "7", replace(OPTIONS, folds=(0,)))

@@ -19,7 +19,7 @@ from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.share import export_model
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.planners import plan_like
-from autoseg.records import AutosegError, load_json
+from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Fingerprint, Run
 from autoseg.store import list_cases
 from autoseg.workspace import Workspace
@@ -299,8 +299,10 @@ def test_validating_again_needs_the_plan_of_the_run(place):
     train_fold(place, "7", "3d_fullres", "0", TRAIN)
     folder = place.fold(NAME, "default", "3d_fullres", 0)
     before = tree(folder / "validation")
+    save_json(replace(load_json(Run, folder / "run.json"), validation_seconds=1e6), folder / "run.json")
     train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, validate_only=True))
     assert tree(folder / "validation") == before
+    assert load_json(Run, folder / "run.json").validation_seconds < 1e6, "the time of the first validation is gone"
     plan_and_preprocess(place, "7", replace(PLAN, spacing_mm=(2.0, 1.9, 1.8)))
     with pytest.raises(AutosegError, match="another plan"):
         train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, validate_only=True))
