@@ -15,11 +15,12 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import IO
+from typing import IO, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ from autoseg.records import AutosegError
 HERE = "127.0.0.1"
 LED = "AUTOSEG_LED"
 """The leader's port, set in the processes that it starts; they end when their standard input does."""
+LIBUV = os.name != "nt"
+"""Builds of torch for Windows lack it."""
 PATIENCE = timedelta(days=1)
 """How long a process waits for the others. A dead one is noticed by its closed connection; a slow one is none."""
 GRACE_SECONDS = 5.0
@@ -49,8 +52,12 @@ class Team:
         return self.rank == 0
 
     def own(self, count: int) -> slice:
-        """Which of `count` samples of a batch are this process's: parts as equal as can be, in order."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        """Which of `count` samples of a batch are this process's: parts as equal as can be, in order.
+
+        The leader's, by which settings are probed, is as large as any.
+        """
+        first, last = (-(-count * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return slice(first, last)
 
     def part(self, count: int) -> float:
         """How much of a batch of `count` samples this process has."""
@@ -133,7 +140,8 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
     Under torchrun its processes are taken, whatever `size`. Raises AutosegError if there are fewer GPUs than
     processes, and in the leader when another process has ended before its work was done.
     """
-    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    # WORLD_SIZE alone is set in many containers.
+    started = LED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if started:
         size = int(os.environ["WORLD_SIZE"])
     if size == 1:
@@ -149,13 +157,31 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
     if own_device.startswith("cuda"):
         torch.cuda.set_device(own_device)
     backend = "cpu:gloo,cuda:nccl" if own_device.startswith("cuda") else "gloo"
-    with _followers(size) if not started else nullcontext(_leaders_store(size)) as store:
-        # Without a store the processes meet where the variables of torchrun say.
-        dist.init_process_group(backend, store=store, rank=team.rank, world_size=size, timeout=PATIENCE)
-        try:
+    try:
+        with _followers(size) if not started else nullcontext(_leaders_store(size)) as store:
+            # Without a store the processes meet where the variables of torchrun say.
+            dist.init_process_group(backend, store=store, rank=team.rank, world_size=size, timeout=PATIENCE)
             yield team, own_device
-        finally:
+            # Only where all come by: an NCCL communicator waits here for the others, who may wait for this process.
             dist.destroy_process_group()
+    except BaseException as error:
+        if own_device.startswith("cuda"):
+            _leave(error)
+        raise
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """End this process as `error` would, without the clean-up of NCCL that might never end."""
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    if isinstance(error, AutosegError):
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def one_each(device: str, place: int, here: int) -> str:
@@ -179,15 +205,17 @@ def _leaders_store(size: int) -> dist.Store | None:
     if LED not in os.environ:
         return None
     threading.Thread(target=_end_with_leader, daemon=True).start()
-    return dist.TCPStore(HERE, int(os.environ[LED]), size, is_master=False)
+    return dist.TCPStore(HERE, int(os.environ[LED]), size, is_master=False, timeout=PATIENCE, use_libuv=LIBUV)
 
 
 @contextmanager
 def _followers(size: int) -> Iterator[dist.Store]:
     """Start the others of `size` processes, and end them; yields where they meet."""
-    store = dist.TCPStore(HERE, 0, size, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(HERE, 0, size, is_master=True, wait_for_workers=False, timeout=PATIENCE, use_libuv=LIBUV)
     known = {"WORLD_SIZE": str(size), LED: str(store.port)}
-    command = [sys.executable, "-m", "autoseg", *sys.argv[1:]]
+    # -P: the same packages as here, whatever lies in the folder that the command was given in.
+    command = [sys.executable, *(["-P"] if sys.flags.safe_path or not _by_module() else []), "-m", "autoseg"]
+    command += sys.argv[1:]
     with ExitStack() as files:
         outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in range(1, size)]
         processes = [
@@ -224,6 +252,11 @@ def _followers(size: int) -> Iterator[dist.Store]:
                     process.wait()
 
 
+def _by_module() -> bool:
+    """Whether this is `python -m autoseg`, which looks for packages in the present folder too."""
+    return getattr(sys.modules["__main__"], "__spec__", None) is not None
+
+
 def last_words(processes: Sequence["subprocess.Popen[bytes]"], outputs: Sequence[IO[bytes]]) -> str:
     """Which of the processes has failed, and what it printed last; empty if none has."""
     for rank, (process, output) in enumerate(zip(processes, outputs), 1):
@@ -246,6 +279,6 @@ def _watch(processes: Sequence["subprocess.Popen[bytes]"], outputs: Sequence[IO[
 
 def _end_with_leader() -> None:
     """End this process once the leader is gone: nothing else closes its standard input."""
-    sys.stdin.buffer.read(1)
+    os.read(sys.stdin.fileno(), 1)  # no buffer, whose lock would be held when the process ends
     time.sleep(GRACE_SECONDS)  # its work may just be done
     os._exit(1)

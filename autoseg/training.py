@@ -137,7 +137,7 @@ def workload(parts: Parts, fresh: Callable[[], nn.Module]) -> Workload:
         make_network=fresh,
         step_of=step_of,
         patch=parts.training.patch,
-        batch_size=parts.training.batch_size,
+        batch_size=len(batch.image),
         channels=batch.image.shape[1],
         device=parts.device,
         all_scales=parts.recipe.deep_supervision,
@@ -264,6 +264,7 @@ def train(
             save()
             bar.say(f"checkpoint of step {state.step} saved")
         if stop:
+            team.wait()  # nobody leaves before all is saved
             raise Stopped(signal.Signals(stop))
 
     with _progress_bar(recipe, state, quiet=not team.leads) as bar:

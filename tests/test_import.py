@@ -32,7 +32,7 @@ NAME = "Dataset003_Toy"
 
 @pytest.fixture
 def place(tmp_path):
-    return Workspace(tmp_path / "ws")
+    return Workspace.find(tmp_path / "ws")
 
 
 def noise(seed=0, shape=SHAPE, channels=1):

@@ -270,8 +270,11 @@ def share(
         names = {other.configuration.name for other in tasks}
         cases = sum(other.cases for other in tasks) / len(names)
         validation += comb(len(names), 2) * cases * max(per_case.values()) * (1 - 1 / EXPORT_SHARE)
-    trained = sum(spent.validating.values()) + sum(other.trained_seconds() for other in tasks)
-    used = spent.preparing + trained / many
+    used = spent.preparing
+    for name in dict.fromkeys(other.configuration.name for other in tasks):
+        own = [other for other in tasks if other.configuration.name == name]
+        work = sum(spent.validating.get(other.name, 0.0) + other.trained_seconds() for other in own)
+        used += work * ceil(len(own) / many) / len(own)
     left = options.budget_seconds * (1 - MERGE_SHARE) - used - validation
     if left / rounds < LEAST_TRAINING_S:
         needed = used + validation + rounds * max(LEAST_TRAINING_S, 60.0)
@@ -302,6 +305,9 @@ def seconds_a_case(
         clock = time.monotonic()
         network(tile).sum().item()
     view = time.monotonic() - clock
+    if device.type == "cuda":  # a fold may be about to train there
+        del network, tile
+        torch.cuda.empty_cache()
     return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch, plan.flips(configuration).axes)
 
 

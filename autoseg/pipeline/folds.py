@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -55,6 +56,7 @@ def train_side_by_side(workspace: Workspace, dataset_text: str, folds: Sequence[
     are. A signal to save is passed on; one to end ends all after their checkpoints, and raises Stopped here.
     """
     spawn = multiprocessing.get_context("spawn")
+    processes = min(processes, len(folds))
     free = list(range(processes))
     waiting = list(folds)
     running: dict[SpawnProcess, tuple[Fold, int]] = {}
@@ -71,7 +73,8 @@ def train_side_by_side(workspace: Workspace, dataset_text: str, folds: Sequence[
                 process = spawn.Process(
                     target=_work, args=(workspace, dataset_text, replace(fold, options=options), threads)
                 )
-                process.start()
+                with _no_signal_to_save():  # before the child knows what to do with it
+                    process.start()
                 running[process] = fold, place
                 bar.say(f"{fold.name} on {device}: {fold.folder / LOG}")
             wait([process.sentinel for process in running], LOOK_SECONDS)
@@ -115,7 +118,22 @@ def last_lines(path: Path) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-LAST_LINES:]) if path.is_file() else ""
 
 
+@contextmanager
+def _no_signal_to_save() -> Iterator[None]:
+    """Hold SIGUSR1 back in this thread, and in processes that it starts until they ask for it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
 def _tell(processes: Iterable[SpawnProcess], number: signal.Signals) -> None:
+    if os.name == "nt":  # where a signal would kill them, and the keys of the console have told them already
+        return
     for process in processes:
         if process.pid is not None and process.exitcode is None:
             os.kill(process.pid, number)
@@ -127,6 +145,10 @@ def _work(workspace: Workspace, dataset_text: str, fold: Fold, threads: int) -> 
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if hasattr(signal, "pthread_sigmask"):
+        # Only training has something to save.
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     torch.set_num_threads(threads)
     if hasattr(os, "setsid"):
         os.setsid()  # the keys of a terminal reach the first process alone, which passes them on

@@ -147,7 +147,8 @@ def train_fold(
             seconds = run.validation_seconds + time.monotonic() - started
             save_json(replace(open_run(folder), validation_seconds=seconds), folder / "run.json")
         if (folds := all_folds(folder.parent, splits)) is not None:
-            cross_validate(folds, dataset)
+            with sole_writer(folder.parent):  # two folds that end at once: the second finds it done
+                cross_validate(folds, dataset)
     team.tell("")
     return summary
 
