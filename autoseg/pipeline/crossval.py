@@ -7,6 +7,7 @@ scores are those of the cases that the rule was chosen on, so they flatter it a 
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from autoseg.bundle import ModelCard
@@ -24,8 +25,8 @@ from autoseg.schema import Recipe, Run
 from autoseg.splits import Splits
 
 SUMMARY = "summary.json"
-MAY_DIFFER = (*LENGTH, *SHORT, "seed", "keep_probabilities", "loader_threads", "checkpoint_minutes")
-"""Recipe fields that folds of one cross-validation need not share: the optimizer follows from the length."""
+MAY_DIFFER = (*LENGTH, "seed", "keep_probabilities", "loader_threads", "checkpoint_minutes")
+"""Recipe fields that folds of one cross-validation need not share."""
 
 HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
@@ -95,11 +96,16 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
 
 
 def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
-    """AutosegError if the folds were trained with different plans or recipes, MAY_DIFFER apart."""
+    """AutosegError if the folds were trained with different plans or recipes, MAY_DIFFER apart.
+
+    Nor need they share what their length chose: near its limit folds of one budget may get either optimizer.
+    """
 
     def essence(run: Run) -> str:
-        stated = {name: getattr(run.recipe, name) for name in Recipe.__dataclass_fields__ if name not in MAY_DIFFER}
-        return to_json(run.plan.concerning(run.configuration)) + repr(stated)
+        short = all(getattr(run.recipe, name) == value for name, value in SHORT.items())
+        alike = (*MAY_DIFFER, *SHORT) if short else MAY_DIFFER
+        recipe = replace(run.recipe, **{name: getattr(Recipe(), name) for name in alike})
+        return to_json(run.plan.concerning(run.configuration)) + to_json(recipe)
 
     for fold, run in zip(folds, runs):
         if essence(run) != essence(runs[0]):
