@@ -174,6 +174,7 @@ def test_folders_with_and_without_truth(tmp_path):
     stored = grid(shape, (1.1, 1.0, 0.9), origin_mm=(5.0, -3.0, 2.0))
     write_labels(wrong, stored, tmp_path / "predicted" / "c0.nii.gz")
     write_labels(wrong, stored, tmp_path / "predicted" / "c0_probabilities.nii.gz")
+    write_labels(wrong, stored, tmp_path / "predicted" / "c9.nii.gz")
     done = CliRunner().invoke(
         app,
         [
@@ -187,7 +188,7 @@ def test_folders_with_and_without_truth(tmp_path):
         ],
         catch_exceptions=False,
     )
-    assert "without image, not drawn: c0_probabilities" in done.output
+    assert "without image, not drawn: c9\n" in done.output, "probabilities are no case"
     for mark in (RIGHT, TOO_MUCH, MISSING):
         assert has_colour(out / "c0.png", VERDICTS[mark][1]), VERDICTS[mark]
 
