@@ -13,7 +13,8 @@ from autoseg.pipeline.crossval import all_folds, refuse_mixture
 from autoseg.pipeline.fit import Task, with_common_optimizer
 from autoseg.pipeline.pairs import divided_otherwise
 from autoseg.pipeline.recipe import SHORT, TrainOptions
-from autoseg.pipeline.train import agree_with_existing, forget_later
+from autoseg.pipeline.train import agree_with_existing
+from autoseg.pipeline.validation import forget_later
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.records import AutosegError, hash_text, load_json, save_json
 from autoseg.schema import Fold, Recipe, Run

@@ -10,7 +10,8 @@ from autoseg.devices import choose_device
 from autoseg.pipeline.cascade import next_stages
 from autoseg.pipeline.orders import Order
 from autoseg.pipeline.recipe import TrainOptions
-from autoseg.pipeline.train import make_parts, predict_held_out, train_fold
+from autoseg.pipeline.train import make_parts, train_fold
+from autoseg.pipeline.validation import predict_held_out
 from autoseg.records import from_json
 from autoseg.signals import heeded
 from autoseg.team import Team, assembled

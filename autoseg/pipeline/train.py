@@ -1,7 +1,6 @@
 """train: one fold from prepared cases to validated weights."""
 
 import platform
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,19 +18,17 @@ from autoseg.bundle import printable
 from autoseg.checkpoint import checkpoints
 from autoseg.computing import describe, fits, safe_base, settle, untuned
 from autoseg.devices import choose_device
-from autoseg.evaluation import Summary, evaluate_pairs, save_summary, table
+from autoseg.evaluation import Summary, table
 from autoseg.evaluation.plots import training_curves
 from autoseg.history import METRICS
-from autoseg.layout import Dataset, open_dataset
-from autoseg.model import CARD, open_model, open_run
+from autoseg.layout import open_dataset
+from autoseg.model import open_run
 from autoseg.networks import build
 from autoseg.parallel import free_memory
-from autoseg.pipeline import probabilities
-from autoseg.pipeline.cascade import NextStage, find_priors, forget_maps, map_path, next_stages, write_prior
-from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, held_out, validated
+from autoseg.pipeline.cascade import find_priors, next_stages
+from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
 from autoseg.pipeline.data import unprepared
 from autoseg.pipeline.orders import give_order, refuse_small_batch
-from autoseg.pipeline.predict import export
 from autoseg.pipeline.recipe import (
     LENGTH,
     TrainOptions,
@@ -41,15 +38,14 @@ from autoseg.pipeline.recipe import (
     make_recipe,
     with_length,
 )
+from autoseg.pipeline.validation import forget_later, forget_validation, validate_fold
 from autoseg.planners import difference
-from autoseg.progress import Progress
 from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
-from autoseg.store import StoredArray, read_case
-from autoseg.supervise import JOURNAL
+from autoseg.store import StoredArray
 from autoseg.team import ALONE, Team
 from autoseg.training import Parts, train, workload
 from autoseg.transfer import differences, open_source, tensor_table, transfer
@@ -258,21 +254,6 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
     return old if options.validate_only else with_length(old, recipe, options, folder)
 
 
-def forget_validation(folder: Path) -> None:
-    """Remove the whole-case predictions of earlier weights, so that those that are there are of the present ones."""
-    shutil.rmtree(folder / "validation", ignore_errors=True)
-
-
-def forget_later(folder: Path, stage: str) -> None:
-    """Remove what later stages of a cascade, in the run of the fold `folder`, said from earlier weights of `stage`."""
-    for path in sorted(folder.parent.parent.glob("*/fold_*/run.json")):
-        run = load_json(Run, path)
-        if run.plan.configuration(run.configuration).previous_stage == stage:
-            forget_validation(path.parent)
-            shutil.rmtree(path.parent / "probabilities", ignore_errors=True)
-            (path.parent.parent / CARD).unlink(missing_ok=True)
-
-
 def make_parts(
     run: Run,
     configuration: Configuration,
@@ -392,70 +373,3 @@ def say_start(run: Run, parts: Parts) -> None:
         f"{weights:,} weights, {parts.device}, {torch.get_num_threads()} threads\n{parts.folder}",
         flush=True,
     )
-
-
-def validate_fold(
-    folder: Path,
-    dataset: Dataset,
-    prepared: Path,
-    device: torch.device,
-    priors: Mapping[str, Path] | None = None,
-    later: Sequence[NextStage] = (),
-    team: Team = ALONE,
-) -> Summary:
-    """Predict the fold's held-out cases whole, write them on their original grids, and score those files.
-
-    Writes `validation/<case><ending>` and `validation/summary.json`; the numbers are those of `autoseg evaluate`. Goes
-    on after a kill: a prediction that is there is kept, since training removes those of earlier weights.
-    priors: as in `make_parts`. later: the stages of a cascade that read these predictions; they get theirs too.
-    """
-    run = open_run(folder)
-    out = folder / "validation"
-    out.mkdir(exist_ok=True)
-    # The fold `all` has learnt every case by heart: its predictions are no use to a next stage.
-    for stage in later if run.fold != "all" else ():
-        forget_maps(folder, stage.configuration.name)
-    probabilities.forget(folder)
-    give_order("validate", run, folder, prepared, priors, team, ending=dataset.file_ending)
-    predict_held_out(folder, dataset.file_ending, prepared, device, priors, later, team)
-    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
-    save_summary(summary, out)
-    print(table(summary))
-    probabilities.say_room(folder)
-    return summary
-
-
-def predict_held_out(
-    folder: Path,
-    ending: str,
-    prepared: Path,
-    device: torch.device,
-    priors: Mapping[str, Path] | None,
-    later: Sequence[NextStage],
-    team: Team,
-) -> None:
-    """Predict the fold's held-out cases that have no prediction yet: of a team each process its own share of them."""
-    run = open_run(folder)
-    model = open_model([folder], device)
-    stages = later if run.fold != "all" else ()
-    kept = probabilities.place_of(folder) if run.recipe.keep_probabilities and run.fold != "all" else None
-    mine = run.cases.val[team.rank :: team.size]
-    with Progress("validate", len(mine), quiet=not team.leads) as bar:
-        for name in mine:
-            path = folder / "validation" / f"{name}{ending}"
-            if death := JOURNAL.dead.get(("validate", name)):
-                raise AutosegError(f"case {name} cannot be validated: {death}")
-            if not path.exists():
-                with JOURNAL.working("validate", name):
-                    case = read_case(prepared, name)
-                    prior = None if priors is None else StoredArray(priors[name])[...]
-                    logits = model.logits(case, prior=prior)
-                    for stage in stages:
-                        write_prior(map_path(folder, stage, prepared, name), logits, case.trace, model, stage)
-                    if kept is not None:
-                        place = probabilities.path_of(kept, prepared, name)
-                        probabilities.keep(place, logits, run.plan.labels, model.configuration.patch)
-                    # Last: a case whose prediction is there has left everything else.
-                    export(logits, case.trace, model, path)
-            bar.advance(note=name)
-    team.wait()
