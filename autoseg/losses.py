@@ -14,7 +14,6 @@ Sources: soft Dice after Drozdzal et al. (DLMIA 2016), the sum and the scales af
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -349,11 +348,10 @@ def deep_supervision(
     return torch.stack(terms).sum()
 
 
-def scale_targets(target: Tensor, strides: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Target (B, *s) at the resolution of every decoder scale, highest first.
+def scale_targets(target: Tensor, scales: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Target (B, *s) at the resolution of each of a network's outputs, which are `scales` times smaller.
 
-    strides: of all stages of the network; the bottleneck, which is the last, has no target. Each voxel takes the
-    label at its centre, that is nearest-exact interpolation, which for whole factors f is every f-th voxel from f // 2.
+    Each voxel takes the label at its centre, that is nearest-exact interpolation, which for whole factors f is every
+    f-th voxel from f // 2.
     """
-    factors = accumulate(strides[:-1], lambda total, stride: [t * s for t, s in zip(total, stride)])
-    return [target[(slice(None), *(slice(f // 2, None, f) for f in factor))] for factor in factors]
+    return [target[(slice(None), *(slice(f // 2, None, f) for f in factors))] for factors in scales]

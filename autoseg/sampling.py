@@ -34,6 +34,7 @@ class Stream(IntEnum):
     TRAINING = 0
     VALIDATION = 1
     WEIGHTS = 2
+    DROPOUT = 3
 
 
 def generator(seed: int, stream: Stream, step: int) -> np.random.Generator:

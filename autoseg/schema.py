@@ -7,13 +7,16 @@ order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. 
 from dataclasses import field, replace
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from autoseg.labels import Labels
 from autoseg.mirroring import EVERY_AXIS, Flips, Mirroring, other_index
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
 
 Dimension = Literal[2, 3]
+
+Option = bool | int | float | str | tuple[int, ...]
+"""What an option of a network or a loss may be."""
 
 Orientation = Literal["canonical", "file", "ras"]
 """Which axes the networks see: the canonical ones (left-posterior-superior), those of each file as they are stored, or
@@ -84,6 +87,8 @@ class NetworkSpec:
     encoder_blocks: tuple[int, ...]
     decoder_blocks: tuple[int, ...]
     """One entry fewer than the stages: the bottleneck has no decoder."""
+    options: dict[str, Option] = field(default_factory=dict)
+    """What the architecture has beside these, by name; none in the U-Nets of the presets."""
 
 
 @record
@@ -128,6 +133,8 @@ class Configuration:
     mirror_axes: tuple[int, ...] | None = None
     """Positions in `patch` along which there may be mirror images, in training and prediction; None: all of them. What
     `Plan.mirroring` forbids is forbidden all the same."""
+    context: PositiveInt = 1
+    """Slices that a 2D network sees: its own in the middle, and as many neighbours on either side; odd."""
     prepared: str
     """The configuration whose prepared cases are read; its own name unless data are shared."""
 
@@ -175,8 +182,12 @@ class Plan:
             raise ValueError(f"mirroring.swapped: {error}") from None
 
     def in_channels(self, configuration: Configuration) -> int:
-        """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class."""
-        return len(self.channels) + (len(self.labels.foreground) if configuration.previous_stage else 0)
+        """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class.
+
+        Each of them comes `context` times, its slices side by side.
+        """
+        masks = len(self.labels.foreground) if configuration.previous_stage else 0
+        return (len(self.channels) + masks) * configuration.context
 
     def concerning(self, *names: str) -> "Plan":
         """What the plan says about these configurations and those they read from; for telling whether plans agree.

@@ -34,6 +34,21 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """`name` or `name(key=value, ...)` -> the name and its options; values as in `parse`.
+
+    Raises AutosegError for text of another form.
+    """
+    found = re.fullmatch(r"\s*([\w.:+-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    if not found:
+        raise AutosegError(f"{text!r}: write it as name or name(key=value, ...)")
+    name, inner = found[1], found[2] or ""
+    parts = re.split(r",(?![^\[]*\])", inner) if inner.strip() else []
+    if odd := [part.strip() for part in parts if not re.match(r"\s*\w+\s*=\s*\S", part)]:
+        raise AutosegError(f"{text!r}: {odd[0]!r} is no option; write it as key=value")
+    return name, parse(parts)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as {"path.to.field": value}."""
     try:

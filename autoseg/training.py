@@ -32,7 +32,7 @@ from autoseg.labels import Labels
 from autoseg.losses import LOSSES, Part, deep_supervision, scale_targets
 from autoseg.progress import Progress
 from autoseg.records import AutosegError
-from autoseg.sampling import Batch, Sampler, prefetch
+from autoseg.sampling import Batch, Sampler, Stream, generator, prefetch
 from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, learning_rate, progress
 from autoseg.schema import Recipe, Tuning
 from autoseg.settings import say_duration
@@ -54,8 +54,8 @@ class Parts:
     validation: Sampler
     recipe: Recipe
     labels: Labels
-    strides: tuple[tuple[int, ...], ...]
-    """Strides of the network's stages, for the targets of deep supervision."""
+    scales: tuple[tuple[int, ...], ...]
+    """By how much each output of the network is smaller than the patch, for the targets of deep supervision."""
     batch_dice: bool
     device: torch.device
     folder: Path
@@ -92,7 +92,7 @@ def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
             logits = parts.network(batch.image)
             return loss(logits, batch.labels), logits
         scales = parts.network(batch.image, all_scales=True)
-        return deep_supervision(loss, scales, scale_targets(batch.labels, parts.strides)), scales[0]
+        return deep_supervision(loss, scales, scale_targets(batch.labels, parts.scales)), scales[0]
 
 
 def training_step(
@@ -281,6 +281,8 @@ def train(
                 group["lr"] = learning_rate(
                     recipe, step=batch.step, progress=progress(recipe, step=state.epoch_start, seconds=now)
                 )
+            # Dropout draws from torch's global generator: seeded anew, a step that is gone on with is the same one.
+            torch.manual_seed(int(generator(recipe.seed, Stream.DROPOUT, batch.step).integers(2**62)))
             loss = training_step(parts, optimizer, loss_scaler, batch, gathered)
             if loss is None:
                 bad.append(batch)

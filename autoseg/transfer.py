@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoseg.checkpoint import read_weights
 from autoseg.model import Trained, at, in_folders
-from autoseg.networks import FIRST, HEADS, NETWORKS
+from autoseg.networks.base import Network
 from autoseg.records import AutosegError
 from autoseg.schema import Configuration, Plan
 
@@ -63,27 +63,30 @@ def open_source(path: Path, configuration: str) -> Source:
 
 
 def transfer(
-    fresh: Mapping[str, Tensor], plan: Plan, configuration: Configuration, source: Source
+    network: nn.Module, plan: Plan, configuration: Configuration, source: Source
 ) -> tuple[dict[str, Tensor], tuple[Line, ...]]:
     """The tensors that the network of `configuration` begins with, and a line on each.
 
-    fresh: its newly drawn tensors, by name; they stay where nothing fits. Raises AutosegError if no convolution of the
+    network: newly drawn; its tensors stay where nothing fits. Raises AutosegError if no convolution of the
     source fits: then nothing that was learnt would be left.
     """
+    fresh = network.state_dict()
     begin, lines = dict(fresh), []
-    known = configuration.network.name in NETWORKS
+    known = isinstance(network, Network)
+    entry = network.first_weight if isinstance(network, Network) else None
+    heads = network.heads_prefixes if isinstance(network, Network) else ()
     for block in dict.fromkeys(_block(name, known) for name in fresh):
         names = [name for name in fresh if _block(name, known) == block]
-        if known and block.startswith(HEADS):
+        if block.startswith(heads):
             lines += [_head(name, begin, plan, source) for name in names]
             continue
-        first = [FIRST] if known and FIRST in names else []
+        first = [entry] if entry in names else []
         fits = all(_fits(fresh[name], source.tensors.get(name)) for name in names if name not in first)
         if fits and first:
-            line = _first(begin, plan, configuration, source)
+            line = _first(first[0], begin, plan, configuration, source)
             fits = line.what != "new"
             lines.append(line)
-            names.remove(FIRST)
+            names.remove(first[0])
         for name in names:
             if fits:
                 begin[name] = source.tensors[name].clone()
@@ -131,9 +134,9 @@ def outputs(plan: Plan) -> tuple[str, ...]:
     return plan.labels.names[len(plan.labels.names) - plan.labels.heads :]
 
 
-def _first(begin: dict[str, Tensor], plan: Plan, configuration: Configuration, source: Source) -> Line:
+def _first(entry: str, begin: dict[str, Tensor], plan: Plan, configuration: Configuration, source: Source) -> Line:
     """Set the first convolution (out, in, *kernel) by the names of the input channels."""
-    own, other = begin[FIRST], source.tensors.get(FIRST)
+    own, other = begin[entry], source.tensors.get(entry)
     alike = (
         other is not None
         and own.dtype == other.dtype
@@ -141,7 +144,7 @@ def _first(begin: dict[str, Tensor], plan: Plan, configuration: Configuration, s
         and own[:, 0].shape == other[:, 0].shape
     )
     if other is None or not alike:
-        return _unfit(FIRST, own, source)
+        return _unfit(entry, own, source)
     wanted = inputs(plan, configuration)
     if source.plan is None or source.configuration is None:
         there = wanted if own.shape == other.shape else ()
@@ -149,8 +152,8 @@ def _first(begin: dict[str, Tensor], plan: Plan, configuration: Configuration, s
     else:
         there, images = inputs(source.plan, source.configuration), len(source.plan.channels)
     if there == wanted:
-        begin[FIRST] = other.clone()
-        return Line(tensor=FIRST, what="reused")
+        begin[entry] = other.clone()
+        return Line(tensor=entry, what="reused")
     adapted, count = torch.zeros_like(own), len(plan.channels)
     strange = not set(wanted[:count]) & set(there[:images])
     mean = other[:, :images].mean(1) * (images / count)
@@ -163,9 +166,9 @@ def _first(begin: dict[str, Tensor], plan: Plan, configuration: Configuration, s
         how.append(
             f"{name} {'taken over' if name in there else 'as the mean' if strange and place < count else 'zero'}"
         )
-    begin[FIRST] = adapted
+    begin[entry] = adapted
     dropped = [name for name in there if name not in wanted]
-    return Line(tensor=FIRST, what="adapted", how=_said(how, dropped))
+    return Line(tensor=entry, what="adapted", how=_said(how, dropped))
 
 
 def _head(name: str, begin: dict[str, Tensor], plan: Plan, source: Source) -> Line:

@@ -28,20 +28,21 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
 
     from autoseg.computing import safe_base, scaler
     from autoseg.labels import Labels
-    from autoseg.networks import build
+    from autoseg.networks import build, output_scales
     from autoseg.sampling import Batch
     from autoseg.schema import NetworkSpec, Recipe
     from autoseg.training import Parts, make_optimizer, training_step
 
     spec = NetworkSpec(**configuration["network"])
     unused: Any = None
+    network = build(spec, image.shape[1], classes)
     parts = Parts(
-        network=build(spec, image.shape[1], classes),
+        network=network,
         training=unused,
         validation=unused,
         recipe=Recipe(),
         labels=Labels(names=tuple(f"class {i}" for i in range(classes)), values=tuple(range(classes))),
-        strides=spec.strides,
+        scales=output_scales(network, spec),
         batch_dice=configuration["batch_dice"],
         device=torch.device("cpu"),
         folder=Path(),

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from autoseg.losses import scale_targets
 from autoseg.networks import NETWORKS, build
 from autoseg.networks.blocks import SLOPE, ConvBlock, InstanceNorm, ResidualBlock
 from autoseg.planners.memory import activations
@@ -225,13 +227,29 @@ def test_convolutions_start_kaiming_normal_without_bias():
     assert network.heads[0].bias.abs().max() == 0 == network.up[0].bias.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("size", "said"),
-    [((6, 12, 21), r"pad to \(6, 12, 24\)"), ((1, 12, 20), r"pad to \(2, 12"), ((8, 8), "3 spatial axes")],
-)
-def test_a_size_that_cannot_be_halved_names_the_size_to_pad_to(size, said):
-    with pytest.raises(ValueError, match=said):
-        on_meta(ANISOTROPIC, 2)(torch.empty(1, 2, *size, device="meta"))
+def test_any_size_is_padded_behind_and_cut_back():
+    network = build(ANISOTROPIC, 2, 3).eval()
+    image = torch.randn(1, 2, 3, 13, 17)
+    padded = F.pad(image, (0, 3, 0, 3, 0, 1))  # the total stride is 2 x 4 x 4
+    with torch.no_grad():
+        full, lower = network(image, all_scales=True)
+        expected, expected_lower = network(padded, all_scales=True)
+    assert torch.equal(full, expected[..., :3, :13, :17])
+    # Lower voxels whose centre, voxel 1 of 2, lies in the image.
+    assert torch.equal(lower, expected_lower[..., :3, :6, :8])
+
+
+def test_every_scale_fits_its_target_at_any_size():
+    network = build(ANISOTROPIC, 1, 3).eval()
+    with torch.no_grad():
+        outputs = network(torch.randn(1, 1, 1, 9, 11), all_scales=True)
+    targets = scale_targets(torch.zeros(1, 1, 9, 11), network.scales)
+    assert [tuple(one.shape[2:]) for one in outputs] == [tuple(one.shape[1:]) for one in targets]
+
+
+def test_a_wrong_number_of_axes_is_said():
+    with pytest.raises(ValueError, match="3 spatial axes"):
+        on_meta(ANISOTROPIC, 2)(torch.empty(1, 2, 8, 8, device="meta"))
 
 
 @pytest.mark.parametrize(

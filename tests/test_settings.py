@@ -67,3 +67,23 @@ def test_toml(tmp_path):
         settings.read_toml(path)
     with pytest.raises(AutosegError, match="does not exist"):
         settings.read_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("unet", ("unet", {})),
+        ("vnet(size=small)", ("vnet", {"size": "small"})),
+        ("deeplab( rates=[6, 12, 18], dropout=0.5 )", ("deeplab", {"rates": [6, 12, 18], "dropout": 0.5})),
+        ("my.module:Net(wide=true)", ("my.module:Net", {"wide": True})),
+        ("focal()", ("focal", {})),
+    ],
+)
+def test_a_name_with_options(text, expected):
+    assert settings.parse_call(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "focal(gamma)", "focal(2)", "focal(gamma=2", "focal(gamma=)", "a b"])
+def test_what_is_no_name_with_options_is_refused(text):
+    with pytest.raises(AutosegError, match="write it as"):
+        settings.parse_call(text)

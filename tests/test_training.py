@@ -15,7 +15,7 @@ from autoseg.computing import safe_base
 from autoseg.evaluation.plots import training_curves
 from autoseg.history import read_metrics
 from autoseg.labels import Labels
-from autoseg.networks import build
+from autoseg.networks import build, output_scales
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import PreparedCases, Sampler, Stream
@@ -60,13 +60,14 @@ def parts(tmp_path, run="run", augmentation="default", tuning=None, team=ALONE, 
         )  # fmt: skip
 
     spec = made_spec()
+    network = build(spec, 1, LABELS.heads)
     return Parts(
-        network=build(spec, 1, LABELS.heads),
+        network=network,
         training=sampler(Stream.TRAINING, augmentation),
         validation=sampler(Stream.VALIDATION, "none"),
         recipe=made,
         labels=LABELS,
-        strides=spec.strides,
+        scales=output_scales(network, spec),
         batch_dice=False,
         device=torch.device("cpu"),
         folder=tmp_path / run,

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from autoseg.bundle import ModelFile, Stage, write
 from autoseg.cli import app
 from autoseg.labels import Labels
-from autoseg.networks import FIRST, build
+from autoseg.networks import build
+from autoseg.networks.unet import UNet
 from autoseg.pipeline.data import plan_at
 from autoseg.planners import plan_like
 from autoseg.records import AutosegError, load_json, save_json
@@ -38,7 +39,7 @@ def source(made, seed=1):
 
 def begun(made, given):
     fresh = net(made)
-    begin, lines = transfer(fresh.state_dict(), made, made.configurations[0], given)
+    begin, lines = transfer(fresh, made, made.configurations[0], given)
     assert {line.tensor for line in lines} == set(fresh.state_dict())
     assert len(lines) == len(begin)
     fresh.load_state_dict(begin)
@@ -87,7 +88,7 @@ def test_a_channel_that_is_new_beside_known_ones_changes_nothing_at_first():
     t1, t2, flair = torch.randn(3, 1, 4, 6, 8)
     before = old(torch.stack([t1, t2], 1))
     assert torch.allclose(new(torch.stack([flair, t2, t1], 1)), before, atol=1e-5)
-    assert lines[FIRST].how == "FLAIR zero, T2 taken over, T1 taken over"
+    assert lines[UNet.first_weight].how == "FLAIR zero, T2 taken over, T1 taken over"
     # What is zero still learns: its gradient is not.
     with torch.enable_grad():
         new(torch.stack([flair, t2, t1], 1)).square().sum().backward()
@@ -101,7 +102,7 @@ def test_strange_channels_start_as_the_mean():
     new, lines = begun(plan(channels=("d", "e")), given)
     content = torch.randn(1, 1, 4, 6, 8)
     assert torch.allclose(new(content.expand(-1, 2, -1, -1, -1)), old(content.expand(-1, 3, -1, -1, -1)), atol=1e-4)
-    assert lines[FIRST].how == "d as the mean, e as the mean, a dropped, b dropped, c dropped"
+    assert lines[UNet.first_weight].how == "d as the mean, e as the mean, a dropped, b dropped, c dropped"
     old, given = source(plan(channels=("MR",)))
     new, _ = begun(plan(channels=("CT",)), given)
     assert torch.equal(new(IMAGE), old(IMAGE))
@@ -116,7 +117,7 @@ def test_the_second_stage_of_a_cascade_begins_as_the_network_that_saw_the_image_
     new, lines = begun(late, given)
     masks = torch.randn(2, 2, 4, 6, 8)
     assert torch.allclose(new(torch.cat([IMAGE, masks], 1)), old(IMAGE), atol=1e-5)
-    assert lines[FIRST].how == "MR taken over, mask of liver zero, mask of lesion zero"
+    assert lines[UNet.first_weight].how == "MR taken over, mask of liver zero, mask of lesion zero"
 
 
 def test_blocks_of_other_shapes_stay_fresh_as_a_whole():
@@ -154,7 +155,7 @@ def test_bare_weights_are_taken_by_their_shape(tmp_path):
     assert torch.equal(begun(plan(), bare)[0](IMAGE), old(IMAGE))
     _, lines = begun(labelled(plan(channels=("a", "b")), "background", "x"), bare)
     assert lines["heads.0.bias"].what == "new"
-    assert lines[FIRST].how == "a as the mean, b as the mean"
+    assert lines[UNet.first_weight].how == "a as the mean, b as the mean"
 
 
 def test_a_model_file_and_folders_are_opened_at_their_first_fold(tmp_path):
@@ -226,10 +227,10 @@ def test_a_plan_is_taken_over_as_a_whole():
 def test_the_table_has_a_line_a_tensor():
     made = plan()
     _, given = source(made)
-    _, lines = transfer(net(made).state_dict(), made, made.configurations[0], given)
+    _, lines = transfer(net(made), made, made.configurations[0], given)
     rows = tensor_table(lines).splitlines()
     assert len(rows) == len(given.tensors)
-    assert rows[0].split() == [FIRST, "reused"]
+    assert rows[0].split() == [UNet.first_weight, "reused"]
     assert outputs(made) == ("background", "liver", "lesion")
 
 

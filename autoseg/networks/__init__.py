@@ -2,24 +2,27 @@
 
 A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
 `forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
-list of logits, highest resolution first, that shrink by `spec.strides`; a list of one is allowed. Naming a module
-imports it: a plan that does so is as trustworthy as the code beside it.
+list of logits, highest resolution first, that shrink by `scales` of the module, or where it has none by
+`spec.strides`; a list of one is allowed. Naming a module imports it: a plan that does so is as trustworthy as the code
+beside it.
 """
 
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from itertools import accumulate
 
 from torch import nn
 
-from autoseg.networks.resenc import resenc
-from autoseg.networks.unet import FIRST, HEADS, unet
+from autoseg.networks.base import Architecture
+from autoseg.networks.resenc import RESENC
+from autoseg.networks.unet import UNET
 from autoseg.records import AutosegError
 from autoseg.schema import NetworkSpec
 
-__all__ = ["FIRST", "HEADS", "NETWORKS", "build"]
+__all__ = ["NETWORKS", "Architecture", "build", "output_scales"]
 
-NETWORKS: dict[str, Callable[[NetworkSpec, int, int], nn.Module]] = {"unet": unet, "resenc": resenc}
+NETWORKS: dict[str, Architecture] = {"unet": UNET, "resenc": RESENC}
 
 
 def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
@@ -29,7 +32,7 @@ def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
     specification that does not fit the architecture.
     """
     if spec.name in NETWORKS:
-        return NETWORKS[spec.name](spec, in_channels, heads)
+        return NETWORKS[spec.name].build(spec, in_channels, heads)
     if ":" not in spec.name:
         raise AutosegError(
             f"unknown network {spec.name!r}; choose one of {', '.join(NETWORKS)}, or name your own as "
@@ -42,6 +45,18 @@ def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
     if not any(p.name == "all_scales" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise AutosegError(f"the network {spec.name} must take `all_scales`: def forward(self, x, all_scales=False)")
     return network
+
+
+def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...], ...]:
+    """By how much each output of a network with `all_scales` is smaller than the image, highest resolution first.
+
+    A network of one's own that does not say has a scale for every stage of `spec` but the last.
+    """
+    stated: tuple[tuple[int, ...], ...] | None = getattr(network, "scales", None)
+    if stated is not None:
+        return stated
+    steps = accumulate(spec.strides[:-1], lambda total, stride: tuple(t * s for t, s in zip(total, stride)))
+    return tuple(steps)
 
 
 def _own(name: str) -> Callable[[NetworkSpec, int, int], object]:

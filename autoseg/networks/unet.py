@@ -6,29 +6,29 @@ for the highest only.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
+from operator import mul
 
 from torch import Tensor, nn
 
+from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED, ConvBlock, initialise
-from autoseg.schema import NetworkSpec
-
-FIRST = "encoder.0.0.conv.weight"
-"""The tensor that reads the image, (features, input channels, *kernel), in every network of this layout."""
-HEADS = "heads."
-"""What names of tensors that give logits, (heads, ...), begin with."""
+from autoseg.schema import Dimension, NetworkSpec
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """Encoder stages and a decoder of convolution blocks, for images (B, C, Z, Y, X) or (B, C, Y, X).
 
     `encoder` has one module a stage of `spec`: stage i strides by `spec.strides[i]`, gives `spec.features[i]` channels.
     """
 
+    first_weight = "encoder.0.0.conv.weight"
+
     def __init__(self, spec: NetworkSpec, encoder: Sequence[nn.Module], heads: int) -> None:
         super().__init__()
         self.divisor = tuple(prod(stride[axis] for stride in spec.strides) for axis in range(spec.dimension))
-        """What each spatial size must be a multiple of."""
+        self.scales = tuple(accumulate(spec.strides[:-1], lambda total, stride: tuple(map(mul, total, stride))))
         self.encoder = nn.ModuleList(encoder)
         self.up = nn.ModuleList()
         self.merge = nn.ModuleList()
@@ -42,13 +42,8 @@ class UNet(nn.Module):
             self.heads.append(CONVOLUTION[spec.dimension](features, heads, 1))
         initialise(self)
 
-    def forward(self, x: Tensor, all_scales: bool = False) -> Tensor | list[Tensor]:
-        """Images (B, C, *spatial) -> logits (B, heads, *spatial).
-
-        With `all_scales`: a list with the logits of every decoder level, highest resolution first. Raises ValueError
-        that names the size to pad to where a spatial size is no multiple of the total stride.
-        """
-        check_size(tuple(x.shape[2:]), self.divisor)
+    def scales_of(self, x: Tensor, all_scales: bool) -> list[Tensor]:
+        """As `Network.scales_of`; a scale for every decoder level."""
         skips = []
         for stage in self.encoder:
             x = stage(x)
@@ -58,18 +53,9 @@ class UNet(nn.Module):
         for level in reversed(range(len(self.heads))):
             x = self.up[level](x)
             x = self.refine[level](self.merge[level](x, skips.pop()))
-            if all_scales:
+            if all_scales or level == 0:
                 outputs.append(self.heads[level](x))
-        return outputs[::-1] if all_scales else self.heads[0](x)
-
-
-def check_size(size: tuple[int, ...], divisor: tuple[int, ...]) -> None:
-    """Raise ValueError unless each spatial size is a positive multiple of its divisor."""
-    if len(size) != len(divisor):
-        raise ValueError(f"the network takes {len(divisor)} spatial axes, the input has size {size}")
-    fitting = tuple(max(-(-edge // unit), 1) * unit for edge, unit in zip(size, divisor))
-    if fitting != size:
-        raise ValueError(f"input size {size} is no multiple of the network's total stride {divisor}; pad to {fitting}")
+        return outputs[::-1]
 
 
 def check_spec(spec: NetworkSpec) -> None:
@@ -105,3 +91,21 @@ def unet(spec: NetworkSpec, in_channels: int, heads: int) -> UNet:
         stages.append(nn.Sequential(first, *(ConvBlock(features, features, kernel) for _ in range(blocks - 1))))
         channels = features
     return UNet(spec, stages, heads)
+
+
+def unet_spec(dimension: Dimension, *, name: str = "unet", stages: int = 6) -> NetworkSpec:
+    """A plain U-Net of nnU-Net's widths: 32 features, doubled a stage up to 512 in 2D and 320 in 3D."""
+    return NetworkSpec(
+        name=name,
+        dimension=dimension,
+        features=tuple(min(32 * 2**stage, 512 if dimension == 2 else 320) for stage in range(stages)),
+        strides=((1,) * dimension, *((2,) * dimension,) * (stages - 1)),
+        kernels=((3,) * dimension,) * stages,
+        encoder_blocks=(2,) * stages,
+        decoder_blocks=(2,) * (stages - 1),
+    )
+
+
+UNET = Architecture(
+    build=unet, spec=unet_spec, source="Isensee et al., Nature Methods 2021 (nnU-Net)", deep_supervision=True
+)

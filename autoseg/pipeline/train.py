@@ -23,7 +23,7 @@ from autoseg.evaluation.plots import training_curves
 from autoseg.history import METRICS
 from autoseg.layout import open_dataset
 from autoseg.model import open_run
-from autoseg.networks import build
+from autoseg.networks import build, output_scales
 from autoseg.parallel import free_memory
 from autoseg.pipeline.cascade import find_priors, next_stages
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
@@ -315,7 +315,7 @@ def make_parts(
         validation=sampler(run.cases.val, Stream.VALIDATION, "none", corrupted=False),
         recipe=recipe,
         labels=plan.labels,
-        strides=configuration.network.strides,
+        scales=output_scales(network, configuration.network),
         batch_dice=configuration.batch_dice,
         device=device,
         folder=folder,
@@ -328,7 +328,7 @@ def begin_with(network: torch.nn.Module, run: Run, configuration: Configuration,
     """Fill the network with what fits of `run.pretrained`; says what, and writes every tensor to PRETRAINED."""
     assert run.pretrained is not None
     source = open_source(Path(run.pretrained), configuration.name)
-    begin, lines = transfer(network.state_dict(), run.plan, configuration, source)
+    begin, lines = transfer(network, run.plan, configuration, source)
     network.load_state_dict(begin)
     counts = ", ".join(f"{[line.what for line in lines].count(kind)} {kind}" for kind in ("reused", "adapted", "new"))
     head = f"Begins with {source.words}\nTensors: {counts}\n"

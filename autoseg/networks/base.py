@@ -1,0 +1,84 @@
+"""What all networks have in common: they take images of any size, and say what training and transfer must know.
+
+`Network` pads to the total stride and cuts the logits back, so an architecture only writes `scales_of`. Architecture is
+an entry of the table of networks: how it is built, the specification of its paper, and what it can do.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoseg.schema import NetworkSpec
+
+
+class Network(nn.Module):
+    """Base of the architectures that accept any size; a subclass sets the attributes and writes `scales_of`.
+
+    Zeros are added behind the last voxels, so that lower scales stay where they are; images are normalised, so zero
+    is their mean.
+    """
+
+    divisor: tuple[int, ...]
+    """What the spatial sizes that `scales_of` sees are multiples of."""
+    scales: tuple[tuple[int, ...], ...]
+    """By how much each of the outputs of `scales_of` is smaller than the image, axis by axis; the first: not at all."""
+    first_weight: str = ""
+    """Name of the tensor that reads the image, (features, input channels, *kernel)."""
+    heads_prefixes: tuple[str, ...] = ("heads.",)
+    """What names of tensors that give logits, (heads, ...), begin with."""
+    takes_position: bool = False
+    """Whether `forward` needs to know where in its image a patch lies."""
+
+    def scales_of(self, x: Tensor, all_scales: bool) -> Sequence[Tensor]:
+        """Images (B, C, *spatial), of a fitting size -> logits (B, heads, *spatial / scale), highest resolution first.
+
+        Without `all_scales` only the first is asked for.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, all_scales: bool = False) -> Tensor | list[Tensor]:
+        """Images (B, C, *spatial) of any size -> logits (B, heads, *spatial); with `all_scales` a list, see `scales`.
+
+        Raises ValueError for another number of spatial axes than the network has.
+        """
+        size = tuple(x.shape[2:])
+        if len(size) != len(self.divisor):
+            raise ValueError(f"the network takes {len(self.divisor)} spatial axes, the input has size {size}")
+        missing = [-edge % unit for edge, unit in zip(size, self.divisor)]
+        if any(missing):
+            x = F.pad(x, [pad for gap in reversed(missing) for pad in (0, gap)])
+        outputs = self.scales_of(x, all_scales)
+        if not all_scales:
+            return cut_back(outputs[0], size, (1,) * len(size))
+        return [cut_back(logits, size, scale) for logits, scale in zip(outputs, self.scales, strict=True)]
+
+
+def cut_back(logits: Tensor, size: Sequence[int], scale: Sequence[int]) -> Tensor:
+    """The part of `logits` (B, K, *padded / scale) that lies in an image of `size`.
+
+    At a lower resolution a voxel does if its centre does, as in `losses.scale_targets`.
+    """
+    kept = tuple(len(range(factor // 2, edge, factor)) for edge, factor in zip(size, scale))
+    own: tuple[Any, ...] = (..., *(slice(edge) for edge in kept))
+    return logits if logits.shape[2:] == kept else logits[own]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One entry of the table of networks."""
+
+    build: Callable[[NetworkSpec, int, int], nn.Module]
+    """(spec, input channels, heads) -> the network. Raises ValueError for a specification that does not fit."""
+    spec: Callable[..., NetworkSpec]
+    """(dimension, **options) -> the network as its source has it, for images whose voxels are alike along all axes.
+    The keyword arguments, all with defaults, are what `name(key=value)` may state."""
+    source: str
+    """Authors, where and when."""
+    dimensions: tuple[int, ...] = (2, 3)
+    deep_supervision: bool = False
+    """Whether it gives more than one scale."""
+    adapts: bool = True
+    """Whether strides and kernels of the specification may be changed axis by axis, where voxels are not alike."""
