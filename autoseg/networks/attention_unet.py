@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from autoseg.networks.base import Architecture, Network
+from autoseg.networks.base import Architecture, Network, cut_back
 from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.options import Options, read_options
-from autoseg.networks.parts import INTERPOLATION, ConvNormAct, same_size
+from autoseg.networks.parts import INTERPOLATION, same_size
 from autoseg.networks.pooled import PooledUNet, Unchanged, convolutions, doubled, halving_spec, interpolated
 from autoseg.networks.unet import check_spec
 from autoseg.records import record
@@ -78,9 +78,9 @@ def attention_maps(network: Network, x: Tensor) -> list[Tensor]:
             hook.remove()
     size = tuple(x.shape[2:])
     padded = [edge + -edge % unit for edge, unit in zip(size, network.divisor)]
-    own = (..., *(slice(edge) for edge in size))
     mode = INTERPOLATION[len(size)]
-    return [interpolate(one, padded, mode=mode, align_corners=False)[own] for one in reversed(found)]
+    full = [interpolate(one, padded, mode=mode, align_corners=False) for one in reversed(found)]
+    return [cut_back(one, size, (1,) * len(size)) for one in full]
 
 
 @record
@@ -96,10 +96,9 @@ def attention_unet(spec: NetworkSpec, in_channels: int, heads: int) -> PooledUNe
     """`spec.encoder_blocks[i]` convolutions in stage i, `spec.decoder_blocks[i]` in the decoder level beside it."""
     check_spec(spec)
     options = read_options(AttentionOptions, spec)
-    features, style = spec.features, (options.norm, options.activation)
-    widths, levels = (in_channels, *features), range(len(spec.decoder_blocks))
+    features, widths, levels = spec.features, (in_channels, *spec.features), range(len(spec.decoder_blocks))
     if options.up == "conv":
-        ups = [up_convolution(spec, i, *style) for i in levels]
+        ups = [up_convolution(spec, i, options) for i in levels]
         brought = features
     else:
         ups = [interpolated(spec.strides[i + 1]) for i in levels]
@@ -108,13 +107,13 @@ def attention_unet(spec: NetworkSpec, in_channels: int, heads: int) -> PooledUNe
         spec,
         heads,
         encoder=[
-            convolutions(widths[i], features[i], spec.kernels[i], blocks, *style)
+            convolutions((widths[i], *(features[i],) * blocks), spec.kernels[i], options)
             for i, blocks in enumerate(spec.encoder_blocks)
         ],
         joins=gates(spec, finest=options.gate_finest),
         ups=ups,
         decoder=[
-            convolutions(features[i] + brought[i], features[i], spec.kernels[i], blocks, *style)
+            convolutions((features[i] + brought[i], *(features[i],) * blocks), spec.kernels[i], options)
             for i, blocks in enumerate(spec.decoder_blocks)
         ],
         widths=features,
@@ -123,13 +122,11 @@ def attention_unet(spec: NetworkSpec, in_channels: int, heads: int) -> PooledUNe
     )
 
 
-def up_convolution(spec: NetworkSpec, level: int, norm: str, activation: str) -> nn.Module:
+def up_convolution(spec: NetworkSpec, level: int, options: Options) -> nn.Module:
     """From the width and size of the stage below `level` to its own: nearest neighbours, then a convolution."""
     return nn.Sequential(
         interpolated(spec.strides[level + 1], "nearest"),
-        ConvNormAct(
-            spec.features[level + 1], spec.features[level], spec.kernels[level], norm=norm, activation=activation
-        ),
+        *convolutions((spec.features[level + 1], spec.features[level]), spec.kernels[level], options),
     )
 
 

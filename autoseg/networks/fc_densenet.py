@@ -6,8 +6,7 @@ specification are the maps that each layer of a stage adds (k in the paper), and
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -33,7 +32,7 @@ class DenseOptions(Options):
 
 def dense_layer(in_channels: int, out_channels: int, kernel: Sequence[int], options: DenseOptions) -> nn.Sequential:
     """Norm, activation, convolution, dropout."""
-    activation = choose(ACTIVATIONS, options.activation, "activation")(in_channels)
+    activation: Any = choose(ACTIVATIONS, options.activation, "activation")(in_channels)
     if options.norm == "none" and hasattr(activation, "inplace"):
         activation.inplace = False  # its input is then what others read too
     return nn.Sequential(
@@ -78,7 +77,7 @@ class FCDenseNet(Network):
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
-        skips = []
+        skips: list[int] = []
         for number, (growth, layers) in enumerate(zip(spec.features, spec.encoder_blocks)):
             if number > 0:
                 step = dense_layer(channels, channels, (1,) * dimension, options)
@@ -89,9 +88,9 @@ class FCDenseNet(Network):
         new = spec.features[-1] * spec.encoder_blocks[-1]
         for level, layers in reversed(list(enumerate(spec.decoder_blocks))):
             growth = spec.features[level]
-            self.up.append(transposed(new, new, spec.strides[level + 1], edge=3))
+            self.up.insert(0, transposed(new, new, spec.strides[level + 1], edge=3))
             channels = new + skips[level]
-            self.decoder.append(DenseBlock(channels, growth, layers, spec.kernels[level], options))
+            self.decoder.insert(0, DenseBlock(channels, growth, layers, spec.kernels[level], options))
             new = growth * layers
         self.heads = nn.ModuleList([CONVOLUTION[dimension](channels + new, heads, 1)])
         self.first_weight = first_weight(self)
@@ -99,48 +98,44 @@ class FCDenseNet(Network):
 
     def scales_of(self, x: Tensor, all_scales: bool) -> list[Tensor]:
         """As `Network.scales_of`; one scale."""
-        x, skips = self.first(x), []
+        x = self.first(x)
+        skips: list[Tensor] = []
         for number, block in enumerate(self.encoder):
             if number > 0:
                 x = self.down[number - 1](skips[-1])
             new = block(x)
             skips.append(torch.cat((x, new), 1))
         skips.pop()
-        for up, block in zip(self.up, self.decoder):
-            x = torch.cat((up(new), skips.pop()), 1)
-            new = block(x)
+        for level in reversed(range(len(skips))):
+            x = torch.cat((self.up[level](new), skips.pop()), 1)
+            new = self.decoder[level](x)
         return [self.heads[0](torch.cat((x, new), 1))]
 
 
-def fc_densenet_spec(
-    dimension: Dimension,
-    *,
-    name: str,
-    growth: int,
-    down: Sequence[int],
-    bottom: int,
-    norm: str = "batch",
-    activation: str = "relu",
-    dropout: float = 0.2,
-    first_features: int = 48,
-) -> NetworkSpec:
+def _member(name: str, growth: int, down: tuple[int, ...], bottom: int) -> Architecture:
     """Layers of the blocks on the way `down`, from the finest, and at the `bottom`; the way up mirrors that down."""
-    return halving_spec(
-        name,
-        dimension,
-        (growth,) * (len(down) + 1),
-        {"norm": norm, "activation": activation, "dropout": dropout, "first_features": first_features},
-        encoder_blocks=(*down, bottom),
-        decoder_blocks=down,
-    )
 
+    def spec(
+        dimension: Dimension,
+        *,
+        growth: int = growth,
+        down: tuple[int, ...] = down,
+        bottom: int = bottom,
+        norm: str = "batch",
+        activation: str = "relu",
+        dropout: float = 0.2,
+        first_features: int = 48,
+    ) -> NetworkSpec:
+        return halving_spec(
+            name,
+            dimension,
+            (growth,) * (len(down) + 1),
+            {"norm": norm, "activation": activation, "dropout": dropout, "first_features": first_features},
+            encoder_blocks=(*down, bottom),
+            decoder_blocks=down,
+        )
 
-def _member(name: str, growth: int, down: Sequence[int], bottom: int) -> Architecture:
-    return Architecture(
-        build=FCDenseNet,
-        spec=partial(fc_densenet_spec, name=name, growth=growth, down=down, bottom=bottom),
-        source="Jégou et al., CVPR workshops 2017",
-    )
+    return Architecture(build=FCDenseNet, spec=spec, source="Jégou et al., CVPR workshops 2017")
 
 
 FC_DENSENET56 = _member("fc_densenet56", growth=12, down=(4,) * 5, bottom=4)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoseg.networks.base import Architecture
 from autoseg.networks.options import Options, read_options
 from autoseg.networks.parts import ACTIVATIONS, NORMS, ConvNormAct, choose
-from autoseg.networks.pooled import PooledUNet, check_stages, doubled, halving_spec, transposed
+from autoseg.networks.pooled import PooledUNet, check_stages, convolutions, doubled, halving_spec, transposed
 from autoseg.networks.unet import check_spec
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec
@@ -70,10 +70,7 @@ class Residual(nn.Module):
 def multires_block(in_channels: int, features: int, kernel: Sequence[int], options: MultiResOptions) -> Residual:
     """A MultiRes block; it gives `sum(block_widths(features, alpha))` channels."""
     widths = block_widths(features, options.alpha)
-    made = (
-        ConvNormAct(a, b, kernel, norm=options.norm, activation=options.activation)
-        for a, b in zip((in_channels, *widths), widths)
-    )
+    made = convolutions((in_channels, *widths), kernel, options)
     return Residual(Chain(made), in_channels, sum(widths), len(kernel), options)
 
 
@@ -84,9 +81,8 @@ class ResPath(nn.Sequential):
         self, in_channels: int, width: int, units: int, kernel: Sequence[int], options: MultiResOptions
     ) -> None:
         widths = (in_channels, *(width,) * units)
-        style = {"norm": options.norm, "activation": options.activation}
         super().__init__(
-            *(Residual(ConvNormAct(a, b, kernel, **style), a, b, len(kernel), options) for a, b in pairwise(widths))
+            *(Residual(convolutions(pair, kernel, options), *pair, len(kernel), options) for pair in pairwise(widths))
         )
 
     def forward(self, skip: Tensor, below: Tensor) -> Tensor:  # type: ignore[override]

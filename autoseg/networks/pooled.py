@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoseg.networks.base import Network
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED
+from autoseg.networks.options import Options
 from autoseg.networks.parts import INTERPOLATION, MAX_POOL, ConvNormAct, initialise_he
 from autoseg.schema import Dimension, NetworkSpec, Option
 
@@ -89,18 +90,10 @@ def pooled(spec: NetworkSpec, encoder: Sequence[nn.Module], dropout: float) -> l
     return stages
 
 
-def convolutions(
-    in_channels: int,
-    out_channels: int,
-    kernel: Sequence[int],
-    count: int,
-    norm: str = "batch",
-    activation: str = "relu",
-) -> nn.Sequential:
-    """`count` convolutions in a row, each with norm and activation."""
-    widths = (in_channels, *(out_channels,) * count)
-    made = (ConvNormAct(a, b, kernel, norm=norm, activation=activation) for a, b in pairwise(widths))
-    return nn.Sequential(*made)
+def convolutions(widths: Sequence[int], kernel: Sequence[int], options: Options) -> nn.Sequential:
+    """Convolutions in a row, each with norm and activation, from the first of `widths` to the next and so on."""
+    norm, activation = options.norm, options.activation
+    return nn.Sequential(*(ConvNormAct(a, b, kernel, norm=norm, activation=activation) for a, b in pairwise(widths)))
 
 
 def transposed(in_channels: int, out_channels: int, stride: Sequence[int], edge: int = 0) -> nn.Module:

@@ -76,7 +76,7 @@ def r2_unet(spec: NetworkSpec, in_channels: int, heads: int, *, gated: bool = Fa
             for i, layers in enumerate(spec.encoder_blocks)
         ],
         joins=gates(spec, finest=True) if gated else [Unchanged() for _ in levels],
-        ups=[up_convolution(spec, i, options.norm, options.activation) for i in levels],
+        ups=[up_convolution(spec, i, options) for i in levels],
         decoder=[
             RecurrentBlock(2 * features[i], features[i], spec.kernels[i], layers, options)
             for i, layers in enumerate(spec.decoder_blocks)

@@ -7,7 +7,6 @@ more than it has encoder levels: the lowest stage of its specification has no bl
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.options import Options, read_options
-from autoseg.networks.parts import ConvNormAct, initialise_he
-from autoseg.networks.pooled import first_weight, halving_spec, total_stride
+from autoseg.networks.parts import initialise_he
+from autoseg.networks.pooled import convolutions, first_weight, halving_spec, total_stride
 from autoseg.networks.unet import check_spec
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -47,31 +46,29 @@ class SegNet(Network):
 
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
         super().__init__()
-        check_spec(replace(spec, encoder_blocks=(*spec.encoder_blocks[:-1], spec.encoder_blocks[-1] or 1)))
+        blocks = spec.encoder_blocks
+        check_spec(spec if blocks[-1:] != (0,) else replace(spec, encoder_blocks=(*blocks[:-1], 1)))
         options = read_options(Options, spec)
-        style = {"norm": options.norm, "activation": options.activation}
         self.divisor, self.scales = total_stride(spec), ((1,) * spec.dimension,)
         self.strides = spec.strides[1:]
-
-        def level(number: int, widths: Sequence[int]) -> nn.Sequential:
-            return nn.Sequential(*(ConvNormAct(a, b, spec.kernels[number], **style) for a, b in pairwise(widths)))
-
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()
-        channels = in_channels
-        # Values go back to the places of the stage above, so the bottom ends with as many channels as that has.
-        for number, (features, blocks) in enumerate(zip(spec.features, spec.encoder_blocks)):
-            widths = [channels, *(features,) * blocks]
-            if number == len(spec.features) - 1:
+        channels, bottom = in_channels, len(spec.features) - 1
+        for number, (features, count) in enumerate(zip(spec.features, spec.encoder_blocks)):
+            widths = [channels, *(features,) * count]
+            if number == bottom:  # values go back to places in the stage above, so there are as many channels
                 widths[-1] = channels
-            self.encoder.append(level(number, widths))
+            stage = convolutions(widths, spec.kernels[number], options)
+            if options.dropout and number > bottom - 3:
+                stage.append(nn.Dropout(options.dropout))
+            self.encoder.append(stage)
             channels = widths[-1]
-            if options.dropout and number >= len(spec.features) - 3:
-                self.encoder[-1].append(nn.Dropout(options.dropout))
-        for number, blocks in enumerate(spec.decoder_blocks):
-            features = spec.features[number]
-            above = (spec.features[number - 1],) if number > 0 else ()
-            self.decoder.append(level(number, (*(features,) * blocks, *above)))
+        for number, count in enumerate(spec.decoder_blocks):
+            widths = [spec.features[number]] * count
+            # The head is the last convolution of the finest level.
+            self.decoder.append(
+                convolutions([*widths, *spec.features[max(number - 1, 0) : number]], spec.kernels[number], options)
+            )
         kernel = spec.kernels[0]
         conv = CONVOLUTION[spec.dimension]
         self.heads = nn.ModuleList([conv(spec.features[0], heads, kernel, padding=tuple(k // 2 for k in kernel))])
@@ -87,8 +84,8 @@ class SegNet(Network):
             x, places = pool(x, stride)
             remembered.append((places, size))
         x = self.encoder[-1](x)
-        for level in reversed(self.decoder):
-            x = level(unpool(x, *remembered.pop()))
+        for number in reversed(range(len(self.decoder))):
+            x = self.decoder[number](unpool(x, *remembered.pop()))
         return [self.heads[0](x)]
 
 

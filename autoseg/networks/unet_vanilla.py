@@ -5,6 +5,7 @@ end of the contracting path. The variant of Desai et al. (arXiv:1902.01977) is t
 `DESAI`: six levels, one norm at the end of a level, transposed convolutions of kernel 3.
 """
 
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -51,8 +52,9 @@ def unet_vanilla(spec: NetworkSpec, in_channels: int, heads: int) -> PooledUNet:
     options = read_options(VanillaOptions, spec)
 
     def level(number: int, channels: int, blocks: int) -> nn.Module:
-        features, each = spec.features[number], "none" if options.norm_once else options.norm
-        made = convolutions(channels, features, spec.kernels[number], blocks, each, options.activation)
+        features = spec.features[number]
+        each = replace(options, norm="none") if options.norm_once else options
+        made = convolutions((channels, *(features,) * blocks), spec.kernels[number], each)
         if options.norm_once:
             made.append(choose(NORMS, options.norm, "norm")(spec.dimension, features))
         return made

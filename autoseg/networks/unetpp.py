@@ -38,27 +38,22 @@ class UNetPlusPlus(Network):
         check_spec(spec)
         check_stages(spec)
         options = read_options(Options, spec)
-        style, features = (options.norm, options.activation), spec.features
+        features = spec.features
         outputs = len(features) - 1
         self.divisor, self.scales = total_stride(spec), ((1,) * spec.dimension,) * outputs
         before = (in_channels, *features)
         encoder = [
-            convolutions(before[i], features[i], spec.kernels[i], blocks, *style)
+            convolutions((before[i], *(features[i],) * blocks), spec.kernels[i], options)
             for i, blocks in enumerate(spec.encoder_blocks)
         ]
         self.encoder = nn.ModuleList(pooled(spec, encoder, options.dropout))
-        self.ups = nn.ModuleList()
-        self.nodes = nn.ModuleList()
+        self.ups = nn.ModuleDict()
+        self.nodes = nn.ModuleDict()
         for i, blocks in enumerate(spec.decoder_blocks):
-            columns = range(1, len(features) - i)
-            self.ups.append(
-                nn.ModuleList(transposed(features[i + 1], features[i], spec.strides[i + 1]) for _ in columns)
-            )
-            self.nodes.append(
-                nn.ModuleList(
-                    convolutions((j + 1) * features[i], features[i], spec.kernels[i], blocks, *style) for j in columns
-                )
-            )
+            for j in range(1, outputs + 1 - i):
+                widths = ((j + 1) * features[i], *(features[i],) * blocks)
+                self.ups[f"{i}_{j}"] = transposed(features[i + 1], features[i], spec.strides[i + 1])
+                self.nodes[f"{i}_{j}"] = convolutions(widths, spec.kernels[i], options)
         self.heads = nn.ModuleList(CONVOLUTION[spec.dimension](features[0], heads, 1) for _ in range(outputs))
         self.first_weight = first_weight(self)
         initialise_he(self)
@@ -71,9 +66,9 @@ class UNetPlusPlus(Network):
             levels.append([x])
             # A new level completes one node of each level above it.
             for i in reversed(range(depth)):
-                j = depth - i - 1
-                up = self.ups[i][j](levels[i + 1][-1])
-                levels[i].append(self.nodes[i][j](torch.cat((*levels[i], up), 1)))
+                node = f"{i}_{depth - i}"
+                up = self.ups[node](levels[i + 1][-1])
+                levels[i].append(self.nodes[node](torch.cat((*levels[i], up), 1)))
         asked = range(len(self.heads)) if all_scales else range(1)
         # The first head is that of the deepest, whatever their number.
         return [self.heads[number](levels[0][-1 - number]) for number in asked]
