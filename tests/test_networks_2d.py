@@ -49,7 +49,7 @@ def weights(module, kinds=(nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTran
 
 
 @pytest.mark.parametrize("dimension", [2, 3])
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", sorted({*FAMILY} - {"fc_densenet56", "fc_densenet67"}))  # all of one definition
 def test_it_keeps_what_every_network_promises(name, dimension):
     check_contract(name, dimension, spec=small(name, dimension))
 
