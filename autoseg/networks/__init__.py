@@ -14,15 +14,35 @@ from itertools import accumulate
 
 from torch import nn
 
+from autoseg.networks.attention_unet import ATTENTION_UNET
 from autoseg.networks.base import Architecture
+from autoseg.networks.fc_densenet import FC_DENSENET56, FC_DENSENET67, FC_DENSENET103
+from autoseg.networks.multires_unet import MULTIRES_UNET
+from autoseg.networks.r2_unet import R2_ATTENTION_UNET, R2_UNET
 from autoseg.networks.resenc import RESENC
+from autoseg.networks.segnet import SEGNET
 from autoseg.networks.unet import UNET
+from autoseg.networks.unet_vanilla import UNET_VANILLA
+from autoseg.networks.unetpp import UNETPP
 from autoseg.records import AutosegError
 from autoseg.schema import NetworkSpec
 
 __all__ = ["NETWORKS", "Architecture", "build", "output_scales"]
 
-NETWORKS: dict[str, Architecture] = {"unet": UNET, "resenc": RESENC}
+NETWORKS: dict[str, Architecture] = {
+    "unet": UNET,
+    "resenc": RESENC,
+    "unet_vanilla": UNET_VANILLA,
+    "attention_unet": ATTENTION_UNET,
+    "multires_unet": MULTIRES_UNET,
+    "r2_unet": R2_UNET,
+    "r2_attention_unet": R2_ATTENTION_UNET,
+    "fc_densenet56": FC_DENSENET56,
+    "fc_densenet67": FC_DENSENET67,
+    "fc_densenet103": FC_DENSENET103,
+    "segnet": SEGNET,
+    "unetpp": UNETPP,
+}
 
 
 def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
