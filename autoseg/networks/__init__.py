@@ -15,14 +15,24 @@ from itertools import accumulate
 from torch import nn
 
 from autoseg.networks.base import Architecture
+from autoseg.networks.deeplab import DEEPLABV3PLUS
+from autoseg.networks.fcn import FCN_RESNET50, FCN_RESNET101
 from autoseg.networks.resenc import RESENC
+from autoseg.networks.resnet_unet import RESNET34_UNET
 from autoseg.networks.unet import UNET
 from autoseg.records import AutosegError
 from autoseg.schema import NetworkSpec
 
 __all__ = ["NETWORKS", "Architecture", "build", "output_scales"]
 
-NETWORKS: dict[str, Architecture] = {"unet": UNET, "resenc": RESENC}
+NETWORKS: dict[str, Architecture] = {
+    "unet": UNET,
+    "resenc": RESENC,
+    "resnet34_unet": RESNET34_UNET,
+    "fcn_resnet50": FCN_RESNET50,
+    "fcn_resnet101": FCN_RESNET101,
+    "deeplabv3plus": DEEPLABV3PLUS,
+}
 
 
 def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
