@@ -5,6 +5,7 @@ pooling, and a norm and an activation stand after each depthwise convolution too
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class Separable(nn.Sequential):
 
 def apart(activation: str, channels: int) -> nn.Module:
     """An activation that leaves its input as it is: a shortcut still reads it."""
-    made = choose(ACTIVATIONS, activation, "activation")(channels)
+    made: Any = choose(ACTIVATIONS, activation, "activation")(channels)
     if hasattr(made, "inplace"):
         made.inplace = False
     return made
@@ -140,7 +141,8 @@ class Xception(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, C, *spatial) -> one map a stage: the last at its resolution, of `widths` channels."""
         x, maps = self.stem(x), []
-        for stage in self.stages:
+        stages: Any = self.stages
+        for stage in stages:
             for place, block in enumerate(stage):
                 x, before = block(x)
                 if place == 0:
