@@ -1,11 +1,14 @@
 """What every network of the table promises, as checks that take its name: shapes, padding, gradients, files, plans."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,6 +76,7 @@ def check_contract(
     spec = spec or narrow(full)
     image_size = tuple(size) or SIZES[dimension]
     check_names(spec)
+    check_edits(spec)
     check_shapes(spec, image_size)
     check_gradients(spec, image_size)
     check_padding(spec, image_size)
@@ -94,6 +98,18 @@ def check_names(spec: NetworkSpec) -> None:
     assert all(tensor.shape[0] == HEADS for tensor in heads)
     # So `model.network_with` can refuse a plan that asks for more than a file holds.
     assert sum(spec.encoder_blocks) + sum(spec.decoder_blocks) <= len(tensors)
+
+
+def check_edits(spec: NetworkSpec) -> None:
+    """Whatever a plan may say of a stage is heeded: another width, kernel or number of blocks makes another network."""
+    count, axes = parameters(on_meta(spec)), spec.dimension
+    for field, other in (("features", 9), ("kernels", (5,) * axes), ("encoder_blocks", 4), ("decoder_blocks", 4)):
+        stated = getattr(spec, field)
+        for stage in range(len(stated)):
+            edited = replace(spec, **{field: (*stated[:stage], other, *stated[stage + 1 :])})
+            assert parameters(on_meta(edited)) != count, f"{field}[{stage}] is not heeded"
+    wider = replace(spec, strides=(*spec.strides[:-1], tuple(2 * step for step in spec.strides[-1])))
+    assert on_meta(wider).divisor != on_meta(spec).divisor
 
 
 def check_shapes(spec: NetworkSpec, size: Sequence[int]) -> None:
@@ -150,6 +166,24 @@ def check_file(spec: NetworkSpec, size: Sequence[int]) -> None:
             save_weights(network, Path(folder) / "weights.safetensors")
             other.load_state_dict(read_weights(Path(folder) / "weights.safetensors"))
         assert torch.equal(other(image), expected)
+
+
+def check_onnx(spec: NetworkSpec, size: Sequence[int]) -> None:
+    """Exported to ONNX, the network in evaluation gives the same logits there; skipped where that is not installed."""
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
+    runtime = pytest.importorskip("onnxruntime")
+    network, image = fresh(spec), torch.randn(1, IN_CHANNELS, *size)
+    with torch.no_grad():
+        network(torch.randn(2, IN_CHANNELS, *size))  # so that running statistics of norms are not those of a new one
+        expected = network.eval()(image)
+    file = BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, of parts of torch that will change
+        torch.onnx.export(network, (image,), dynamo=True, verbose=False).save(file)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
 
 
 def check_he(network: nn.Module) -> int:

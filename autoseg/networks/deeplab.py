@@ -6,33 +6,41 @@ after the encoder are separable, as in the paper's most accurate model. Nothing 
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION
+from autoseg.networks.options import Options, Share, read_options
 from autoseg.networks.parts import ACTIVATIONS, NORMS, ConvNormAct, choose, initialise_he, same_size
 from autoseg.networks.resnet import ResNet
-from autoseg.networks.stages import hold_resolution, read, total
+from autoseg.networks.stages import OutputStride, check_stages, hold_resolution, total
 from autoseg.networks.xception import Separable, Xception
-from autoseg.schema import Dimension, NetworkSpec, Option
+from autoseg.records import record
+from autoseg.schema import Dimension, NetworkSpec
 
 RATES = (6, 12, 18)
 """At an output stride of 16."""
-LARGEST_RATE = 64
-MOST_RATES = 8
-BACKBONES = ("xception65", "resnet50", "resnet101")
-DEFAULTS: dict[str, Option] = {
-    "backbone": "xception65",
-    "output_stride": 16,
-    "rates": RATES,
-    "head_features": 256,
-    "skip_features": 48,
-    "norm": "batch",
-    "activation": "relu",
-    "dropout": 0.1,
-}
+Rate = Annotated[int, Field(ge=1, le=96)]
+Backbone = Literal["xception65", "resnet50", "resnet101"]
+
+
+@record
+class DeepLabOptions(Options):
+    """What beside its stages makes a DeepLabV3+."""
+
+    backbone: Backbone = "xception65"
+    output_stride: OutputStride = 16
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1, max_length=8)] = RATES
+    head_features: PositiveInt = 256
+    """Of the pyramid and the decoder."""
+    skip_features: PositiveInt = 48
+    """Of the early map where it joins the decoder."""
+    dropout: Share = 0.1
 
 
 class Pyramid(nn.Module):
@@ -78,19 +86,14 @@ class DeepLabV3Plus(Network):
 
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
         super().__init__()
-        options = read(spec, DEFAULTS, levels=1)
-        rates, features, few = options["rates"], options["head_features"], options["skip_features"]
-        if not 1 <= len(rates) <= MOST_RATES or min(rates) < 1 or max(rates) > LARGEST_RATE:
-            raise ValueError(f"options: rates are up to {MOST_RATES} numbers from 1 to {LARGEST_RATE}, found {rates}")
-        if min(features, few) < 1:
-            raise ValueError(f"options: head_features and skip_features must be 1 or more, found {features}, {few}")
-        if options["backbone"] not in BACKBONES:
-            raise ValueError(f"options: backbone must be one of {', '.join(BACKBONES)}, found {options['backbone']!r}")
-        norm, activation = options["norm"], options["activation"]
-        strides, dilations = hold_resolution(spec.strides, options["output_stride"])
+        check_stages(spec, levels=1)
+        options = read_options(DeepLabOptions, spec)
+        features, few = options.head_features, options.skip_features
+        norm, activation = options.norm, options.activation
+        strides, dilations = hold_resolution(spec.strides, options.output_stride)
         self.divisor = total(strides)
         self.scales = ((1,) * spec.dimension,)
-        if options["backbone"] == "xception65":
+        if options.backbone == "xception65":
             self.first_weight = "encoder.stem.0.0.weight"
             self.encoder: Xception | ResNet = Xception(
                 spec, in_channels, strides, dilations, norm=norm, activation=activation
@@ -102,7 +105,7 @@ class DeepLabV3Plus(Network):
             )
         kernel, point = spec.kernels[1], (1,) * spec.dimension
         self.pyramid = Pyramid(
-            self.encoder.widths[-1], features, spec.kernels[-1], rates, options["dropout"], norm, activation
+            self.encoder.widths[-1], features, spec.kernels[-1], options.rates, options.dropout, norm, activation
         )
         self.reduce = ConvNormAct(self.encoder.widths[1], few, point, norm=norm, activation=activation)
         channels = (features + few, *(features,) * (spec.decoder_blocks[0] - 1))
@@ -123,8 +126,8 @@ class DeepLabV3Plus(Network):
 def deeplabv3plus_spec(
     dimension: Dimension,
     *,
-    backbone: str = "xception65",
-    output_stride: int = 16,
+    backbone: Backbone = "xception65",
+    output_stride: OutputStride = 16,
     rates: Sequence[int] = (),
     norm: str = "batch",
     activation: str = "relu",
@@ -132,11 +135,19 @@ def deeplabv3plus_spec(
 ) -> NetworkSpec:
     """With Xception-65, or ResNet50 or 101, as the encoder.
 
-    rates: of the pyramid; left out 6, 12 and 18, at an output stride of 8 twice as much. Raises ValueError for an
-    unknown backbone.
+    rates: of the pyramid; left out 6, 12 and 18 at an output stride of 16, at 8 twice as much. Raises ValueError for
+    options that there are none of.
     """
-    if backbone not in BACKBONES:
-        raise ValueError(f"backbone: choose one of {', '.join(BACKBONES)}, found {backbone!r}")
+    options = DeepLabOptions(
+        backbone=backbone,
+        output_stride=output_stride,
+        rates=tuple(rates) or RATES,
+        norm=norm,
+        activation=activation,
+        dropout=dropout,
+    )
+    if not rates:
+        options = replace(options, rates=tuple(rate * 16 // output_stride for rate in RATES))
     xception = backbone == "xception65"
     residual = (1, 3, 4, 6 if backbone == "resnet50" else 23, 3)
     return NetworkSpec(
@@ -148,15 +159,7 @@ def deeplabv3plus_spec(
         # Of the fourth stage of Xception one block is of the entry flow, 16 are the middle flow.
         encoder_blocks=(2, 1, 1, 17, 2) if xception else residual,
         decoder_blocks=(2,),
-        options={
-            **DEFAULTS,
-            "backbone": backbone,
-            "output_stride": output_stride,
-            "rates": tuple(rates) or tuple(rate * max(1, 16 // output_stride) for rate in RATES),
-            "norm": norm,
-            "activation": activation,
-            "dropout": dropout,
-        },
+        options=asdict(options),
     )
 
 

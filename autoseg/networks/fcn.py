@@ -8,24 +8,28 @@ in place of `backbone`.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from torch import Tensor, nn
 
 from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION
+from autoseg.networks.options import Options, Share, read_options
 from autoseg.networks.parts import ConvNormAct, initialise_he, same_size
 from autoseg.networks.resnet import EXPANSION, ResNet
-from autoseg.networks.stages import hold_resolution, read, total
-from autoseg.schema import Dimension, NetworkSpec, Option
+from autoseg.networks.stages import OutputStride, check_stages, hold_resolution, total
+from autoseg.records import record
+from autoseg.schema import Dimension, NetworkSpec
 
-DEFAULTS: dict[str, Option] = {
-    "output_stride": 8,
-    "auxiliary": True,
-    "norm": "batch",
-    "activation": "relu",
-    "dropout": 0.1,
-}
+
+@record
+class FCNOptions(Options):
+    """What beside its stages makes an FCN."""
+
+    output_stride: OutputStride = 8
+    auxiliary: bool = True
+    """Whether there is a second head, for training."""
+    dropout: Share = 0.1
 
 
 class FCN(Network):
@@ -36,21 +40,22 @@ class FCN(Network):
 
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
         super().__init__()
-        options = read(spec, DEFAULTS, levels=0)
-        norm, activation = options["norm"], options["activation"]
-        strides, dilations = hold_resolution(spec.strides, options["output_stride"])
+        check_stages(spec, levels=0)
+        options = read_options(FCNOptions, spec)
+        norm, activation = options.norm, options.activation
+        strides, dilations = hold_resolution(spec.strides, options.output_stride)
         self.divisor = total(strides)
         whole = (1,) * spec.dimension
-        self.scales = (whole, whole, self.divisor) if options["auxiliary"] else (whole,)
+        self.scales = (whole, whole, self.divisor) if options.auxiliary else (whole,)
         self.encoder = ResNet(spec, in_channels, strides, dilations, bottleneck=True, norm=norm, activation=activation)
 
         def head(channels: int, kernel: Sequence[int]) -> nn.Sequential:
             inner = max(1, channels // EXPANSION)
             reduce = ConvNormAct(channels, inner, kernel, norm=norm, activation=activation)
-            return nn.Sequential(*reduce, nn.Dropout(options["dropout"]), CONVOLUTION[spec.dimension](inner, heads, 1))
+            return nn.Sequential(*reduce, nn.Dropout(options.dropout), CONVOLUTION[spec.dimension](inner, heads, 1))
 
         self.classifier = head(spec.features[-1], spec.kernels[-1])
-        self.aux_classifier = head(spec.features[-2], spec.kernels[-2]) if options["auxiliary"] else None
+        self.aux_classifier = head(spec.features[-2], spec.kernels[-2]) if options.auxiliary else None
         initialise_he(self)
 
     def scales_of(self, x: Tensor, all_scales: bool) -> Sequence[Tensor]:
@@ -66,7 +71,7 @@ class FCN(Network):
 def fcn_resnet50_spec(
     dimension: Dimension,
     *,
-    output_stride: int = 8,
+    output_stride: OutputStride = 8,
     auxiliary: bool = True,
     norm: str = "batch",
     activation: str = "relu",
@@ -81,20 +86,18 @@ def fcn_resnet50_spec(
         kernels=((7,) * dimension, *((3,) * dimension,) * 4),
         encoder_blocks=(1, 3, 4, 6, 3),
         decoder_blocks=(),
-        options={
-            "output_stride": output_stride,
-            "auxiliary": auxiliary,
-            "norm": norm,
-            "activation": activation,
-            "dropout": dropout,
-        },
+        options=asdict(
+            FCNOptions(
+                output_stride=output_stride, auxiliary=auxiliary, norm=norm, activation=activation, dropout=dropout
+            )
+        ),
     )
 
 
 def fcn_resnet101_spec(
     dimension: Dimension,
     *,
-    output_stride: int = 8,
+    output_stride: OutputStride = 8,
     auxiliary: bool = True,
     norm: str = "batch",
     activation: str = "relu",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from autoseg.networks.blocks import CONVOLUTION
-from autoseg.networks.parts import ACTIVATIONS, MAX_POOL, NORMS, choose
+from autoseg.networks.parts import ACTIVATIONS, MAX_POOL, NORMS, ConvNormAct, choose
 from autoseg.networks.stages import Strides
 from autoseg.schema import NetworkSpec
 
@@ -86,10 +86,10 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem (one convolution, and before the first layer a max-pooling), then a layer of blocks a stage.
+    """A stem of convolutions (one in the paper), a max-pooling, then a layer of residual blocks a stage.
 
-    `spec.strides` is the stem's, then the pooling's, then that of each further layer; `spec.encoder_blocks` is 1 for
-    the stem, then the blocks of each layer; `spec.features` are the widths that stages give.
+    `spec.strides` is the stem's, then the pooling's, then that of each further layer; `spec.encoder_blocks` counts the
+    convolutions of the stem, then the blocks of each layer; `spec.features` are the widths that stages give.
     """
 
     def __init__(
@@ -103,15 +103,17 @@ class ResNet(nn.Module):
         norm: str,
         activation: str,
     ) -> None:
-        """strides, dilations: of each stage, in place of those of `spec`. Raises ValueError for a stem of more."""
+        """strides, dilations: of each stage, in place of those of `spec`."""
         super().__init__()
-        if spec.encoder_blocks[0] != 1:
-            raise ValueError(f"encoder_blocks: the stem is one convolution, found {spec.encoder_blocks[0]}")
         dimension, channels = spec.dimension, spec.features[0]
         self.widths = spec.features
         self.conv1 = convolution(in_channels, channels, spec.kernels[0], strides[0], dilations[0], norm)
         self.bn1 = choose(NORMS, norm, "norm")(dimension, channels)
         self.active = choose(ACTIVATIONS, activation, "activation")(channels)
+        more = range(spec.encoder_blocks[0] - 1)
+        self.stem = nn.Sequential(
+            *(ConvNormAct(channels, channels, spec.kernels[0], norm=norm, activation=activation) for _ in more)
+        )
         # As wide as reaches both neighbours of every voxel that is kept, and nothing along an axis that stays.
         window = tuple(2 * (step // 2) + 1 for step in strides[1])
         self.pool = MAX_POOL[dimension](window, strides[1], tuple(edge // 2 for edge in window))
@@ -132,7 +134,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, C, *spatial) -> one map a stage, that of the stem first."""
-        maps = [self.active(self.bn1(self.conv1(x)))]
+        maps = [self.stem(self.active(self.bn1(self.conv1(x))))]
         for number in range(1, self.layers + 1):
             x = maps[-1] if number > 1 else self.pool(maps[0])
             maps.append(getattr(self, f"layer{number}")(x))

@@ -6,27 +6,32 @@ level at the size of the image that has no skip. Every level has a head of its o
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import accumulate
 from operator import mul
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION
+from autoseg.networks.options import Options, read_options
 from autoseg.networks.parts import DROPOUT, ConvNormAct, initialise_he
 from autoseg.networks.resnet import ResNet
-from autoseg.networks.stages import read, total
-from autoseg.schema import Dimension, NetworkSpec, Option
+from autoseg.networks.stages import check_stages, total
+from autoseg.records import record
+from autoseg.schema import Dimension, NetworkSpec
 
-DEFAULTS: dict[str, Option] = {
-    "decoder_features": (16, 32, 64, 128, 256),
-    "norm": "batch",
-    "activation": "relu",
-    "dropout": 0.0,
-}
+
+@record
+class ResNetUNetOptions(Options):
+    """What beside its stages makes a ResNet U-Net."""
+
+    decoder_features: tuple[PositiveInt, ...] = (16, 32, 64, 128, 256)
+    """Of each level, the finest first."""
 
 
 class ResNetUNet(Network):
@@ -41,9 +46,10 @@ class ResNetUNet(Network):
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
         super().__init__()
         levels = len(spec.features)
-        options = read(spec, DEFAULTS, levels=levels)
-        norm, activation, widths = options["norm"], options["activation"], options["decoder_features"]
-        if len(widths) != levels or min(widths) < 1:
+        check_stages(spec, levels=levels)
+        options = read_options(ResNetUNetOptions, spec)
+        norm, activation, widths = options.norm, options.activation, options.decoder_features
+        if len(widths) != levels:
             raise ValueError(f"options: decoder_features needs {levels} positive numbers, found {widths}")
         self.divisor = total(spec.strides)
         whole = (1,) * spec.dimension
@@ -52,7 +58,7 @@ class ResNetUNet(Network):
             spec, in_channels, spec.strides, (whole,) * levels, bottleneck=False, norm=norm, activation=activation
         )
         self.decoder, self.heads = nn.ModuleList(), nn.ModuleList()
-        self.dropout = DROPOUT[spec.dimension](options["dropout"])
+        self.dropout = DROPOUT[spec.dimension](options.dropout)
         below = (*widths[1:], spec.features[-1])
         skips = (0, *spec.features[:-1])
         for level, width in enumerate(widths):
@@ -89,7 +95,7 @@ def resnet34_unet_spec(
         kernels=((7,) * dimension, *((3,) * dimension,) * 4),
         encoder_blocks=(1, 3, 4, 6, 3),
         decoder_blocks=(2,) * 5,
-        options={**DEFAULTS, "norm": norm, "activation": activation, "dropout": dropout},
+        options=asdict(ResNetUNetOptions(norm=norm, activation=activation, dropout=dropout)),
     )
 
 

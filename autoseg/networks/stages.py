@@ -4,31 +4,28 @@ In ResNets and their kin the stem strides already, unlike in U-Nets. What a spec
 it may come with a file of unknown origin: neither a stride nor a dilation shows in the shape of any tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Literal
 
-from autoseg.schema import NetworkSpec, Option
+from autoseg.schema import NetworkSpec
 
 LARGEST_STRIDE = 4
 """Of one stage along one axis."""
 LARGEST_TOTAL = 256
 """Of all stages along one axis: an image is padded to a multiple of it."""
-OUTPUT_STRIDES = (4, 8, 16, 32)
+OutputStride = Literal[4, 8, 16, 32]
 Strides = tuple[tuple[int, ...], ...]
 
 
-def read(
-    spec: NetworkSpec, defaults: Mapping[str, Option], *, levels: int, stages: int | None = None
-) -> dict[str, Any]:
-    """The options of `spec`, where it leaves one out that of `defaults`.
+def check_stages(spec: NetworkSpec, *, levels: int) -> None:
+    """Raise ValueError, with all problems, unless `spec` has three stages or more that such an encoder can be built of.
 
-    levels: how many entries `decoder_blocks` has; stages: how many there must be, None: three or more. Raises
-    ValueError, with all problems, for a specification that does not fit.
+    levels: how many entries `decoder_blocks` has.
     """
     count, problems = len(spec.features), []
-    if count < 3 or stages not in (None, count):
-        problems.append(f"features: {stages or 'three or more'} stages are needed, found {count}")
+    if count < 3:
+        problems.append(f"features: three or more stages are needed, found {count}")
     expected = {"strides": count, "kernels": count, "encoder_blocks": count, "decoder_blocks": levels}
     for field, entries in expected.items():
         if len(getattr(spec, field)) != entries:
@@ -46,26 +43,8 @@ def read(
         problems.append(f"strides: at most {LARGEST_STRIDE} in one stage, found {spec.strides}")
     elif max((prod(steps) for steps in zip(*spec.strides)), default=1) > LARGEST_TOTAL:
         problems.append(f"strides: at most {LARGEST_TOTAL} in all along one axis, found {spec.strides}")
-    problems += _options(spec.options, defaults)
     if problems:
         raise ValueError(f"the network specification {spec.name!r} is wrong:\n  " + "\n  ".join(problems))
-    return {**defaults, **spec.options}
-
-
-def _options(stated: Mapping[str, Option], defaults: Mapping[str, Option]) -> list[str]:
-    """What is wrong with options that every one of these networks understands alike."""
-    problems = []
-    for name, value in stated.items():
-        kind = type(defaults.get(name))
-        if name not in defaults:
-            problems.append(f"options: {name!r} is none; there are {', '.join(defaults)}")
-        elif not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-            problems.append(f"options: {name} must be of type {kind.__name__}, found {value!r}")
-        elif name == "dropout" and not 0 <= float(value) < 1:  # type: ignore[arg-type]
-            problems.append(f"options: dropout is a share from 0 to below 1, found {value}")
-        elif name == "output_stride" and value not in OUTPUT_STRIDES:
-            problems.append(f"options: output_stride must be one of {OUTPUT_STRIDES}, found {value}")
-    return problems
 
 
 def total(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ pooling, and a norm and an activation stand after each depthwise convolution too
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,54 +89,69 @@ class XceptionBlock(nn.Module):
 
 
 class Xception(nn.Module):
-    """A stem of two convolutions, stages of blocks, and the exit of two blocks that are wider inside than before.
+    """A stem of convolutions (two in the paper, the first of half the width), stages of blocks, and an exit of two.
 
-    In each stage the first block strides and projects its shortcut, the others add to what they are given.
-    `spec.features` are the widths that stages give, `spec.encoder_blocks` (2 for the stem, 2 for the exit) the blocks.
+    In each stage the first block strides and projects its shortcut, the others add to what they are given; only the
+    second of the exit, which widens, adds to nothing. `spec.features` are the widths that stages give,
+    `spec.encoder_blocks` the convolutions of the stem and the blocks of each stage.
     """
 
     def __init__(
         self, spec: NetworkSpec, in_channels: int, strides: Strides, dilations: Strides, *, norm: str, activation: str
     ) -> None:
-        """strides, dilations: of each stage, in place of those of `spec`. ValueError for other stems or exits."""
+        """strides, dilations: of each stage, in place of those of `spec`. ValueError for an exit of one block."""
         super().__init__()
-        *inner, last = spec.features[1:]
-        if spec.encoder_blocks[0] != 2 or spec.encoder_blocks[-1] != 2:
-            raise ValueError(f"encoder_blocks: 2 for the stem and 2 for the exit, found {spec.encoder_blocks}")
-        point, half = (1,) * spec.dimension, max(1, spec.features[0] // 2)
-        wide, between = max(1, last // 2), max(1, 3 * last // 4)
+        first, *inner, last = spec.features
+        stem_blocks, *_, exit_blocks = spec.encoder_blocks
+        if exit_blocks < 2:
+            raise ValueError(f"encoder_blocks: the exit has two blocks or more, found {exit_blocks}")
+        wide, wider = max(1, last // 2), max(1, 3 * last // 4)
         self.widths = (*inner, wide, last)
-
-        def block(
-            channels: int, widths: Sequence[int], stage: int, first: bool, shortcut: bool = True
-        ) -> XceptionBlock:
-            stride = strides[stage] if first else point
-            straight: nn.Module | None = nn.Identity() if shortcut else None
-            if first:
-                straight = ConvNormAct(channels, widths[-1], point, stride=stride, norm=norm, activation="none")
-            return XceptionBlock(
-                channels, widths, spec.kernels[stage], stride=stride,
-                dilation=dilations[stage - 1 if first else stage], shortcut=straight, norm=norm, activation=activation,
-            )  # fmt: skip
-
-        self.stem = nn.Sequential(
-            ConvNormAct(in_channels, half, spec.kernels[0], stride=strides[0], norm=norm, activation=activation),
-            ConvNormAct(half, spec.features[0], spec.kernels[0], norm=norm, activation=activation),
-        )
-        self.stages, channels = nn.ModuleList(), spec.features[0]
-        for stage, width in enumerate(inner, 1):
-            counts = range(spec.encoder_blocks[stage])
-            self.stages.append(
-                nn.ModuleList(block(width if n else channels, (width,) * UNITS, stage, first=n == 0) for n in counts)
+        stem = [first] * stem_blocks
+        if stem_blocks > 1:
+            stem[0] = max(1, first // 2)
+        self.stem = nn.Sequential()
+        for channels, width in pairwise((in_channels, *stem)):
+            stride = (1,) * spec.dimension if len(self.stem) else strides[0]
+            self.stem.append(
+                ConvNormAct(channels, width, spec.kernels[0], stride=stride, norm=norm, activation=activation)
             )
+
+        def strided(stage: int, channels: int, widths: Sequence[int]) -> XceptionBlock:
+            point, stride = (1,) * spec.dimension, strides[stage]
+            project = ConvNormAct(channels, widths[-1], point, stride=stride, norm=norm, activation="none")
+            return XceptionBlock(
+                channels,
+                widths,
+                spec.kernels[stage],
+                stride=stride,
+                dilation=dilations[stage - 1],
+                shortcut=project,
+                norm=norm,
+                activation=activation,
+            )
+
+        def further(stage: int, channels: int, widths: Sequence[int], adds: bool = True) -> XceptionBlock:
+            return XceptionBlock(
+                channels,
+                widths,
+                spec.kernels[stage],
+                dilation=dilations[stage],
+                shortcut=nn.Identity() if adds else None,
+                norm=norm,
+                activation=activation,
+            )
+
+        self.stages, channels = nn.ModuleList(), first
+        for stage, width in enumerate(inner, 1):
+            same = (width,) * UNITS
+            rest = (further(stage, width, same) for _ in range(spec.encoder_blocks[stage] - 1))
+            self.stages.append(nn.ModuleList([strided(stage, channels, same), *rest]))
             channels = width
-        exit_stage = len(spec.features) - 1
-        self.stages.append(
-            nn.ModuleList([
-                block(channels, (channels, wide, wide), exit_stage, first=True),
-                block(wide, (between, between, last), exit_stage, first=False, shortcut=False),
-            ])
-        )  # fmt: skip
+        stage = len(spec.features) - 1
+        exits = [strided(stage, channels, (channels, wide, wide)), further(stage, wide, (wider, wider, last), False)]
+        rest = (further(stage, last, (last,) * UNITS) for _ in range(exit_blocks - 2))
+        self.stages.append(nn.ModuleList([*exits, *rest]))
         self.active = choose(ACTIVATIONS, activation, "activation")(last)
 
     def forward(self, x: Tensor) -> list[Tensor]:
