@@ -3,9 +3,9 @@
 A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
 `forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
 list of logits, highest resolution first, that shrink by `scales` of the module, or where it has none by
-`spec.strides`; a list of one is allowed. With `encoder_prefixes`, what the names of its encoder's parameters begin
-with, the encoder can be frozen and have a learning rate of its own. Naming a module imports it: a plan that does so is as trustworthy as the code
-beside it.
+`spec.strides`; a list of one is allowed. With `encoder_prefixes`, what names of its encoder's parameters begin with,
+that can be frozen or have a rate of its own. Naming a module imports it: a plan that does so is as trustworthy as the
+code beside it.
 """
 
 import inspect
