@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from network_contract import (
     parameters,
 )
 from torch import nn
+from toys import ball
 
 from autoseg.losses import deep_supervision, scale_targets
 from autoseg.networks import NETWORKS, build
@@ -274,3 +276,36 @@ def test_an_unknown_backbone_is_refused_by_name():
 @pytest.mark.parametrize("name", ["resnet34_unet", "fcn_resnet50", "deeplabv3plus"])
 def test_onnx_gives_the_same_logits(name):
     check_onnx(small(name, dropout=0.0), (37, 70))
+
+
+def discs(count, seed):
+    """Noisy images (count, 1, 40, 56) of a bright disc beside a dim one, and the disc (count, 40, 56)."""
+    random = np.random.default_rng(seed)
+    bright, dim = (
+        np.stack([ball((40, 56), random.uniform((8, 8), (32, 48)), 9) for _ in range(count)]) for _ in range(2)
+    )
+    image = bright * 1.5 + (dim & ~bright) * 0.7 + random.normal(0, 0.3, bright.shape)
+    return torch.from_numpy(image[:, None]).float(), torch.from_numpy(bright).long()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet34_unet", "fcn_resnet50", "deeplabv3plus"])
+def test_it_learns_a_disc_to_a_dice_of_0_9(name):
+    torch.manual_seed(17)
+    options = {"rates": (1, 2)} if name == "deeplabv3plus" else {}  # its last maps are 3 x 4 voxels here
+    spec = small(name, **options)
+    wider = {"head_features": 16, "skip_features": 8} if options else {}
+    network = build(replace(spec, features=(16, 24, 32, 40, 48), options={**spec.options, **wider}), 1, 2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for step in range(200):
+        image, mask = discs(8, step)
+        outputs = network(image, all_scales=True)
+        targets = scale_targets(mask, network.scales)
+        loss = deep_supervision(F.cross_entropy, outputs, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    image, mask = discs(24, 10_000)
+    with torch.no_grad():
+        found = network.eval()(image).argmax(1)
+    assert (2 * (found * mask).sum() / (found.sum() + mask.sum())).item() >= 0.9
