@@ -155,7 +155,8 @@ def train_verb(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     device: DeviceOption = "auto",
     pretrained: Annotated[
-        Path | None, typer.Option(help="Begin with this: a model file, a fold folder, a .safetensors file.")
+        Path | None,
+        typer.Option(help="Begin with this: a model file, a fold folder, weights alone (.safetensors, .pth)."),
     ] = None,
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="Only predict and score held-out cases.")

@@ -237,6 +237,10 @@ class Recipe:
     """Of `sgd` only."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises from near 0 to the schedule's."""
+    freeze_encoder_epochs: NonNegativeInt = 0
+    """Epochs at the beginning in which the encoder stays as it is, norms included."""
+    encoder_rate: PositiveFloat = 1.0
+    """The encoder's learning rate as a multiple of the others'."""
     weight_decay: float = 3e-5
     poly_exponent: float = 0.9
     clip_norm: float = 12.0

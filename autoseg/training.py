@@ -30,6 +30,7 @@ from autoseg.computing import apply, autocast, scaler
 from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics
 from autoseg.labels import Labels
 from autoseg.losses import LOSSES, Part, deep_supervision, scale_targets
+from autoseg.parameter_groups import groups, hold_encoder, set_rate
 from autoseg.progress import Progress
 from autoseg.records import AutosegError
 from autoseg.sampling import Batch, Sampler, Stream, generator, prefetch
@@ -68,9 +69,9 @@ class Parts:
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over all parameters: SGD with Nesterov momentum, or AdamW with its usual betas."""
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        return torch.optim.AdamW(groups(network, recipe), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
-        network.parameters(),
+        groups(network, recipe),
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
@@ -277,10 +278,11 @@ def train(
             closing = validating if state.step > state.epoch_start else 0.0
             if is_over(recipe, step=state.step, seconds=now, recent=recent, closing=closing):
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    recipe, step=batch.step, progress=progress(recipe, step=state.epoch_start, seconds=now)
-                )
+            rate = learning_rate(
+                recipe, step=batch.step, progress=progress(recipe, step=state.epoch_start, seconds=now)
+            )
+            set_rate(optimizer, rate)
+            hold_encoder(network, recipe, state.epoch)
             # Dropout draws from torch's global generator: seeded anew, a step that is gone on with is the same one.
             torch.manual_seed(int(generator(recipe.seed, Stream.DROPOUT, batch.step).integers(2**62)))
             loss = training_step(parts, optimizer, loss_scaler, batch, gathered)

@@ -3,8 +3,9 @@
 A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
 `forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
 list of logits, highest resolution first, that shrink by `scales` of the module, or where it has none by
-`spec.strides`; a list of one is allowed. Naming a module imports it: a plan that does so is as trustworthy as the code
-beside it.
+`spec.strides`; a list of one is allowed. With `encoder_prefixes`, what names of its encoder's parameters begin with,
+that can be frozen or have a rate of its own. Naming a module imports it: a plan that does so is as trustworthy as the
+code beside it.
 """
 
 import inspect
@@ -16,10 +17,13 @@ from torch import nn
 
 from autoseg.networks.attention_unet import ATTENTION_UNET
 from autoseg.networks.base import Architecture
+from autoseg.networks.deeplab import DEEPLABV3PLUS
 from autoseg.networks.fc_densenet import FC_DENSENET56, FC_DENSENET67, FC_DENSENET103
+from autoseg.networks.fcn import FCN_RESNET50, FCN_RESNET101
 from autoseg.networks.multires_unet import MULTIRES_UNET
 from autoseg.networks.r2_unet import R2_ATTENTION_UNET, R2_UNET
 from autoseg.networks.resenc import RESENC
+from autoseg.networks.resnet_unet import RESNET34_UNET
 from autoseg.networks.segnet import SEGNET
 from autoseg.networks.unet import UNET
 from autoseg.networks.unet_vanilla import UNET_VANILLA
@@ -42,6 +46,10 @@ NETWORKS: dict[str, Architecture] = {
     "fc_densenet103": FC_DENSENET103,
     "segnet": SEGNET,
     "unetpp": UNETPP,
+    "resnet34_unet": RESNET34_UNET,
+    "fcn_resnet50": FCN_RESNET50,
+    "fcn_resnet101": FCN_RESNET101,
+    "deeplabv3plus": DEEPLABV3PLUS,
 }
 
 

@@ -29,6 +29,8 @@ class Network(nn.Module):
     """Name of the tensor that reads the image, (features, input channels, *kernel)."""
     heads_prefixes: tuple[str, ...] = ("heads.",)
     """What names of tensors that give logits, (heads, ...), begin with."""
+    encoder_prefixes: tuple[str, ...] = ("encoder.",)
+    """What names of tensors of the encoder begin with, which training can freeze or give a rate of its own."""
     takes_position: bool = False
     """Whether `forward` needs to know where in its image a patch lies."""
 
