@@ -15,14 +15,28 @@ from itertools import accumulate
 from torch import nn
 
 from autoseg.networks.base import Architecture
+from autoseg.networks.mednext import MEDNEXT
 from autoseg.networks.resenc import RESENC
 from autoseg.networks.unet import UNET
+from autoseg.networks.unet3d import RELATIVE_UNET3D, SLICE_UNET3D, UNET3D, UNET3D_NOHIGHWAY
+from autoseg.networks.vnet import RELATIVE_VNET, SLICE_VNET, VNET
 from autoseg.records import AutosegError
 from autoseg.schema import NetworkSpec
 
 __all__ = ["NETWORKS", "Architecture", "build", "output_scales"]
 
-NETWORKS: dict[str, Architecture] = {"unet": UNET, "resenc": RESENC}
+NETWORKS: dict[str, Architecture] = {
+    "unet": UNET,
+    "resenc": RESENC,
+    "unet3d": UNET3D,
+    "unet3d_nohighway": UNET3D_NOHIGHWAY,
+    "relative_unet3d": RELATIVE_UNET3D,
+    "slice_unet3d": SLICE_UNET3D,
+    "vnet": VNET,
+    "relative_vnet": RELATIVE_VNET,
+    "slice_vnet": SLICE_VNET,
+    "mednext": MEDNEXT,
+}
 
 
 def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
