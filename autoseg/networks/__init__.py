@@ -16,6 +16,7 @@ from torch import nn
 
 from autoseg.networks.base import Architecture
 from autoseg.networks.mednext import MEDNEXT
+from autoseg.networks.primus import PRIMUS_V3
 from autoseg.networks.resenc import RESENC
 from autoseg.networks.unet import UNET
 from autoseg.networks.unet3d import RELATIVE_UNET3D, SLICE_UNET3D, UNET3D, UNET3D_NOHIGHWAY
@@ -36,6 +37,7 @@ NETWORKS: dict[str, Architecture] = {
     "relative_vnet": RELATIVE_VNET,
     "slice_vnet": SLICE_VNET,
     "mednext": MEDNEXT,
+    "primus_v3": PRIMUS_V3,
 }
 
 

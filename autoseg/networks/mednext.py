@@ -11,23 +11,30 @@ A network with kernels of 5 is meant to begin as one with kernels of 3 that has 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import Annotated
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED
-from autoseg.networks.options import Limits, read_options, with_options
-from autoseg.networks.parts import ACTIVATIONS, INTERPOLATION, NORMS, initialise_he
+from autoseg.networks.options import read_options
+from autoseg.networks.parts import ACTIVATIONS, INTERPOLATION, NORMS, choose
 from autoseg.networks.unet import check_spec
 from autoseg.networks.volumetric import doubling_spec
-from autoseg.schema import Dimension, NetworkSpec, Option
+from autoseg.records import record
+from autoseg.schema import Dimension, NetworkSpec
 
-OPTIONS: dict[str, Option] = {"expansion": (2,), "norm": "instance", "activation": "gelu"}
-"""expansion: how many times the features a block has inside, one number a stage, or one for all."""
 
-LIMITS: dict[str, Limits] = {"expansion": (1, 32), "norm": tuple(NORMS), "activation": tuple(ACTIVATIONS)}
+@record
+class MedNeXtOptions:
+    """`expansion`: how many times the features a block has inside, one number a stage, or one for all."""
+
+    expansion: tuple[Annotated[int, Field(ge=1, le=32)], ...] = (2,)
+    norm: str = "instance"
+    activation: str = "gelu"
+
 
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "S": ((2, 2, 2, 2, 2), (2, 2, 2, 2, 2)),
@@ -47,7 +54,7 @@ class Block(nn.Module):
         out_channels: int,
         kernel: Sequence[int],
         expansion: int,
-        options: Mapping[str, Any],
+        options: MedNeXtOptions,
         *,
         stride: Sequence[int] = (),
         up: bool = False,
@@ -58,9 +65,9 @@ class Block(nn.Module):
         convolution = (TRANSPOSED if up else CONVOLUTION)[axes]
         padding = tuple(edge // 2 for edge in kernel)
         self.spatial = convolution(in_channels, in_channels, tuple(kernel), steps, padding, groups=in_channels)
-        self.norm = NORMS[options["norm"]](axes, in_channels)
+        self.norm = choose(NORMS, options.norm, "norm")(axes, in_channels)
         self.expand = CONVOLUTION[axes](in_channels, inside, 1)
-        self.activation = ACTIVATIONS[options["activation"]](inside)
+        self.activation = choose(ACTIVATIONS, options.activation, "activation")(inside)
         self.compress = CONVOLUTION[axes](inside, out_channels, 1)
         self.shortcut = convolution(in_channels, out_channels, 1, steps) if stride else nn.Identity()
         # A transposed convolution that is padded on both sides lacks what lies before its first voxel: zeros, as in the
@@ -82,9 +89,9 @@ class MedNeXt(Network):
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
         super().__init__()
         check_spec(spec)
-        options = read_options(spec, OPTIONS, LIMITS)
+        options = read_options(MedNeXtOptions, spec)
         stages = len(spec.features)
-        ratios = options["expansion"] * (stages if len(options["expansion"]) == 1 else 1)
+        ratios = options.expansion * (stages if len(options.expansion) == 1 else 1)
         if len(ratios) != stages:
             raise ValueError(f"option expansion of the network {spec.name!r}: {stages} numbers or one, found {ratios}")
         self.scales = tuple(accumulate(spec.strides, lambda total, stride: tuple(map(mul, total, stride))))
@@ -105,7 +112,6 @@ class MedNeXt(Network):
             self.up.append(Block(lower, width, kernel, ratios[level], options, stride=stride, up=True))
             self.decoder.append(blocks(level, count))
         self.heads = nn.ModuleList(convolution(width, heads, 1) for width in spec.features)
-        initialise_he(self)
 
     def scales_of(self, x: Tensor, all_scales: bool) -> list[Tensor]:
         """As `Network.scales_of`; a scale for every stage."""
@@ -143,25 +149,31 @@ def upkern(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tenso
 
 
 def mednext_spec(
-    dimension: Dimension, *, size: str = "S", kernel: int = 3, width: int = 32, **options: Option
+    dimension: Dimension,
+    *,
+    size: str = "S",
+    kernel: int = 3,
+    width: int = 32,
+    expansion: Sequence[int] = (),
+    norm: str = "instance",
+    activation: str = "gelu",
 ) -> NetworkSpec:
     """Of the paper: five stages from `width` features, of one of `SIZES`, with kernels of 3 or 5.
 
-    Raises ValueError for an unknown size or option.
+    expansion: in place of that of the size. Raises ValueError for an unknown size.
     """
     if size not in SIZES:
         raise ValueError(f"size: choose one of {', '.join(SIZES)}, found {size!r}")
-    blocks, expansion = SIZES[size]
-    spec = doubling_spec(
+    blocks, usual = SIZES[size]
+    return doubling_spec(
         "mednext",
         dimension,
         features=[width * 2**stage for stage in range(5)],
         kernel=kernel,
         encoder_blocks=blocks,
         decoder_blocks=blocks[:-1],
+        options={"expansion": tuple(expansion) or usual, "norm": norm, "activation": activation},
     )
-    check_spec(spec)
-    return with_options(spec, {"expansion": expansion} | options, OPTIONS, LIMITS)
 
 
 MEDNEXT = Architecture(build=MedNeXt, spec=mednext_spec, source="Roy et al., MICCAI 2023", deep_supervision=True)

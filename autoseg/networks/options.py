@@ -1,47 +1,34 @@
-"""The options of a network specification, checked: a plan is edited by hand, and may come from elsewhere."""
+"""What an architecture has beside its stages: options, declared as a record and read from a specification.
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+Norm, activation and dropout are those of each paper unless a specification says otherwise; a name or a number that
+makes no sense is refused before anything is built from it.
+"""
 
-from autoseg.schema import NetworkSpec, Option
+from typing import Annotated, TypeVar
 
-Limits = tuple[float, float] | tuple[str, ...]
-"""The lowest and the highest number, or the words to choose from."""
+from pydantic import Field, TypeAdapter, ValidationError
 
+from autoseg.records import problems, record
+from autoseg.schema import NetworkSpec
 
-def read_options(spec: NetworkSpec, defaults: Mapping[str, Option], limits: Mapping[str, Limits]) -> dict[str, Any]:
-    """The options of `spec` by name; what it does not state is as in `defaults`.
+T = TypeVar("T")
 
-    Raises ValueError for a name that is not in `defaults`, a value of another type, or one outside `limits`.
-    """
-    if unknown := sorted(set(spec.options) - set(defaults)):
-        raise ValueError(f"the network {spec.name!r} has no option {unknown[0]!r}; it has {', '.join(defaults)}")
-    found = {**defaults, **spec.options}
-    for name, value in found.items():
-        where = f"option {name} of the network {spec.name!r}"
-        if not _alike(value, defaults[name]):
-            raise ValueError(f"{where}: {value!r} should be of the kind of {defaults[name]!r}")
-        allowed = limits.get(name, ())
-        if isinstance(value, str):
-            if allowed and value not in allowed:
-                raise ValueError(f"{where}: choose one of {', '.join(map(str, allowed))}, found {value!r}")
-        elif allowed:
-            low, high = allowed
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(low <= number <= high for number in numbers):  # type: ignore[operator]
-                raise ValueError(f"{where}: between {low} and {high}, found {value!r}")
-    return found
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Of activations that are dropped in training."""
 
 
-def with_options(
-    spec: NetworkSpec, stated: Mapping[str, Any], defaults: Mapping[str, Option], limits: Mapping[str, Limits]
-) -> NetworkSpec:
-    """`spec` with all options written out: those `stated`, the others as in `defaults`. Raises as `read_options`."""
-    return replace(spec, options=read_options(replace(spec, options=dict(stated)), defaults, limits))
+@record
+class Options:
+    """What most architectures let one choose; see `parts.NORMS` and `parts.ACTIVATIONS` for the names."""
+
+    norm: str = "batch"
+    activation: str = "relu"
+    dropout: Share = 0.0
 
 
-def _alike(value: Option, default: Option) -> bool:
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is type(default)
+def read_options(kind: type[T], spec: NetworkSpec) -> T:
+    """The options of `spec` as a record of class `kind`. Raises ValueError, with all problems, if they are not that."""
+    try:
+        return TypeAdapter(kind).validate_python(spec.options)
+    except ValidationError as error:
+        raise ValueError(f"the options of the network {spec.name!r} are wrong:\n{problems(error)}") from None

@@ -11,13 +11,14 @@ the result of every level of the decoder. No norm comes after the last of them.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from autoseg.networks.blocks import CONVOLUTION
 
-MODES = ("add", "multiply", "film")
+Mode = Literal["add", "multiply", "film"]
 
 COMPRESSED = 8
 """Channels of the first two convolutions that compress the bottleneck; the study says that they are few."""
@@ -73,8 +74,8 @@ class FilmPosition(Position):
         return x * (1 + scale) + shift
 
 
-def position_of(mode: str, dimension: int, bottleneck: int, widths: Sequence[int]) -> Position:
-    """The module for one of `MODES`."""
+def position_of(mode: Mode, dimension: int, bottleneck: int, widths: Sequence[int]) -> Position:
+    """The module for `mode`."""
     if mode == "film":
         return FilmPosition(dimension, widths)
     return ScalarPosition(dimension, bottleneck, multiply=mode == "multiply")

@@ -12,15 +12,16 @@ from torch import nn
 
 from autoseg.networks.base import Architecture
 from autoseg.networks.blocks import TRANSPOSED
-from autoseg.networks.options import Limits, read_options, with_options
-from autoseg.networks.parts import ACTIVATIONS, MAX_POOL, NORMS, ConvNormAct, initialise_he
-from autoseg.networks.position import MODES, position_of
+from autoseg.networks.options import Options, read_options
+from autoseg.networks.parts import MAX_POOL, ConvNormAct, initialise_he
+from autoseg.networks.position import position_of
 from autoseg.networks.unet import check_spec
 from autoseg.networks.volumetric import (
     SIZES,
-    SLICE_LIMITS,
-    SLICE_OPTIONS,
+    FirstKernel,
     Relative,
+    RelativeOptions,
+    SliceOptions,
     Slices,
     Volumetric,
     doubling_spec,
@@ -28,30 +29,29 @@ from autoseg.networks.volumetric import (
     image_channels,
     opening_kernel,
     through_slices,
+    variant,
 )
-from autoseg.schema import Dimension, NetworkSpec, Option
+from autoseg.records import record
+from autoseg.schema import Dimension, NetworkSpec
 
-OPTIONS: dict[str, Option] = {
-    "norm": "batch",
-    "activation": "relu",
-    "dropout": 0.0,
-    "widen": True,
-    "first_kernel": 0,
-}
-"""widen: only the last convolution of an encoder stage has all its features, those before it half. dropout: of whole
-channels, behind each stage. first_kernel: edge of the kernel that reads the image; 0: that of its stage."""
 
-LIMITS: dict[str, Limits] = {
-    "norm": tuple(NORMS),
-    "activation": tuple(ACTIVATIONS),
-    "dropout": (0.0, 0.9),
-    "first_kernel": (0, 15),
-    "position": MODES,
-    **SLICE_LIMITS,
-}
+@record
+class UNet3dOptions(Options):
+    """`widen`: only the last convolution of an encoder stage has all its features, those before it half. `dropout`: of
+    whole channels, behind each stage."""
 
-RELATIVE_OPTIONS: dict[str, Option] = {**OPTIONS, "position": "add"}
-SLICE_UNET_OPTIONS: dict[str, Option] = {**OPTIONS, **SLICE_OPTIONS}
+    widen: bool = True
+    first_kernel: FirstKernel = 0
+
+
+@record
+class RelativeUNet3dOptions(UNet3dOptions, RelativeOptions):
+    """Those of the 3D U-Net that is told of its place."""
+
+
+@record
+class SliceUNet3dOptions(UNet3dOptions, SliceOptions):
+    """Those of the 3D U-Net of few slices."""
 
 
 def unet3d(
@@ -60,22 +60,22 @@ def unet3d(
     """`spec.encoder_blocks[i]` convolutions in stage i, after a pooling by `spec.strides[i]`; `spec.decoder_blocks[i]`
     in level i of the decoder. Raises ValueError for a specification that does not fit."""
     check_spec(spec)
-    options = read_options(spec, RELATIVE_OPTIONS if relative else OPTIONS, LIMITS)
-    convolve = partial(ConvNormAct, norm=options["norm"], activation=options["activation"])
-    first_kernel = opening_kernel(spec, options["first_kernel"])
+    options = read_options(RelativeUNet3dOptions if relative else UNet3dOptions, spec)
+    convolve = partial(ConvNormAct, norm=options.norm, activation=options.activation)
+    first_kernel = opening_kernel(spec, options.first_kernel)
 
     encoder: list[nn.Module] = []
     channels = in_channels
     for stage, features in enumerate(spec.features):
         kernel, stride, blocks = spec.kernels[stage], spec.strides[stage], spec.encoder_blocks[stage]
-        fewer = max(1, features // 2) if options["widen"] else features
+        fewer = max(1, features // 2) if options.widen else features
         pooled = max(stride) > 1
         parts: list[nn.Module] = [MAX_POOL[spec.dimension](stride, stride)] if pooled else []
         for block in range(blocks):
             width = features if block == blocks - 1 else fewer
             parts.append(convolve(channels, width, kernel if encoder or block else first_kernel))
             channels = width
-        encoder.append(nn.Sequential(*parts, *dropped(spec, options)))
+        encoder.append(nn.Sequential(*parts, *dropped(spec.dimension, options.dropout)))
 
     up, decoder = [], []
     for level, blocks in enumerate(spec.decoder_blocks):
@@ -84,7 +84,7 @@ def unet3d(
         up.append(TRANSPOSED[spec.dimension](below, below, stride, stride, bias=False))
         first = convolve(below + features if highways else below, features, kernel)
         others = (convolve(features, features, kernel) for _ in range(blocks - 1))
-        decoder.append(nn.Sequential(first, *others, *dropped(spec, options)))
+        decoder.append(nn.Sequential(first, *others, *dropped(spec.dimension, options.dropout)))
 
     network = (Relative if relative else Volumetric)(
         spec,
@@ -96,8 +96,8 @@ def unet3d(
         first_weight="encoder.0.0.0.weight",
         highways=highways,
     )
-    if relative:
-        network.position = position_of(options["position"], spec.dimension, spec.features[-1], spec.features[:-1])
+    if isinstance(options, RelativeUNet3dOptions):
+        network.position = position_of(options.position, spec.dimension, spec.features[-1], spec.features[:-1])
     initialise_he(network)
     return network
 
@@ -105,60 +105,66 @@ def unet3d(
 def slice_unet3d(spec: NetworkSpec, in_channels: int, heads: int) -> Slices:
     """The 3D U-Net on a few slices, without poolings between them; see `Slices`."""
     check_spec(spec)
-    options = read_options(spec, SLICE_UNET_OPTIONS, LIMITS)
-    channels = image_channels(spec, in_channels, options["context"])
-    return Slices(unet3d(through_slices(spec, "unet3d"), channels, heads), options["context"], options["reduce"])
+    options = read_options(SliceUNet3dOptions, spec)
+    channels = image_channels(spec, in_channels, options.context)
+    return Slices(unet3d(through_slices(spec, "unet3d"), channels, heads), options.context, options.reduce)
 
 
 def unet3d_spec(
-    name: str,
-    own_options: dict[str, Option],
     dimension: Dimension,
     *,
     size: str = "paper",
     stages: int = 4,
     width: int = 32,
-    **options: Option,
+    norm: str = "batch",
+    activation: str = "relu",
+    dropout: float = 0.0,
+    widen: bool = True,
+    first_kernel: int | None = None,
 ) -> NetworkSpec:
     """Of the paper: four stages of two convolutions, the first with 32 features. `size`: tiny, small or large, of two,
     three or five stages; large reads the image with a kernel of 5.
 
-    width: features of the first convolution, or of the first stage without `widen`. Raises ValueError for an unknown
-    size or option.
+    width: features of the first convolution. Raises ValueError for an unknown size.
     """
     if size not in ("paper", *SIZES):
         raise ValueError(f"size: choose one of paper, {', '.join(SIZES)}, found {size!r}")
     stages = SIZES.get(size, stages)
-    stated = {"first_kernel": 5 if size == "large" else 0} | options
-    first = width * 2 if stated.get("widen", own_options["widen"]) else width
-    spec = doubling_spec(
-        name,
+    first = 2 * width if widen else width
+    return doubling_spec(
+        "unet3d",
         dimension,
         features=[first * 2**stage for stage in range(stages)],
         kernel=3,
         encoder_blocks=(2,) * stages,
         decoder_blocks=(2,) * (stages - 1),
+        options={
+            "norm": norm,
+            "activation": activation,
+            "dropout": dropout,
+            "widen": widen,
+            "first_kernel": first_kernel if first_kernel is not None else 5 if size == "large" else 0,
+        },
     )
-    return with_options(spec, stated, own_options, LIMITS)
 
 
 SOURCE = "Cicek et al., MICCAI 2016"
 KNEE = "the knee-cartilage study of Imperial College"
 
-UNET3D = Architecture(build=unet3d, spec=partial(unet3d_spec, "unet3d", OPTIONS), source=SOURCE)
+UNET3D = Architecture(build=unet3d, spec=unet3d_spec, source=SOURCE)
 UNET3D_NOHIGHWAY = Architecture(
     build=partial(unet3d, highways=False),
-    spec=partial(unet3d_spec, "unet3d_nohighway", OPTIONS),
+    spec=variant(unet3d_spec, "unet3d_nohighway"),
     source=f"{SOURCE}, without skips as in {KNEE}",
 )
 RELATIVE_UNET3D = Architecture(
     build=partial(unet3d, relative=True),
-    spec=partial(unet3d_spec, "relative_unet3d", RELATIVE_OPTIONS),
+    spec=variant(unet3d_spec, "relative_unet3d", position="add"),
     source=f"{SOURCE}, with the position of {KNEE}",
 )
 SLICE_UNET3D = Architecture(
     build=slice_unet3d,
-    spec=partial(unet3d_spec, "slice_unet3d", SLICE_UNET_OPTIONS),
+    spec=variant(unet3d_spec, "slice_unet3d", context=5, reduce="mean"),
     source=f"{SOURCE}, on slices as in {KNEE}",
     dimensions=(2,),
 )

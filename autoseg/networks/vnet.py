@@ -12,21 +12,24 @@ batch norm and dropout of whole channels, SELU behind the strided convolutions, 
 
 from functools import partial
 from math import ceil
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from autoseg.networks.base import Architecture
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED
-from autoseg.networks.options import Limits, read_options, with_options
-from autoseg.networks.parts import ACTIVATIONS, NORMS, ConvNormAct, initialise_he
-from autoseg.networks.position import MODES, position_of
+from autoseg.networks.options import Options, read_options
+from autoseg.networks.parts import ACTIVATIONS, NORMS, ConvNormAct, choose, initialise_he
+from autoseg.networks.position import position_of
 from autoseg.networks.unet import check_spec
 from autoseg.networks.volumetric import (
     SIZES,
-    SLICE_LIMITS,
-    SLICE_OPTIONS,
+    FirstKernel,
     Relative,
+    RelativeOptions,
+    SliceOptions,
     Slices,
     Volumetric,
     doubling_spec,
@@ -34,10 +37,35 @@ from autoseg.networks.volumetric import (
     image_channels,
     opening_kernel,
     through_slices,
+    variant,
 )
+from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec, Option
 
-OPTIONS: dict[str, Option] = {
+
+@record
+class VNetOptions(Options):
+    """`down_activation`: behind the strided convolutions. `dropout`: of whole channels, behind each stage. `noise`:
+    standard deviation of what is added to the image in training."""
+
+    norm: str = "none"
+    activation: str = "prelu"
+    down_activation: str = "prelu"
+    noise: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    first_kernel: FirstKernel = 0
+
+
+@record
+class RelativeVNetOptions(VNetOptions, RelativeOptions):
+    """Those of the V-Net that is told of its place."""
+
+
+@record
+class SliceVNetOptions(VNetOptions, SliceOptions):
+    """Those of the V-Net of few slices."""
+
+
+PAPER: dict[str, Option] = {
     "norm": "none",
     "activation": "prelu",
     "down_activation": "prelu",
@@ -45,32 +73,15 @@ OPTIONS: dict[str, Option] = {
     "noise": 0.0,
     "first_kernel": 0,
 }
-"""down_activation: behind the strided convolutions. dropout: of whole channels, behind each stage. noise: standard
-deviation of what is added to the image in training. first_kernel: edge of the kernel that reads the image; 0: that of
-its stage."""
-
-KNEE_OPTIONS: dict[str, Option] = {
+KNEE_STUDY: dict[str, Option] = {
     "norm": "batch",
     "activation": "relu",
     "down_activation": "selu",
     "dropout": 0.25,
     "noise": 0.01,
+    "first_kernel": 0,
 }
-"""Those of the knee study. It calls its noise small; how small is not known."""
-
-LIMITS: dict[str, Limits] = {
-    "norm": tuple(NORMS),
-    "activation": tuple(ACTIVATIONS),
-    "down_activation": tuple(ACTIVATIONS),
-    "dropout": (0.0, 0.9),
-    "noise": (0.0, 10.0),
-    "first_kernel": (0, 15),
-    "position": MODES,
-    **SLICE_LIMITS,
-}
-
-RELATIVE_OPTIONS: dict[str, Option] = {**OPTIONS, "position": "add"}
-SLICE_VNET_OPTIONS: dict[str, Option] = {**OPTIONS, **SLICE_OPTIONS}
+"""The study calls its noise small; how small is not known."""
 
 
 class Noise(nn.Module):
@@ -108,15 +119,17 @@ def vnet(spec: NetworkSpec, in_channels: int, heads: int, *, relative: bool = Fa
     Raises ValueError for a specification that does not fit.
     """
     check_spec(spec)
-    options = read_options(spec, RELATIVE_OPTIONS if relative else OPTIONS, LIMITS)
-    axes, norm = spec.dimension, NORMS[options["norm"]]
-    convolve = partial(ConvNormAct, norm=options["norm"], activation=options["activation"])
-    biased = options["norm"] == "none"
+    options = read_options(RelativeVNetOptions if relative else VNetOptions, spec)
+    axes, biased = spec.dimension, options.norm == "none"
+    norm = choose(NORMS, options.norm, "norm")
+    activation = choose(ACTIVATIONS, options.activation, "activation")
+    down_activation = choose(ACTIVATIONS, options.down_activation, "down_activation")
+    convolve = partial(ConvNormAct, norm=options.norm, activation=options.activation)
 
     def stage(channels: int, features: int, kernels: list[tuple[int, ...]]) -> nn.Module:
         widths = (channels, *(features,) * len(kernels))
         convs = (convolve(a, b, kernel) for a, b, kernel in zip(widths, widths[1:], kernels))
-        return nn.Sequential(Stage(nn.Sequential(*convs), features), *dropped(spec, options))
+        return nn.Sequential(Stage(nn.Sequential(*convs), features), *dropped(axes, options.dropout))
 
     encoder: list[nn.Module] = []
     channels = in_channels
@@ -124,11 +137,11 @@ def vnet(spec: NetworkSpec, in_channels: int, heads: int, *, relative: bool = Fa
         kernels = [kernel] * blocks
         if encoder:
             down = CONVOLUTION[axes](channels, features, stride, stride, bias=biased)
-            parts = [down, norm(axes, features), ACTIVATIONS[options["down_activation"]](features)]
+            parts = [down, norm(axes, features), down_activation(features)]
             channels = features
         else:
-            parts = [Noise(options["noise"])]
-            kernels[0] = opening_kernel(spec, options["first_kernel"])
+            parts = [Noise(options.noise)]
+            kernels[0] = opening_kernel(spec, options.first_kernel)
         encoder.append(nn.Sequential(*parts, stage(channels, features, kernels)))
         channels = features
 
@@ -137,7 +150,7 @@ def vnet(spec: NetworkSpec, in_channels: int, heads: int, *, relative: bool = Fa
         features, stride = spec.features[level], spec.strides[level + 1]
         below = spec.features[-1] if level == len(spec.decoder_blocks) - 1 else 2 * spec.features[level + 1]
         rise = TRANSPOSED[axes](below, features, stride, stride, bias=biased)
-        up.append(nn.Sequential(rise, norm(axes, features), ACTIVATIONS[options["activation"]](features)))
+        up.append(nn.Sequential(rise, norm(axes, features), activation(features)))
         decoder.append(stage(2 * features, 2 * features, [spec.kernels[level]] * blocks))
 
     network = (Relative if relative else Volumetric)(
@@ -149,9 +162,9 @@ def vnet(spec: NetworkSpec, in_channels: int, heads: int, *, relative: bool = Fa
         features=2 * spec.features[0],
         first_weight="encoder.0.1.0.convs.0.0.weight",
     )
-    if relative:
+    if isinstance(options, RelativeVNetOptions):
         widths = [2 * features for features in spec.features[:-1]]
-        network.position = position_of(options["position"], axes, spec.features[-1], widths)
+        network.position = position_of(options.position, axes, spec.features[-1], widths)
     initialise_he(network)
     return network
 
@@ -159,52 +172,63 @@ def vnet(spec: NetworkSpec, in_channels: int, heads: int, *, relative: bool = Fa
 def slice_vnet(spec: NetworkSpec, in_channels: int, heads: int) -> Slices:
     """The V-Net on a few slices, without strides between them; see `Slices`."""
     check_spec(spec)
-    options = read_options(spec, SLICE_VNET_OPTIONS, LIMITS)
-    channels = image_channels(spec, in_channels, options["context"])
-    return Slices(vnet(through_slices(spec, "vnet"), channels, heads), options["context"], options["reduce"])
+    options = read_options(SliceVNetOptions, spec)
+    channels = image_channels(spec, in_channels, options.context)
+    return Slices(vnet(through_slices(spec, "vnet"), channels, heads), options.context, options.reduce)
 
 
 def vnet_spec(
-    name: str,
-    own_options: dict[str, Option],
     dimension: Dimension,
     *,
     size: str = "paper",
     width: int = 16,
-    **options: Option,
+    norm: str | None = None,
+    activation: str | None = None,
+    down_activation: str | None = None,
+    dropout: float | None = None,
+    noise: float | None = None,
+    first_kernel: int | None = None,
 ) -> NetworkSpec:
     """Of the paper: five stages of 1, 2, 3, 3 and 3 convolutions and 16 to 256 features, back by 3, 3, 2 and 1.
 
     size: tiny, small or large, of two, three or five stages, with the blocks of the knee study; large reads the image
-    with a kernel of 5. width: features of the first stage. Raises ValueError for an unknown size or option.
+    with a kernel of 5. width: features of the first stage. Raises ValueError for an unknown size.
     """
     if size not in ("paper", *SIZES):
         raise ValueError(f"size: choose one of paper, {', '.join(SIZES)}, found {size!r}")
-    stages = SIZES.get(size, 5)
-    spec = doubling_spec(
-        name,
+    paper, stages = size == "paper", SIZES.get(size, 5)
+    usual = PAPER if paper else KNEE_STUDY | {"first_kernel": 5 if size == "large" else 0}
+    stated = {
+        "norm": norm,
+        "activation": activation,
+        "down_activation": down_activation,
+        "dropout": dropout,
+        "noise": noise,
+        "first_kernel": first_kernel,
+    }
+    return doubling_spec(
+        "vnet",
         dimension,
         features=[width * 2**stage for stage in range(stages)],
-        kernel=5 if size == "paper" else 3,
-        encoder_blocks=(1, 2, 3, 3, 3) if size == "paper" else (2,) * stages,
-        decoder_blocks=(1, 2, 3, 3) if size == "paper" else (2,) * (stages - 1),
+        kernel=5 if paper else 3,
+        encoder_blocks=(1, 2, 3, 3, 3) if paper else (2,) * stages,
+        decoder_blocks=(1, 2, 3, 3) if paper else (2,) * (stages - 1),
+        options=usual | {key: value for key, value in stated.items() if value is not None},
     )
-    of_size = {} if size == "paper" else KNEE_OPTIONS | ({"first_kernel": 5} if size == "large" else {})
-    return with_options(spec, of_size | options, own_options, LIMITS)
 
 
 SOURCE = "Milletari et al., 3DV 2016"
 KNEE = "the knee-cartilage study of Imperial College"
 
-VNET = Architecture(build=vnet, spec=partial(vnet_spec, "vnet", OPTIONS), source=SOURCE)
+VNET = Architecture(build=vnet, spec=vnet_spec, source=SOURCE)
 RELATIVE_VNET = Architecture(
     build=partial(vnet, relative=True),
-    spec=partial(vnet_spec, "relative_vnet", RELATIVE_OPTIONS),
+    spec=variant(vnet_spec, "relative_vnet", position="add"),
     source=f"{SOURCE}, with the position of {KNEE}",
 )
 SLICE_VNET = Architecture(
     build=slice_vnet,
-    spec=partial(vnet_spec, "slice_vnet", SLICE_VNET_OPTIONS),
+    spec=variant(vnet_spec, "slice_vnet", context=5, reduce="mean"),
     source=f"{SOURCE}, on slices as in {KNEE}",
     dimensions=(2,),
 )

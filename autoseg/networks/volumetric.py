@@ -5,23 +5,50 @@ that gives the middle one. Both are variants of the knee-cartilage study of Impe
 large are in `SIZES`).
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from autoseg.networks.base import Network
 from autoseg.networks.blocks import CONVOLUTION
-from autoseg.networks.options import Limits
 from autoseg.networks.parts import DROPOUT
-from autoseg.networks.position import Position
+from autoseg.networks.position import Mode, Position
+from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec, Option
 
 SIZES = {"tiny": 2, "small": 3, "large": 5}
 """Resolution levels of the sizes of the knee study; features double from each to the next."""
+
+
+def _odd(number: int) -> int:
+    if number and number % 2 == 0:
+        raise ValueError("an odd number is needed")
+    return number
+
+
+FirstKernel = Annotated[int, Field(ge=0, le=15), AfterValidator(_odd)]
+"""Edge of the kernel that reads the image; 0: that of its stage."""
+
+
+@record
+class RelativeOptions:
+    """What networks have that are told of their place; see `position`."""
+
+    position: Mode = "add"
+
+
+@record
+class SliceOptions:
+    """What networks of few slices have; see `Slices`."""
+
+    context: Annotated[int, Field(ge=1, le=63), AfterValidator(_odd)] = 5
+    reduce: Literal["mean", "sum", "centre"] = "mean"
 
 
 class Volumetric(Network):
@@ -119,10 +146,6 @@ class Slices(Network):
         return logits.mean(2) if self.reduce == "mean" else logits.sum(2)
 
 
-SLICE_OPTIONS: dict[str, Option] = {"context": 5, "reduce": "mean"}
-SLICE_LIMITS: dict[str, Limits] = {"context": (1, 63), "reduce": ("mean", "sum", "centre")}
-
-
 def through_slices(spec: NetworkSpec, name: str) -> NetworkSpec:
     """The 3D specification inside a `Slices` network: nothing strides along the slices, kernels are cubes.
 
@@ -136,14 +159,12 @@ def through_slices(spec: NetworkSpec, name: str) -> NetworkSpec:
         dimension=3,
         strides=tuple((1, *stride) for stride in spec.strides),
         kernels=tuple((max(kernel), *kernel) for kernel in spec.kernels),
-        options={key: value for key, value in spec.options.items() if key not in SLICE_OPTIONS},
+        options={key: value for key, value in spec.options.items() if key not in ("context", "reduce")},
     )
 
 
 def image_channels(spec: NetworkSpec, in_channels: int, context: int) -> int:
     """Channels of the image, of whose slices there are `in_channels`. Raises ValueError if that does not come out."""
-    if context % 2 == 0:
-        raise ValueError(f"option context of the network {spec.name!r}: an odd number is needed, found {context}")
     if in_channels % context:
         raise ValueError(
             f"the network {spec.name!r} sees {context} slices of each channel; {in_channels} input channels are no "
@@ -153,20 +174,13 @@ def image_channels(spec: NetworkSpec, in_channels: int, context: int) -> int:
 
 
 def opening_kernel(spec: NetworkSpec, edge: int) -> tuple[int, ...]:
-    """The kernel that reads the image: that of the first stage, with `edge`, unless 0, for what is more than 1.
-
-    Raises ValueError for an even `edge`.
-    """
-    if not edge:
-        return spec.kernels[0]
-    if edge % 2 == 0:
-        raise ValueError(f"option first_kernel of the network {spec.name!r}: an odd number is needed, found {edge}")
-    return tuple(edge if own > 1 else 1 for own in spec.kernels[0])
+    """The kernel that reads the image: that of the first stage, with `edge`, unless 0, for what is more than 1."""
+    return tuple(edge if edge and own > 1 else own for own in spec.kernels[0])
 
 
-def dropped(spec: NetworkSpec, options: Mapping[str, Any]) -> list[nn.Module]:
-    """The dropout behind a stage, if there is one."""
-    return [DROPOUT[spec.dimension](options["dropout"])] if options["dropout"] else []
+def dropped(dimension: int, share: float) -> list[nn.Module]:
+    """The dropout behind a stage, of whole channels, if there is one."""
+    return [DROPOUT[dimension](share)] if share else []
 
 
 def doubling_spec(
@@ -177,6 +191,7 @@ def doubling_spec(
     kernel: int,
     encoder_blocks: Sequence[int],
     decoder_blocks: Sequence[int],
+    options: dict[str, Option],
 ) -> NetworkSpec:
     """A specification that halves all axes at every stage but the first, with one kernel everywhere."""
     stages = len(features)
@@ -188,4 +203,20 @@ def doubling_spec(
         kernels=((kernel,) * dimension,) * stages,
         encoder_blocks=tuple(encoder_blocks),
         decoder_blocks=tuple(decoder_blocks),
+        options=options,
     )
+
+
+def variant(spec: Callable[..., NetworkSpec], name: str, **own: Option) -> Callable[..., NetworkSpec]:
+    """What makes the specification of the variant `name`: `spec`, with options of its `own` beside those."""
+
+    def made(dimension: Dimension, **stated: Option) -> NetworkSpec:
+        further = {key: stated.pop(key, default) for key, default in own.items()}
+        plain = spec(dimension, **stated)
+        return replace(plain, name=name, options=plain.options | further)
+
+    plain = inspect.signature(spec)
+    more = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default) for key, default in own.items()]
+    # People may state them by name, so they can be listed.
+    made.__signature__ = plain.replace(parameters=[*plain.parameters.values(), *more])  # type: ignore[attr-defined]
+    return made
