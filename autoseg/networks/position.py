@@ -3,7 +3,7 @@
 `add` and `multiply` are those of the knee-cartilage study of Imperial College: the bottleneck is compressed to a few
 numbers, these and the position give one scalar, and that is added to the first up-sampled map, or scales it. (There the
 compressed maps are flattened; here they are averaged, so that patches of any size do.) A constant that is added is lost
-where each sample is normalised by itself, as instance norm does; it needs batch norm or none.
+where each sample is normalised by itself, as instance norm does, and batch norm in batches of one.
 
 `film` is the stronger form (Perez et al., AAAI 2018): scale and shift of every channel, computed from the position, on
 the result of every level of the decoder. No norm comes after the last of them.

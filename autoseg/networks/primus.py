@@ -190,7 +190,8 @@ class Primus(Network):
             self.projections.append(convolution(features, width, left, left))
         self.projection_scales = nn.Parameter(torch.full((len(self.projections),), 1e-5))
 
-        self.places = nn.Parameter(torch.zeros(width, *grid))
+        # With a batch of one: a layout of memory is for tensors of as many axes as an image.
+        self.places = nn.Parameter(torch.zeros(1, width, *grid))
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 width,
@@ -204,11 +205,11 @@ class Primus(Network):
         self.bands = width // options.attention_heads // (2 * axes)
 
         steps = [stride for stride in spec.strides if max(stride) > 1][::-1]
-        widths = decoder_widths(width, heads, len(steps))
+        falling = decoder_widths(width, heads, len(steps))
         self.decoder = nn.Sequential()
-        for before, after, step in zip(widths, widths[1:-1], steps):
+        for before, after, step in zip(falling, falling[1:-1], steps):
             self.decoder.extend((TRANSPOSED[axes](before, after, step, step), ChannelNorm(after), nn.GELU()))
-        self.head = Head(widths[-2], heads, steps[-1])
+        self.head = Head(falling[-2], heads, steps[-1])
         self._initialise()
 
     def scales_of(self, x: Tensor, all_scales: bool) -> list[Tensor]:
@@ -229,10 +230,10 @@ class Primus(Network):
         return [self.head(self.decoder(x))]
 
     def _places(self, grid: Sequence[int]) -> Tensor:
-        if tuple(self.places.shape[1:]) == tuple(grid):
+        if tuple(self.places.shape[2:]) == tuple(grid):
             return self.places
         mode = INTERPOLATION[len(grid)]
-        return F.interpolate(self.places[None], size=tuple(grid), mode=mode, align_corners=False)[0]
+        return F.interpolate(self.places, size=tuple(grid), mode=mode, align_corners=False)
 
     def _initialise(self) -> None:
         initialise(self)

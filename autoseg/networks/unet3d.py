@@ -97,6 +97,11 @@ def unet3d(
         highways=highways,
     )
     if isinstance(options, RelativeUNet3dOptions):
+        if options.position == "add" and options.norm == "instance":
+            raise ValueError(
+                f"the network {spec.name!r} would not notice its place: instance norm takes away what position=add "
+                "adds; choose position=film, or norm=batch"
+            )
         network.position = position_of(options.position, spec.dimension, spec.features[-1], spec.features[:-1])
     initialise_he(network)
     return network

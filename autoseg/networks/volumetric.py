@@ -47,7 +47,7 @@ class RelativeOptions:
 class SliceOptions:
     """What networks of few slices have; see `Slices`."""
 
-    context: Annotated[int, Field(ge=1, le=63), AfterValidator(_odd)] = 5
+    context: Annotated[int, Field(ge=1, le=31), AfterValidator(_odd)] = 5
     reduce: Literal["mean", "sum", "centre"] = "mean"
 
 
@@ -85,7 +85,8 @@ class Volumetric(Network):
         self.position: Position | None = None
 
     def scales_of(self, x: Tensor, all_scales: bool, position: Tensor | None = None) -> list[Tensor]:
-        """As `Network.scales_of`, of one scale. position (B, axes): see `Relative`."""
+        """As `Network.scales_of`, of one scale. position (B, axes): see `Relative`; None: centred."""
+        place = x.new_zeros(len(x), x.ndim - 2) if position is None else position.to(x)
         skips = []
         for stage in self.encoder:
             x = stage(x)
@@ -94,10 +95,10 @@ class Volumetric(Network):
         for level in reversed(range(len(self.up))):
             x = self.up[level](x)
             if self.position is not None and level == len(self.up) - 1:
-                x = self.position.enter(x, bottom, position)
+                x = self.position.enter(x, bottom, place)
             x = self.decoder[level](torch.cat((x, skips[level]), 1) if self.highways else x)
             if self.position is not None:
-                x = self.position.tune(x, level, position)
+                x = self.position.tune(x, level, place)
         return [self.head(x)]
 
 
@@ -109,12 +110,9 @@ class Relative(Volumetric):
     def forward(self, x: Tensor, all_scales: bool = False, position: Tensor | None = None) -> Tensor | list[Tensor]:
         """As `Network.forward`. position (B, axes): in plan order, -1 where the patch begins the image and 1 where it
         ends it, 0 where it is centred or fills it; None: centred, all of them. ValueError for another shape."""
-        if position is None:
-            position = x.new_zeros(len(x), x.ndim - 2)
-        if position.shape != (len(x), x.ndim - 2):
+        if position is not None and position.shape != (len(x), x.ndim - 2):
             raise ValueError(f"position: {(len(x), x.ndim - 2)} numbers are needed, found {tuple(position.shape)}")
-        placed = position.to(x)
-        return self.at_any_size(x, all_scales, lambda image, scales: self.scales_of(image, scales, placed))
+        return self.at_any_size(x, all_scales, lambda image, scales: self.scales_of(image, scales, position))
 
 
 class Slices(Network):
