@@ -249,7 +249,7 @@ def test_without_highways_fine_detail_is_learnt_less_well():
     assert without < with_them - 0.05
 
 
-@pytest.mark.parametrize(("name", "options"), [("vnet", {}), ("vnet", {"size": "tiny"}), ("relative_unet3d", {})])
+@pytest.mark.parametrize(("name", "options"), [("vnet", {}), ("vnet", {"size": "small"}), ("relative_unet3d", {})])
 def test_fine_detail_is_learnt(name, options):
     assert dice_learnt(name, **options) > 0.95
 
