@@ -20,14 +20,18 @@ from autoseg.networks.base import Architecture
 from autoseg.networks.deeplab import DEEPLABV3PLUS
 from autoseg.networks.fc_densenet import FC_DENSENET56, FC_DENSENET67, FC_DENSENET103
 from autoseg.networks.fcn import FCN_RESNET50, FCN_RESNET101
+from autoseg.networks.mednext import MEDNEXT
 from autoseg.networks.multires_unet import MULTIRES_UNET
+from autoseg.networks.primus import PRIMUS_V3
 from autoseg.networks.r2_unet import R2_ATTENTION_UNET, R2_UNET
 from autoseg.networks.resenc import RESENC
 from autoseg.networks.resnet_unet import RESNET34_UNET
 from autoseg.networks.segnet import SEGNET
 from autoseg.networks.unet import UNET
+from autoseg.networks.unet3d import RELATIVE_UNET3D, SLICE_UNET3D, UNET3D, UNET3D_NOHIGHWAY
 from autoseg.networks.unet_vanilla import UNET_VANILLA
 from autoseg.networks.unetpp import UNETPP
+from autoseg.networks.vnet import RELATIVE_VNET, SLICE_VNET, VNET
 from autoseg.records import AutosegError
 from autoseg.schema import NetworkSpec
 
@@ -50,6 +54,15 @@ NETWORKS: dict[str, Architecture] = {
     "fcn_resnet50": FCN_RESNET50,
     "fcn_resnet101": FCN_RESNET101,
     "deeplabv3plus": DEEPLABV3PLUS,
+    "unet3d": UNET3D,
+    "unet3d_nohighway": UNET3D_NOHIGHWAY,
+    "relative_unet3d": RELATIVE_UNET3D,
+    "slice_unet3d": SLICE_UNET3D,
+    "vnet": VNET,
+    "relative_vnet": RELATIVE_VNET,
+    "slice_vnet": SLICE_VNET,
+    "mednext": MEDNEXT,
+    "primus_v3": PRIMUS_V3,
 }
 
 
