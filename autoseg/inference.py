@@ -8,7 +8,7 @@ Source: nnU-Net (Isensee et al., Nature Methods 2021).
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import ceil, prod
 from typing import NamedTuple
@@ -71,6 +71,7 @@ def predict_logits(
     *,
     patch: Sequence[int],
     heads: int,
+    context: int = 1,
     step: float = 0.5,
     mirror_axes: Sequence[int] = (),
     swap: Swap | None = None,
@@ -84,6 +85,8 @@ def predict_logits(
     networks: in evaluation mode on `device`, from (B, C, *patch) to (B, heads, *patch). They share the tiles.
     patch: size of a tile in voxels, (Z, Y, X), or (Y, X) for 2D networks, which see every slice of Z by itself. An
     image smaller than it is padded with zeros on both sides, the odd voxel at the end.
+    context: slices of Z that a 2D network sees, odd; its own is the middle one of (B, C * context, *patch), channel by
+    channel with the slices side by side. Beyond both ends of Z they are zero, as in training and beside a small image.
     step: distance between tiles as a share of the patch, at most. mirror_axes: positions in `patch`; all their
     combinations are flipped, predicted and flipped back. swap: what trades places then; None: nothing.
     tile_batch: tiles (or mirrored views of one) in a call.
@@ -97,12 +100,16 @@ def predict_logits(
             f"inference needs one network or more, an image (C, Z, Y, X), a patch of 2 or 3 sizes and a positive "
             f"tile_batch; found {len(networks)}, {tuple(image.shape)}, {tuple(patch)}, {tile_batch}"
         )
+    if context % 2 == 0 or context < 1 or (context > 1 and len(patch) == 3):
+        raise ValueError(f"2D networks see an odd number of slices, 3D ones have no context; found {context}, {patch}")
     if swap is not None and (len(swap.channels), len(swap.heads)) != (len(image), heads):
         raise ValueError(
             f"swap orders {len(swap.channels)} channels and {len(swap.heads)} heads, not {len(image)}, {heads}"
         )
     if not set(mirror_axes) <= set(range(len(patch))):
         raise ValueError(f"mirror_axes are positions in the patch {tuple(patch)}, found {tuple(mirror_axes)}")
+    if swap is not None and context > 1:
+        swap = replace(swap, channels=tuple(c * context + k for c in swap.channels for k in range(context)))
     device = torch.device(device)
     window = (1,) * (3 - len(patch)) + tuple(patch)
     size = tuple(image.shape[1:])
@@ -111,6 +118,8 @@ def predict_logits(
     starts = [tile_starts(edge, length, step) for edge, length in zip(padded, window)]
     if len(patch) == 2:
         starts[0] = tuple(range(padded[0]))
+    reach = context // 2
+    image = F.pad(image, (0, 0, 0, 0, reach, reach)) if reach else image
     weights = [tile_weights(*along) for along in zip(starts, padded, window)]
     flips = [
         _Flip(axes, swap if swap is not None and swap.axis in axes else None)
@@ -128,8 +137,9 @@ def predict_logits(
                 tuple(slice(along[i], along[i] + edge) for along, i, edge in zip(starts, tile, window))
                 for tile in group
             ]
-            # Cut (B, C, *window) and, in 2D, drop the axis of length 1 in front of the patch.
-            batch = torch.stack([image[:, *box] for box in boxes]).to(device).reshape(len(group), -1, *patch)
+            # Cut (B, C, *window) and, in 2D, join the axis in front of the patch, which is `context` long, to C.
+            seen = [image[:, z.start : z.stop + 2 * reach, y, x] for z, y, x in boxes]
+            batch = torch.stack(seen).to(device).reshape(len(group), -1, *patch)
             views = max(1, tile_batch // len(group))
             mean = _mean_logits(networks, batch, flips, views, (len(group), heads, *patch))
             for tile, box, of_tile in zip(group, boxes, mean):

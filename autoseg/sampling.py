@@ -231,11 +231,12 @@ class Sampler:
                     # A child stream: how much the patches draw does not move what the transforms draw.
                     child = generator(self.seed, self.stream, step).spawn(1)[0]
                     draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0])
-                source = grow(box, draws.source_shape(sample))
+                shape = draws.source_shape(sample)
+                source = grow(box, shape)
                 if sample in own:
-                    arrays.append(cut_sources(case, source, len(self.patch)))
+                    arrays.append(cut_sources(case, source, len(shape)))
                 if sample in own and self.prior is not None:
-                    priors.append(cut_source(self.prior.maps(name), source, len(self.patch), 0).short())
+                    priors.append(cut_source(self.prior.maps(name), source, len(shape), 0).short())
             except Exception as error:
                 raise AutosegError(f"loading a patch of case {name} failed: {type(error).__name__}: {error}") from error
             patches.append(Patch(case=name, box=box, forced_foreground=foreground))
@@ -261,7 +262,7 @@ class Sampler:
             masks = to_masks(priors, self.prior.foreground)
             if sources.prior_draws is not None:
                 masks = corrupt(masks, sources.prior_draws)
-            image = torch.cat([image, masks], dim=1)
+            image = torch.cat([image, masks.reshape(len(masks), -1, *self.patch)], dim=1)
         annotated = None
         if self.annotated is not None:
             annotated = torch.tensor([self.annotated[patch.case] for patch in sources.patches[self.own]], device=device)

@@ -301,6 +301,7 @@ def make_parts(
                 dimension=configuration.dimension,
                 masked=masked,
                 flips=plan.flips(configuration),
+                context=configuration.context,
             ),
             seed=recipe.seed,
             stream=stream,
