@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoseg.records import AutosegError
+from autoseg.volume import relative_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def tile_weights(starts: Sequence[int], size: int, patch: int) -> Tensor:
 
 
 def predict_logits(
-    networks: Sequence[Callable[[Tensor], Tensor]],
+    networks: Sequence[Callable[..., Tensor]],
     image: Tensor,
     *,
     patch: Sequence[int],
@@ -82,7 +83,8 @@ def predict_logits(
 ) -> Tensor:
     """Image (C, Z, Y, X) -> logits (K, Z, Y, X), float32 on the CPU: the mean over all networks and mirrored views.
 
-    networks: in evaluation mode on `device`, from (B, C, *patch) to (B, heads, *patch). They share the tiles.
+    networks: in evaluation mode on `device`, from (B, C, *patch) to (B, heads, *patch). They share the tiles. One with
+    an attribute `takes_position` that is true is called with `position` too, as in training (`sampling.Batch`).
     patch: size of a tile in voxels, (Z, Y, X), or (Y, X) for 2D networks, which see every slice of Z by itself. An
     image smaller than it is padded with zeros on both sides, the odd voxel at the end.
     context: slices of Z that a 2D network sees, odd; its own is the middle one of (B, C * context, *patch), channel by
@@ -141,7 +143,9 @@ def predict_logits(
             seen = [image[:, z.start : z.stop + 2 * reach, y, x] for z, y, x in boxes]
             batch = torch.stack(seen).to(device).reshape(len(group), -1, *patch)
             views = max(1, tile_batch // len(group))
-            mean = _mean_logits(networks, batch, flips, views, (len(group), heads, *patch))
+            places = [[relative_place(s.start, *of) for s, *of in zip(box, window, padded)] for box in boxes]
+            position = torch.tensor(places)[:, -len(patch) :]
+            mean = _mean_logits(networks, batch, position, flips, views, (len(group), heads, *patch))
             for tile, box, of_tile in zip(group, boxes, mean):
                 z, y, x = (along[i].to(logits.device) for along, i in zip(weights, tile))
                 of_tile = of_tile.reshape(heads, *window).to(logits.device)
@@ -163,6 +167,11 @@ class _Flip(NamedTuple):
         batch = batch if self.swap is None else batch[:, self.swap.channels]
         return batch.flip([axis + 2 for axis in self.axes])
 
+    def moved(self, position: Tensor) -> Tensor:
+        """Positions (B, axes) of the tiles in the mirror image of the whole."""
+        signs = [-1.0 if axis in self.axes else 1.0 for axis in range(position.shape[1])]
+        return position * position.new_tensor(signs)
+
     def back(self, logits: Tensor) -> Tensor:
         """Logits (B, K, *patch) of that view where they belong."""
         logits = logits if self.swap is None else logits[:, self.swap.heads]
@@ -170,19 +179,25 @@ class _Flip(NamedTuple):
 
 
 def _mean_logits(
-    networks: Sequence[Callable[[Tensor], Tensor]],
+    networks: Sequence[Callable[..., Tensor]],
     batch: Tensor,
+    position: Tensor,
     flips: Sequence[_Flip],
     views: int,
     expected: tuple[int, ...],
 ) -> Tensor:
-    """Mean logits (B, K, *patch) of tiles (B, C, *patch) over networks and flips, `views` flips in one call."""
+    """Mean logits (B, K, *patch) of tiles (B, C, *patch) at `position` (B, axes) over networks and flips.
+
+    There are `views` flips in one call.
+    """
     total = torch.zeros(expected, device=batch.device)
     for first in range(0, len(flips), views):
         chosen = flips[first : first + views]
         flipped = torch.cat([flip.forth(batch) for flip in chosen])
+        moved = torch.cat([flip.moved(position) for flip in chosen])
         for network in networks:
-            parts = network(flipped).chunk(len(chosen))
+            where = {"position": moved.to(batch.device)} if getattr(network, "takes_position", False) else {}
+            parts = network(flipped, **where).chunk(len(chosen))
             if parts[0].shape != expected:
                 raise ValueError(f"the network gave {tuple(parts[0].shape)} for {tuple(batch.shape)}, not {expected}")
             for flip, part in zip(chosen, parts):

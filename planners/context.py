@@ -36,13 +36,20 @@ def with_context(plan: Plan, slices: int, asked: Sequence[str] = ()) -> Plan:
             f"{option} is for {' and '.join(sorted(planar))}, and only {', '.join(asked)} is asked for; add "
             f"-c {min(planar)}, or leave out --context"
         )
-    made = tuple(replace(c, context=slices) if c.name in planar else c for c in plan.configurations)
+    made = tuple(_seeing(c, slices) if c.name in planar else c for c in plan.configurations)
     reasons = [_reason(plan, configuration) for configuration in made if configuration.name in planar]
     return replace(plan, configurations=made, reasons=(*plan.reasons, *reasons))
 
 
+def _seeing(configuration: Configuration, slices: int) -> Configuration:
+    network = configuration.network
+    if "context" in network.options:
+        network = replace(network, options=network.options | {"context": slices})
+    return replace(configuration, context=slices, network=network)
+
+
 def _reason(plan: Plan, configuration: Configuration) -> Reason:
-    channels, single = plan.in_channels(configuration), plan.in_channels(replace(configuration, context=1))
+    channels, single = plan.in_channels(configuration), plan.in_channels(_seeing(configuration, 1))
     more = (channels - single) * math.prod(configuration.patch)
     return Reason(
         decision=f"{configuration.name}: context",

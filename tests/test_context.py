@@ -374,6 +374,28 @@ def test_a_2d_network_goes_on_with_neighbours_as_it_was():
     torch.testing.assert_close(strange[entry], expected)
 
 
+@pytest.mark.parametrize("context", [3, 5, 7])
+def test_only_the_first_convolution_is_another(context):
+    made = plan(flat(context), channels=("a", "b"))
+    with torch.device("meta"):
+        alone, near = (build(flat().network, count, 3) for count in (2, made.in_channels(flat(context))))
+    shapes = [{name: tuple(t.shape) for name, t in one.state_dict().items()} for one in (alone, near)]
+    other = {name for name in shapes[0] if shapes[0][name] != shapes[1][name]}
+    assert other == {near.first_weight} and shapes[0].keys() == shapes[1].keys()
+    features, _, *kernel = shapes[0][near.first_weight]
+    assert shapes[1][near.first_weight] == (features, 2 * context, *kernel)
+
+
+def test_a_network_that_is_told_of_its_slices_is_told_the_right_number():
+    spec = replace(flat().network, options={"context": 5})
+    with pytest.raises(ValueError, match="told of 5 slices in its options, and context is 3"):
+        replace(flat(3), network=spec)
+    made = fresh_plan()
+    told = replace(flat(5), network=spec)
+    changed = with_context(replace(made, configurations=(told,)), 3).configurations[0]
+    assert changed.context == 3 and changed.network.options == {"context": 3}
+
+
 NAME = "Dataset007_Balls"
 SMALL = {
     "configurations.2d.patch": [16, 16],

@@ -35,6 +35,10 @@ class Drawn(Protocol):
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         ...
 
+    def is_mirrored(self, sample: int) -> tuple[bool, ...]:
+        """Which axes of the patch are reversed in sample number `sample`; AutosegError if it cannot be told."""
+        ...
+
     def part(self, samples: slice) -> "Drawn":
         """What was drawn for these samples of the batch."""
         ...

@@ -87,6 +87,10 @@ class Draws:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         return geometry.source_shape(self.affine[sample], self.patch)
 
+    def is_mirrored(self, sample: int) -> tuple[bool, ...]:
+        """Which axes of the patch are reversed in sample number `sample`."""
+        return tuple(self.mirrored[sample].tolist())
+
     def part(self, samples: slice) -> "Draws":
         """What was drawn for these samples of the batch."""
         arrays: dict[str, Any] = {

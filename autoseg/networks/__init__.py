@@ -3,8 +3,9 @@
 A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
 `forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
 list of logits, highest resolution first, that shrink by `scales` of the module, or where it has none by
-`spec.strides`; a list of one is allowed. Naming a module imports it: a plan that does so is as trustworthy as the code
-beside it.
+`spec.strides`; a list of one is allowed. One with an attribute `takes_position` that is true is called with `position`
+too: where in its image each patch lies, (B, axes) float32 from -1 to 1 along each axis, 0 in the middle. Naming a
+module imports it: a plan that does so is as trustworthy as the code beside it.
 """
 
 import inspect

@@ -30,7 +30,8 @@ class Network(nn.Module):
     heads_prefixes: tuple[str, ...] = ("heads.",)
     """What names of tensors that give logits, (heads, ...), begin with."""
     takes_position: bool = False
-    """Whether `forward` needs to know where in its image a patch lies."""
+    """Whether `forward` is called with `position`: where in its image each patch lies, see `sampling.Batch`. It takes
+    None for the middle."""
 
     def scales_of(self, x: Tensor, all_scales: bool) -> Sequence[Tensor]:
         """Images (B, C, *spatial), of a fitting size -> logits (B, heads, *spatial / scale), highest resolution first.
