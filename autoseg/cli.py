@@ -78,6 +78,9 @@ def plan_and_preprocess_verb(
     like: Annotated[
         Path | None, typer.Option(help="Take over the plan of this model (a file or a fold folder), for fine-tuning.")
     ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="3|5|7", help="Slices that 2d sees, to label the middle one [1].")
+    ] = None,
     plan: PlanOption = "default",
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
@@ -107,6 +110,7 @@ def plan_and_preprocess_verb(
             preset=preset or "unet",
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
+            context=context,
             like=like,
             configurations=tuple(configurations or ()),
             group_by=group_by,

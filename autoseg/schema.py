@@ -18,6 +18,9 @@ Dimension = Literal[2, 3]
 Option = bool | int | float | str | tuple[int, ...]
 """What an option of a network or a loss may be."""
 
+MOST_CONTEXT = 31
+"""Slices that a 2D network may see at once; half of them are padded to both ends of an image."""
+
 Orientation = Literal["canonical", "file", "ras"]
 """Which axes the networks see: the canonical ones (left-posterior-superior), those of each file as they are stored, or
 right-anterior-superior. Plans made here are canonical; the others are those of imported models."""
@@ -138,6 +141,15 @@ class Configuration:
     prepared: str
     """The configuration whose prepared cases are read; its own name unless data are shared."""
 
+    def __post_init__(self) -> None:
+        if self.context % 2 == 0 or self.context > MOST_CONTEXT:
+            raise ValueError(f"context is an odd number of slices up to {MOST_CONTEXT}, found {self.context}")
+        if self.context > 1 and self.dimension == 3:
+            raise ValueError(f"context is for 2D networks; {self.name} is 3D and sees its neighbouring slices anyway")
+        # A network that treats slices in a way of its own has to be told how many there are.
+        if (told := self.network.options.get("context", self.context)) != self.context:
+            raise ValueError(f"the network is told of {told} slices in its options, and context is {self.context}")
+
 
 @record
 class Reason:
@@ -174,6 +186,8 @@ class Plan:
     """Configuration (and `channels`, and `plan`: the rest) -> hash as it was planned; any other one: edited by hand."""
 
     def __post_init__(self) -> None:
+        if self.dimension == 2 and any(configuration.context > 1 for configuration in self.configurations):
+            raise ValueError("context is for slices of 3D images; 2D images have no neighbouring slices")
         if not self.mirroring.swapped:
             return
         try:

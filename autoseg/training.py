@@ -88,11 +88,12 @@ def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
         annotated=batch.annotated,
         part=Part(share=len(batch.image) / len(batch.patches), total=parts.team.total),
     )
+    where = {} if batch.position is None else {"position": batch.position}
     with autocast(parts.tuning, parts.device):
         if not parts.recipe.deep_supervision:
-            logits = parts.network(batch.image)
+            logits = parts.network(batch.image, **where)
             return loss(logits, batch.labels), logits
-        scales = parts.network(batch.image, all_scales=True)
+        scales = parts.network(batch.image, all_scales=True, **where)
         return deep_supervision(loss, scales, scale_targets(batch.labels, parts.scales)), scales[0]
 
 

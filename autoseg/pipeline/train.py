@@ -287,6 +287,13 @@ def make_parts(
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
     network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads)
+    asks = getattr(network, "takes_position", False)
+    if asks and configuration.mirror_axes is None:
+        raise AutosegError(
+            f"the network {configuration.network.name} learns what differs from place to place, and in a mirror image "
+            "places differ otherwise; say in the plan that there are none, with plan_and_preprocess --set "
+            f"'configurations.{configuration.name}.mirror_axes=[]', or name the axes along which there may be some"
+        )
     # A checkpoint holds what became of them.
     if run.pretrained is not None and not checkpoints(folder):
         begin_with(network, run, configuration, folder)
@@ -315,11 +322,13 @@ def make_parts(
                 dimension=configuration.dimension,
                 masked=masked,
                 flips=plan.flips(configuration),
+                context=configuration.context,
             ),
             seed=recipe.seed,
             stream=stream,
             prior=prior(corrupted),
             annotated=flags,
+            positions=asks,
             team=team,
         )
 
