@@ -23,12 +23,12 @@ OPTIONS = {
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
-        "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "device", "pretrained",
+        "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "loss", "device", "pretrained",
         "validate_only", "num_gpus", "plan", "run", "recipe", "workspace", "set_", "help_fields",
     },
     "fit": {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
-        "test_fraction", "seed", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
+        "test_fraction", "seed", "loss", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
     },
     "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {

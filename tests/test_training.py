@@ -15,6 +15,7 @@ from autoseg.computing import safe_base
 from autoseg.evaluation.plots import training_curves
 from autoseg.history import read_metrics
 from autoseg.labels import Labels
+from autoseg.losses import make_loss
 from autoseg.networks import build, output_scales
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
@@ -68,7 +69,7 @@ def parts(tmp_path, run="run", augmentation="default", tuning=None, team=ALONE, 
         recipe=made,
         labels=LABELS,
         scales=output_scales(network, spec),
-        batch_dice=False,
+        loss=make_loss(made.loss, labels=LABELS, batch_dice=False),
         device=torch.device("cpu"),
         folder=tmp_path / run,
         tuning=replace(safe_base(torch.device("cpu")), **(tuning or {})),
