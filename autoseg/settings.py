@@ -63,7 +63,9 @@ def parse_sum(text: str) -> tuple[tuple[float, str, dict[str, Any]], ...]:
         except ValueError:
             weight = 0.0
         if not 0 < weight < math.inf:
-            raise AutosegError(f"{text!r}: {factor.strip()!r} is no number above 0; write a term as 0.5*name(key=value)")
+            raise AutosegError(
+                f"{text!r}: {factor.strip()!r} is no number above 0; write a term as 0.5*name(key=value)"
+            )
         terms.append((weight, *parse_call(call)))
     return tuple(terms)
 

@@ -1,9 +1,9 @@
 """Losses of segmentation by name, sums of them, and deep supervision over decoder scales.
 
 `make_loss("dice+focal(gamma=2)", ...)` reads what a recipe says: terms joined by +, each with a factor in front if
-need be (`0.5*ce+tversky(alpha=0.3,beta=0.7)`). A term is a key of LOSSES or a loss of your own, `package.module:Name`: a
-function that is called as `dice_ce` is, with options of its own as keywords with defaults, which are set the same way.
-For one called `weights` the weights of classes by median frequency are filled in, unless they are given. Naming a
+need be (`0.5*ce+tversky(alpha=0.3,beta=0.7)`). A term is a key of LOSSES or a loss of your own, `package.module:Name`:
+a function that is called as `dice_ce` is, with options of its own as keywords with defaults, which are set the same
+way. For one called `weights` the weights of classes by median frequency are filled in, unless they are given. Naming a
 module imports it: a recipe that does so is as trustworthy as the code beside it.
 
 `dice_ce` is the default, and the fastest and smallest: its gradient is written down. The others leave theirs to
@@ -178,7 +178,7 @@ def _own(name: str) -> Loss:
             f"the loss {name} must take {', '.join(Given.__annotations__)} by keyword, as autoseg.losses.dice_ce does, "
             f"and have a default for each option of its own ({error})"
         ) from error
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _try(what: str, loss: Loss, labels: Labels, dimension: int) -> None:

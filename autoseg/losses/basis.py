@@ -141,7 +141,7 @@ class Samples:
         return kept + (self.part.total(own) - own)  # the derivative by a sum of this part is that by the whole sum
 
     def mean_over_classes(self, scores: Tensor) -> Tensor:
-        """Mean of scores (B or 1, F), made from `pooled` sums, over the classes that count: this part's contribution."""
+        """Mean of scores (B or 1, F), of `pooled` sums, over the classes that count: this part's contribution."""
         if not self.batch_dice:
             return (scores * self.counted).sum() / self.part.total(self.counted.sum()).clamp(min=1)
         counted = (self.part.total(self.counted.sum(0, keepdim=True)) > 0).to(scores.dtype)
@@ -164,10 +164,11 @@ def prepare(
     exclusive = labels is None or labels.exclusive
     kind = torch.promote_types(logits.dtype, torch.float32)
     logits, target = logits.to(kind), target.long()
-    if labels is None:
-        members, indices = tuple((k,) for k in range(1, logits.shape[1])), logits.shape[1]
-    else:
-        members, indices = labels.members, len(labels.known)
+    heads = logits.shape[1]
+    members: tuple[tuple[int, ...], ...] = tuple((index,) for index in range(1, heads))
+    if labels is not None:
+        members = labels.members
+    indices = heads if labels is None else len(labels.known)
     counted = logits.new_ones(len(logits), len(members))
     if annotated is not None:
         counted = counted * annotated

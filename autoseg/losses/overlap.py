@@ -27,9 +27,7 @@ def dice_squared(logits: Tensor, target: Tensor, **given: Unpack[Given]) -> Tens
     return -samples.mean_over_classes((2 * hit + SMOOTH) / (squares + present + SMOOTH))
 
 
-def tversky(
-    logits: Tensor, target: Tensor, *, alpha: float = 0.3, beta: float = 0.7, **given: Unpack[Given]
-) -> Tensor:
+def tversky(logits: Tensor, target: Tensor, *, alpha: float = 0.3, beta: float = 0.7, **given: Unpack[Given]) -> Tensor:
     """1 - Tversky index: from 0 (perfect) to 1; with alpha = beta = 0.5 it is 1 - Dice.
 
     The index is hit / (hit + alpha sum(p (1 - g)) + beta sum((1 - p) g)) with hit = sum(p g), smoothed as Dice is

@@ -9,12 +9,13 @@ from autoseg.losses.basis import SMOOTH, Given, per_class, prepare, require
 
 
 def cldice(logits: Tensor, target: Tensor, *, iterations: int = 3, **given: Unpack[Given]) -> Tensor:
-    """1 - clDice on soft skeletons: from 0 (perfect) to 1; use it with a loss of overlap, `dice_ce+cldice`.
+    """1 - clDice on soft skeletons: from 0 (perfect) to 1; use it with a loss of overlap.
 
     The harmonic mean of how much of the skeleton of the prediction lies in the truth, and of that of the truth in the
-    prediction (Shit et al., CVPR 2021), smoothed as Dice is. iterations: of erosion, as many as the radius of the
-    thickest structure in voxels. Arguments and means over classes as in `dice_ce`; ignored voxels are cut out. By
-    automatic differentiation: about eight buffers of the size of the logits an iteration, and as many before the first.
+    prediction (Shit et al., CVPR 2021), smoothed as Dice is. A plain has no ridge, hence no skeleton, so it says nothing
+    of one: `dice_ce+cldice`. iterations: of erosion, as many as the radius of the thickest structure in voxels.
+    Arguments and means over classes as in `dice_ce`; ignored voxels are cut out. By automatic differentiation: about
+    eight buffers of the size of the logits an iteration, and as many before the first.
     """
     require(iterations >= 0, f"iterations must not be negative, not {iterations}")
     samples = prepare(logits, target, **given)

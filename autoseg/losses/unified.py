@@ -27,9 +27,9 @@ def unified_focal(
     """Weight times focal cross-entropy, plus 1 - weight times focal Tversky: from 0 (perfect) up.
 
     The first is the mean over voxels of -delta log(p) where the truth is a class or region, and elsewhere of
-    -(1 - delta) (1 - p)^gamma log(p). The second is the mean over classes of (1 - T)^(1 - gamma), where the Tversky index
-    T weighs false negatives by delta and false positives by 1 - delta; the background has no part in it, as in all
-    overlaps here.
+    -(1 - delta) (1 - p)^gamma log(p). The second is the mean over classes of (1 - T)^(1 - gamma), where the Tversky
+    index T weighs false negatives by delta and false positives by 1 - delta; the background has no part in it, as in
+    all overlaps here.
     """
     require(0 <= weight <= 1 and 0 < delta < 1, f"weight {weight} and delta {delta} must lie between 0 and 1")
     require(0 <= gamma < 1, f"gamma must be from 0 up and below 1, not {gamma}")

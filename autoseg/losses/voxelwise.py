@@ -32,8 +32,9 @@ def weighted_ce(
     """Cross-entropy with a weight a class: from 0 (perfect) up; without weights median-frequency ones of the data.
 
     weights: one a class, background first. A voxel weighs as much as its class; the mean is weighted too, so only
-    their ratios matter. Of a region its voxels weigh as much as itself, all others as the background. By median frequency
-    (Eigen and Fergus, ICCV 2015) they come from the fingerprint, through `make_loss`; called without, it is an error.
+    their ratios matter. Of a region its voxels weigh as much as itself, all others as the background. By median
+    frequency (Eigen and Fergus, ICCV 2015) they come from the fingerprint, through `make_loss`; called without, it is
+    an error.
     """
     samples = prepare(logits, target, **given)
     if weights is None:
