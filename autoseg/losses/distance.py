@@ -7,7 +7,8 @@ Ignored voxels are not of the class, as far as distances go, and have no term.
 
 Both are means over voxels and classes, whatever `batch_dice` is; other arguments as in `dice_ce`. Both need a loss of
 overlap beside them, which says something where a class is not: `dice_ce+0.1*boundary`, `dice_ce+0.01*hausdorff`. By
-automatic differentiation: about six buffers of the size of the logits, and time that grows with the edges of the patch.
+automatic differentiation: about six buffers of the size of the logits; the time
+grows with the edges of the patch.
 """
 
 from typing import Unpack

@@ -4,7 +4,7 @@ False positives weigh `alpha` and false negatives `beta` in all of them. Papers 
 Salehi et al. (MLMI 2017); Abraham and Khan (ISBI 2019) have them the other way round.
 
 Arguments as in `dice_ce`. Means are over classes and samples as there, over pooled sums with `batch_dice`. By automatic
-differentiation, which holds about four buffers of the size of the logits.
+differentiation, which holds three to four buffers of the size of the logits.
 """
 
 from typing import Unpack

@@ -7,7 +7,7 @@ softmax's too, never a sigmoid of single logits, which would be no probability t
 foreground class `bce` is `ce`, and `focal` is `categorical_focal`; for regions they are the same anyway.
 
 Arguments as in `dice_ce`, of which `batch_dice` changes nothing. By automatic differentiation: about three buffers of
-the size of the logits, `bce` and `focal` of several classes about eight.
+the size of the logits, `bce` and `focal` of several classes about eleven.
 """
 
 from collections.abc import Sequence
