@@ -18,6 +18,7 @@ from autoseg.losses import (
     make_loss,
     scale_targets,
 )
+from autoseg.losses.basis import table
 from autoseg.records import AutosegError
 
 OF_VOXELS_ALONE = {name for name in LOSSES if name not in ("boundary", "hausdorff", "cldice")}
@@ -149,6 +150,19 @@ def test_at_every_scale_of_a_decoder(name):
     parts = [loss(*pair) for pair in zip(scales, targets)]
     torch.testing.assert_close(value, (4 * parts[0] + 2 * parts[1] + parts[2]) / 7)
     assert gradient(value, logits).isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_validation_may_come_before_the_first_step(name):
+    """As where a run goes on that was stopped in a validation; what is kept from then must not harm the gradient."""
+    logits, target = problem(REGIONS)
+    loss = partial(loss_of(name, REGIONS), batch_dice=True)
+    table.cache_clear()
+    with torch.inference_mode():
+        before = loss(logits, target)
+    after = loss(logits, target)
+    assert before.item() == pytest.approx(after.item())
+    assert gradient(after, logits).any()
 
 
 class Tiny(torch.nn.Module):

@@ -228,7 +228,8 @@ def one_against_rest(logits: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def table(members: tuple[tuple[int, ...], ...], indices: int, device: torch.device) -> Tensor:
     """Whether an index of a label map belongs to a class or region, bool (classes, indices)."""
-    return torch.tensor([[index in own for index in range(indices)] for own in members], device=device)
+    with torch.inference_mode(False):  # a run that goes on may validate first, and no gradient takes what is made then
+        return torch.tensor([[index in own for index in range(indices)] for own in members], device=device)
 
 
 def merge_logits(logits: Tensor, annotated: Tensor) -> Tensor:

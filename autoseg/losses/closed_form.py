@@ -250,7 +250,7 @@ def dice(
     annotated: Tensor | None = None,
     part: Part = WHOLE,
 ) -> Tensor:
-    """Minus soft Dice, from -1 (perfect) to 0; arguments as in `dice_ce`."""
+    """Minus soft Dice: from -1 (perfect) to 0. Arguments as in `dice_ce`."""
     return _loss(logits, target, 1.0, 0.0, batch_dice, labels, annotated, part)
 
 
@@ -263,5 +263,8 @@ def cross_entropy(
     annotated: Tensor | None = None,
     part: Part = WHOLE,
 ) -> Tensor:
-    """Mean cross-entropy over voxels; arguments as in `dice_ce`, of which `batch_dice` changes nothing here."""
+    """Mean cross-entropy over voxels (and regions): from 0 (perfect) up.
+
+    Arguments as in `dice_ce`, of which `batch_dice` changes nothing here.
+    """
     return _loss(logits, target, 0.0, 1.0, batch_dice, labels, annotated, part)
