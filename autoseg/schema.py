@@ -229,6 +229,8 @@ class Recipe:
     steps_per_epoch: int = 250
     validation_steps: int = 50
     seed: int = 0
+    batch_size: PositiveInt | None = None
+    """Patches a step; None: as planned, or fewer where a budget leaves few steps: `pipeline.recipe.for_time`."""
     loss: str = "dice_ce"
     """A key of `losses.LOSSES`, or a sum of such: `0.5*ce+tversky(alpha=0.3,beta=0.7)`; or `package.module:Name`."""
     deep_supervision: bool = True
