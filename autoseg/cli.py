@@ -39,6 +39,11 @@ SetOption = Annotated[
 ]
 PlanOption = Annotated[str, typer.Option("--plan", help="Name of the plan.")]
 PRESET_HELP = "unet, resenc_m, resenc_l or resenc_xl."
+LOSS_HELP = (
+    "dice_ce [default], dice, dice_squared, ce, bce, weighted_ce, topk_ce, focal, categorical_focal, unified_focal, "
+    "tversky, focal_tversky, boundary, hausdorff, cldice, or package.module:Name; sums: 0.5*ce+focal(gamma=2)."
+)
+LossOption = Annotated[str | None, typer.Option("--loss", metavar="NAME[+NAME...]", help=LOSS_HELP)]
 GpuMemoryOption = Annotated[
     float | None, typer.Option("--gpu-memory", metavar="GB", help="Memory to plan for, 2 to 80 [preset's own].")
 ]
@@ -157,6 +162,7 @@ def train_verb(
         str | None, typer.Option(metavar="TIME", help="Go on with a run for so much longer than it has now.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
+    loss: LossOption = None,
     device: DeviceOption = "auto",
     pretrained: Annotated[
         Path | None,
@@ -177,9 +183,11 @@ def train_verb(
     from autoseg import settings
 
     if help_fields:
+        from autoseg.losses import describe_losses
         from autoseg.schema import Recipe
 
         print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
+        print("\nFor --loss, or loss in a file:\n" + "\n".join(describe_losses()))
         return
     from autoseg.pipeline.recipe import TrainOptions
     from autoseg.pipeline.together import train_together
@@ -191,6 +199,7 @@ def train_verb(
         budget_seconds=None if budget is None else settings.parse_duration(budget, "--budget"),
         extend_seconds=None if extend is None else settings.parse_duration(extend, "--extend"),
         seed=seed,
+        loss=loss,
         device=device,
         pretrained=pretrained,
         validate_only=validate_only,
@@ -220,6 +229,7 @@ def fit_verb(
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
+    loss: LossOption = None,
     device: DeviceOption = "auto",
     num_gpus: Annotated[int, typer.Option(min=1, help="Train so many folds at a time, each on a GPU.")] = 1,
     plan: PlanOption = "default",
@@ -252,6 +262,7 @@ def fit_verb(
         run=run,
         epochs=epochs,
         seed=seed,
+        loss=loss,
         device=device,
         recipe=recipe,
         changes=settings.parse(set_ or ()),

@@ -55,6 +55,9 @@ class CaseFingerprint:
     across: dict[int, float] | None = None
     """Class (position in `Labels.names`) -> its centre of mass along the canonical X axis, 0 at the patient's right
     to 1 at the left end of the cropped image; only classes that the case has. None in fingerprints taken without."""
+    voxels: dict[int, int] | None = None
+    """Index of a label map -> how many voxels have it after the crop, ignored ones left out; None in fingerprints taken
+    without."""
 
 
 @record
@@ -243,6 +246,7 @@ class Recipe:
     batch_size: PositiveInt | None = None
     """Patches a step; None: as planned, or fewer where a budget leaves few steps: `pipeline.recipe.for_time`."""
     loss: str = "dice_ce"
+    """A key of `losses.LOSSES`, or a sum of such: `0.5*ce+tversky(alpha=0.3,beta=0.7)`; or `package.module:Name`."""
     deep_supervision: bool = True
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """`sgd` has Nesterov momentum. A short run takes `adamw` unless told otherwise: `pipeline.recipe.for_length`."""

@@ -29,7 +29,7 @@ from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, sav
 from autoseg.computing import apply, autocast, scaler
 from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics
 from autoseg.labels import Labels
-from autoseg.losses import LOSSES, Part, deep_supervision, scale_targets
+from autoseg.losses import Loss, Part, deep_supervision, scale_targets
 from autoseg.parameter_groups import groups, hold_encoder, set_rate
 from autoseg.progress import Progress
 from autoseg.records import AutosegError
@@ -57,7 +57,8 @@ class Parts:
     labels: Labels
     scales: tuple[tuple[int, ...], ...]
     """By how much each output of the network is smaller than the patch, for the targets of deep supervision."""
-    batch_dice: bool
+    loss: Loss
+    """Of logits and target, and by keyword `annotated` and `part`; see `losses.make_loss`."""
     device: torch.device
     folder: Path
     tuning: Tuning
@@ -82,9 +83,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
     """(loss, logits at full resolution) of one batch; of the loss what this process's samples contribute to it."""
     loss = partial(
-        LOSSES[parts.recipe.loss],
-        batch_dice=parts.batch_dice,
-        labels=parts.labels,
+        parts.loss,
         annotated=batch.annotated,
         part=Part(share=len(batch.image) / len(batch.patches), total=parts.team.total),
     )

@@ -278,3 +278,17 @@ def test_the_command_saves_and_goes_on_after_sigterm(prepared):
     assert load_json(Run, folder / "run.json").finished is None
     train(prepared, "stopped", replace(TRAIN, epochs=8))
     assert (folder / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+
+
+def test_the_loss_has_an_option_and_is_checked_wherever_it_comes_from(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('loss = "dice + 2*focal(gamma = 3)"')
+    assert make_recipe(TrainOptions(recipe=file)).loss == "dice+2*focal(gamma=3)"
+    assert make_recipe(TrainOptions(recipe=file, loss="ce")).loss == "ce"
+    with pytest.raises(AutosegError, match="use the option --loss"):
+        make_recipe(TrainOptions(changes={"loss": "ce"}))
+    with pytest.raises(AutosegError, match="unknown loss 'dize'; choose one of dice_ce, "):
+        make_recipe(TrainOptions(loss="dize"))
+    file.write_text('loss = "focal(gama=3)"')
+    with pytest.raises(AutosegError, match="no option 'gama'; it has gamma=2"):
+        make_recipe(TrainOptions(recipe=file))

@@ -221,6 +221,8 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     # One without positions is of an earlier version; they matter only where a class is named after a side.
     if any(case.across is None for case in old.cases) and says_sides(dataset.labels):
         return None
+    if any(case.voxels is None for case in old.cases):  # of an earlier version too; losses weigh classes by them
+        return None
     outcomes = map_cases(
         lambda case: hash_case(dataset, case),
         dataset.cases,

@@ -13,13 +13,13 @@ from typing import Any
 
 from autoseg import settings
 from autoseg.checkpoint import Progressed, read_progress
-from autoseg.losses import LOSSES
+from autoseg.losses import check_loss
 from autoseg.records import AutosegError
 from autoseg.schedule import poly, progress
 from autoseg.schema import Recipe, Run
 from autoseg.settings import say_duration
 
-RECIPE_OPTIONS = {"epochs": "--epochs", "budget_seconds": "--budget", "seed": "--seed"}
+RECIPE_OPTIONS = {"epochs": "--epochs", "budget_seconds": "--budget", "seed": "--seed", "loss": "--loss"}
 """Recipe fields that have an option of their own."""
 LENGTH = ("epochs", "budget_seconds")
 """Recipe fields that say how long training lasts."""
@@ -48,6 +48,7 @@ class TrainOptions:
     budget_seconds: float | None = None
     extend_seconds: float | None = None
     seed: int | None = None
+    loss: str | None = None
     device: str = "auto"
     pretrained: Path | None = None
     validate_only: bool = False
@@ -71,14 +72,18 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     if options.recipe is not None:
         recipe = settings.change(recipe, settings.read_toml(options.recipe), where=str(options.recipe))
     recipe = settings.change(recipe, options.changes or {}, taken=RECIPE_OPTIONS)
-    given = {"epochs": options.epochs, "budget_seconds": options.budget_seconds, "seed": options.seed}
+    given = {
+        "epochs": options.epochs,
+        "budget_seconds": options.budget_seconds,
+        "seed": options.seed,
+        "loss": options.loss,
+    }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options.epochs is not None:
         changes["budget_seconds"] = None
     recipe = settings.change(recipe, changes, where="option")
-    if recipe.loss not in LOSSES:
-        raise AutosegError(f"unknown loss {recipe.loss!r}; choose one of {', '.join(LOSSES)}")
-    return recipe
+    check_loss(recipe.loss)
+    return replace(recipe, loss="".join(recipe.loss.split()))
 
 
 def for_new_run(recipe: Recipe, options: TrainOptions, device: str) -> Recipe:

@@ -20,8 +20,10 @@ from autoseg.computing import describe, fits, safe_base, settle, untuned
 from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, table
 from autoseg.evaluation.plots import training_curves
+from autoseg.fingerprint import median_frequency_weights
 from autoseg.history import METRICS
 from autoseg.layout import open_dataset
+from autoseg.losses import make_loss
 from autoseg.model import open_run
 from autoseg.networks import build, output_scales
 from autoseg.parallel import free_memory
@@ -129,7 +131,16 @@ def train_fold(
             save_json(run, folder / "run.json")
         elif run.finished is None:
             run = train_to_the_end(
-                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated(), team
+                folder,
+                run,
+                configuration,
+                prepared,
+                device,
+                options,
+                priors,
+                fingerprint.annotated(),
+                team,
+                median_frequency_weights(fingerprint, plan.labels),
             )
         else:
             print(
@@ -161,9 +172,12 @@ def train_to_the_end(
     priors: Mapping[str, Path] | None,
     annotated: Mapping[str, Sequence[str]],
     team: Team = ALONE,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Run:
     """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
-    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours)
+    parts = make_parts(
+        run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours, class_weights
+    )
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:  # it begins
@@ -183,7 +197,8 @@ def train_to_the_end(
     run = replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
     # The leader's weights are given to all: nobody else needs those to begin with.
-    give_order("train", replace(run, pretrained=None), folder, prepared, priors, team, annotated=annotated)
+    order = replace(run, pretrained=None)
+    give_order("train", order, folder, prepared, priors, team, annotated=annotated, class_weights=class_weights)
     try:
         with heeded() as requests:
             train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
@@ -278,11 +293,12 @@ def make_parts(
     annotated: Mapping[str, Sequence[str]],
     team: Team = ALONE,
     neighbours: int = 1,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
 
     priors: case -> label map of the stage before, in a cascade. annotated: case -> classes, where not all were.
-    neighbours: see `TrainOptions`.
+    neighbours: see `TrainOptions`. class_weights: background first, for losses that take them from the fingerprint.
     """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
@@ -339,7 +355,13 @@ def make_parts(
         recipe=recipe,
         labels=plan.labels,
         scales=output_scales(network, configuration.network),
-        batch_dice=configuration.batch_dice,
+        loss=make_loss(
+            recipe.loss,
+            labels=plan.labels,
+            batch_dice=configuration.batch_dice,
+            weights=class_weights,
+            dimension=configuration.dimension,
+        ),
         device=device,
         folder=folder,
         tuning=safe_base(device),
