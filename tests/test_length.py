@@ -244,3 +244,19 @@ def test_the_command_saves_and_goes_on_after_sigterm(prepared):
     assert load_json(Run, folder / "run.json").finished is None
     train(prepared, "stopped", replace(TRAIN, epochs=8))
     assert (folder / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+
+
+def test_an_early_stop_finishes_the_run_and_its_record_says_why(prepared, capsys):
+    still = {**CHANGES, "steps_per_epoch": 1, "learning_rate": 0.0, "stop_patience": 1, "weights": "best"}
+    options = replace(TRAIN, epochs=40, changes=still)
+    folder = train(prepared, "early", options)
+    run, done = load_json(Run, folder / "run.json"), read_progress(folder)
+    assert run.ended.startswith("no lower validation loss in 1 epochs, the lowest was")
+    assert run.finished is not None
+    assert done.epoch < 40
+    capsys.readouterr()
+    train(prepared, "early", options)
+    assert f"ended early: {run.ended}" in capsys.readouterr().out
+    train(prepared, "early", replace(options, epochs=done.epoch + 1))
+    assert read_progress(folder).epoch == done.epoch + 1
+    assert load_json(Run, folder / "run.json").ended is None

@@ -9,7 +9,8 @@ from test_training import parts, weights, write_cases
 
 from autoseg.checkpoint import load_checkpoint, read_progress
 from autoseg.history import read_metrics
-from autoseg.schedule import choose_rhythm, is_over, learning_rate, poly, progress
+from autoseg.rates import Moment, learning_rate
+from autoseg.schedule import choose_rhythm, is_over, progress
 from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
 from autoseg.training import make_optimizer, train
@@ -46,9 +47,9 @@ class Clock:
 
 def test_poly_by_hand():
     recipe = Recipe(epochs=4, learning_rate=0.1)
-    assert poly(recipe, progress(recipe, step=0, seconds=9.0)) == 0.1
-    assert poly(recipe, progress(recipe, step=500, seconds=9.0)) == pytest.approx(0.1 * 0.5**0.9)
-    assert poly(recipe, 1.0) == 0.0
+    at = [progress(recipe, step=step, seconds=9.0) for step in (0, 500, 1000)]
+    rates = [learning_rate(recipe, Moment(progress=now)) for now in at]
+    assert rates == [0.1, pytest.approx(0.1 * 0.5**0.9), 0.0]
     by_time = Recipe(budget_seconds=200.0)
     assert progress(by_time, step=10**6, seconds=50.0) == 0.25
     assert progress(by_time, step=0, seconds=201.0) == 1.0
@@ -56,9 +57,9 @@ def test_poly_by_hand():
 
 def test_the_warm_up_rises_to_the_schedule_in_equal_parts():
     recipe = Recipe(learning_rate=0.8, warmup_steps=3, poly_exponent=1.0)
-    rates = [learning_rate(recipe, step=step, progress=0.5) for step in (0, 1, 2, 3, 4)]
+    rates = [learning_rate(recipe, Moment(step=step, progress=0.5)) for step in (0, 1, 2, 3, 4)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    assert learning_rate(Recipe(learning_rate=0.8), step=0, progress=0.0) == 0.8
+    assert learning_rate(Recipe(learning_rate=0.8), Moment()) == 0.8
 
 
 @pytest.mark.parametrize(
