@@ -44,5 +44,5 @@ def average(kept: nn.Module, network: nn.Module, step: int, decay: float) -> Non
     share = 1 - min(decay, (1 + step) / (10 + step))
     for mean, present in zip(kept.parameters(), network.parameters(), strict=True):
         mean.lerp_(present, share)
-    for mean, present in zip(kept.buffers(), network.buffers(), strict=True):
-        mean.copy_(present)
+    for copied, buffer in zip(kept.buffers(), network.buffers(), strict=True):
+        copied.copy_(buffer)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import get_args, get_type_hints
 
 import pytest
@@ -131,7 +132,7 @@ def test_stable_decay_never_jumps_whenever_a_run_is_made_longer_or_shorter(chang
         assert max(course) <= 0.1 * (1 + 1e-9)
         assert course[0] == pytest.approx(0.1 if rate is None else rate)
         steepest = max(1 / decay, share / (1 - begin))
-        assert max(abs(a - b) for a, b in zip(course, course[1:])) <= 0.1 * steepest * (at[1] - at[0]) * (1 + 1e-6)
+        assert max(abs(a - b) for a, b in pairwise(course)) <= 0.1 * steepest * (at[1] - at[0]) * (1 + 1e-6)
         assert learning_rate(recipe, Moment(progress=1.0, leg=leg)) == pytest.approx(0.0, abs=1e-9)
         done, rate = at[-1] * total, course[-1]
         recipe = replace(recipe, budget_seconds=max(total * factor, done * 1.01))

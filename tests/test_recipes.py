@@ -51,7 +51,7 @@ def test_set_and_files_with_a_base_beat_the_recipe(tmp_path):
         make_recipe(TrainOptions(recipe=file))
     with pytest.raises(AutosegError, match="neither a file nor one of desai_unet"):
         make_recipe(named("desai"))
-    with pytest.raises(AutosegError, match="missing.toml does not exist"):
+    with pytest.raises(AutosegError, match=r"missing\.toml does not exist"):
         make_recipe(TrainOptions(recipe=tmp_path / "missing.toml"))
 
 

@@ -59,8 +59,8 @@ class TrainOptions:
 def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe:
     """Defaults, then the named recipe or TOML file, then --set, then the options.
 
-    Raises AutosegError for what is not possible. The length that nothing states is that of the recipe `existing`, if there is one: a run is gone on with by the
-    same command, also after it was extended. So is the optimizer.
+    The length that nothing states is that of the recipe `existing`, if there is one: a run is gone on with by the same
+    command, also after it was extended. So is the optimizer. Raises AutosegError for what is not possible.
     """
     lengths = {"--epochs": options.epochs, "--budget": options.budget_seconds, "--extend": options.extend_seconds}
     if len(lengths) - list(lengths.values()).count(None) > 1:
