@@ -175,9 +175,11 @@ def train_verb(
     from autoseg import settings
 
     if help_fields:
+        from autoseg.rates import describe_schedules
         from autoseg.schema import Recipe
 
         print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
+        print("\nFor schedule:\n" + "\n".join(describe_schedules()))
         return
     from autoseg.pipeline.recipe import TrainOptions
     from autoseg.pipeline.together import train_together

@@ -187,8 +187,19 @@ def make_schedule(text: str) -> Schedule:
     try:
         return TypeAdapter(SCHEDULES[name]).validate_python(options)
     except ValidationError as error:
-        known = ", ".join(f"{key}={value}" for key, value in vars(SCHEDULES[name]()).items()) or "none"
+        known = _options(SCHEDULES[name]) or "none"
         raise AutosegError(f"schedule {text!r} is not possible:\n{problems(error)}\nits options: {known}") from None
+
+
+def describe_schedules() -> list[str]:
+    """One line a schedule: its name, its options with their defaults, and what it is."""
+    calls = {name: f"{name}({said})" if (said := _options(kind)) else name for name, kind in SCHEDULES.items()}
+    width = max(map(len, calls.values()))
+    return [f"{call:{width}}  {(SCHEDULES[name].__doc__ or '').splitlines()[0]}" for name, call in calls.items()]
+
+
+def _options(kind: type[Schedule]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in vars(kind()).items())
 
 
 def learning_rate(recipe: Recipe, now: Moment) -> float:

@@ -161,7 +161,7 @@ def test_a_finished_run_goes_on_with_more_epochs_or_more_time(prepared, capsys):
     train(prepared, "longer", replace(TRAIN, epochs=4))
     said = capsys.readouterr().out
     assert "from 2 epochs of 3 steps to 4 epochs of 3 steps; 6 steps are done" in said
-    assert "learning rate 0 -> 0.011" in said
+    assert "learning rate 0.011 -> 0.011" in said
     run = load_json(Run, folder / "run.json")
     assert run.recipe.epochs == 4
     assert run.finished is not None

@@ -172,6 +172,26 @@ def test_runs_of_every_schedule_go_on_with_more_epochs(place, tmp_path):
         assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
 
 
+def test_stable_decay_begins_at_once_where_a_run_is_made_shorter(place, tmp_path):
+    """Three epochs of ten, then two more and no further: from the full rate down to half of it, and to the end."""
+    fields = {"schedule": "wsd(decay=0.5)", "steps_per_epoch": 1, "validation_steps": 1, "augmentation": "none"}
+
+    class Ended(BaseException):
+        pass
+
+    def end(lines):
+        if len(lines) == 4:
+            raise Ended
+
+    with pytest.raises(Ended):
+        train(parts(place, f"{tmp_path}/run", epochs=10, checkpoint_minutes=0.0, **fields), end)
+    made = parts(place, f"{tmp_path}/run", epochs=5, **fields)
+    assert read_progress(made.folder).epoch == 3
+    train(made)
+    rates = [line["learning_rate"] for line in read_metrics(made.folder)]
+    assert rates == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.005])
+
+
 def test_a_run_that_learns_nothing_ends_within_its_patience_and_goes_on_only_if_made_longer(place, tmp_path, capsys):
     still = {"learning_rate": 0.0, "stop_patience": 2, "steps_per_epoch": 1, "validation_steps": 1}
     made = parts(place, f"{tmp_path}/run", epochs=40, **still)

@@ -63,6 +63,12 @@ def test_another_network_than_that_of_the_recipe_is_said(capsys, tmp_path):
     assert capsys.readouterr().out == ""
 
 
+def test_schedules_are_listed_with_their_options():
+    said = CliRunner().invoke(app, ["train", "1", "2d", "0", "--help-fields"]).output
+    assert "\nstep(factor=0.9, period=3) " in said
+    assert "\nwsd(decay=0.2) " in said
+
+
 def test_the_list_names_all():
     said = CliRunner().invoke(app, ["recipes"]).output
     assert all(f"\n{name} " in said for name in RECIPES)

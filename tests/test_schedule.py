@@ -164,6 +164,26 @@ def test_more_epochs_go_on_from_the_last_checkpoint_with_a_higher_rate(place, tm
     assert [line["progress"] for line in lines[2:4]] == [1.0, pytest.approx(4 / 6, abs=1e-5)]
 
 
+def test_stable_decay_by_time_is_placed_by_the_clock_and_rises_again_when_extended(place, tmp_path):
+    fields = {**TIMED, "schedule": "wsd(decay=0.4)", "steps_per_epoch": 5}
+    train_with = {}
+    for budget in (30.0, 60.0):
+        made = parts(place, f"{tmp_path}/run", budget_seconds=budget, **fields)
+        clock = Clock(made.network, lambda step: 1.0)
+        train(made, clock=clock)
+        train_with[budget] = read_metrics(made.folder)
+    first, both = train_with.values()
+    assert both[: len(first)] == first
+    full = [line for line in first if line["progress"] < 0.6]
+    assert [line["learning_rate"] for line in full] == [0.01] * len(full)
+    assert first[-1]["learning_rate"] < 0.0015
+    rates = [line["learning_rate"] for line in both[len(first) - 1 :]]
+    # An epoch is about 6 s: a tenth of the new budget, a quarter of the way up or down.
+    assert np.abs(np.diff(rates)).max() < 0.004
+    assert max(rates) > 0.006
+    assert rates[-1] < 0.0015
+
+
 def test_a_run_of_epochs_goes_on_by_time(place, tmp_path):
     made = parts(place, f"{tmp_path}/run", epochs=3, steps_per_epoch=4, validation_steps=1, augmentation="none")
     train(made, clock=Clock(made.network, lambda step: 1.0))

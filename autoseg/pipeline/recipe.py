@@ -194,7 +194,7 @@ def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -
             f"{folder}: {done.epoch} epochs are trained already, {say_duration(done.seconds)} in all; asked for were "
             f"{describe_length(recipe)}. Ask for more than is there, or for --extend 1h"
         )
-    before = learning_rate(old.recipe, done.moment(old.recipe))
+    before = old.recipe.learning_rate if done.rate is None else done.rate
     after = learning_rate(recipe, replace(now, leg=next_leg(recipe, now, done.rate)))
     schedule = f"the schedule goes on at learning rate {after:.2g}"
     if make_schedule(recipe.schedule).ends:
