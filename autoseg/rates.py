@@ -247,9 +247,11 @@ def early_stop(recipe: Recipe, now: Moment) -> str | None:
 
     A run that is made longer has that many epochs anew.
     """
+    if recipe.stop_patience == 0:
+        return None
     best, begin = lowest(now.losses), 0 if now.leg is None else now.leg.epoch
     since = begin if best is None else max(begin, best + 1)
-    if recipe.stop_patience == 0 or len(now.losses) - since < recipe.stop_patience:
+    if len(now.losses) - since < recipe.stop_patience:
         return None
     said = "it was never finite" if best is None else f"the lowest was {now.losses[best]:.4g} in epoch {best}"
     return f"no lower validation loss in {recipe.stop_patience} epochs, {said}"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -194,6 +195,11 @@ def test_an_unfinished_run_by_time_keeps_what_it_has_left(prepared, capsys):
     assert recipes.with_length(longer, longer.recipe, TrainOptions(), folder) is longer
     shorter = recipes.with_length(longer, replace(longer.recipe, budget_seconds=60.0), TrainOptions(), folder)
     assert shorter.recipe.budget_seconds == 60.0
+    assert "the schedule is recomputed: learning rate" in capsys.readouterr().out
+    for factor, said in ((0.9, ""), (1e-4, f"; to begin it anew from these weights: --run NAME --pretrained {folder}")):
+        recipe = replace(longer.recipe, schedule=f"step(factor={factor}, period=1)")
+        recipes.with_length(replace(longer, recipe=recipe), recipe, TrainOptions(extend_seconds=20.0), folder)
+        assert re.search(rf"goes on at learning rate [\de.-]+{re.escape(said)}\n", capsys.readouterr().out)
 
 
 def test_extending_needs_a_run_and_its_checkpoint(prepared):

@@ -193,12 +193,15 @@ def test_stable_decay_begins_at_once_where_a_run_is_made_shorter(place, tmp_path
 
 
 def test_a_run_that_learns_nothing_ends_within_its_patience_and_goes_on_only_if_made_longer(place, tmp_path, capsys):
-    still = {"learning_rate": 0.0, "stop_patience": 2, "steps_per_epoch": 1, "validation_steps": 1}
+    still = {"learning_rate": 1e-12, "stop_patience": 2, "steps_per_epoch": 1, "validation_steps": 1}
+    still["schedule"] = "plateau(factor=0.5, patience=1)"
     made = parts(place, f"{tmp_path}/run", epochs=40, **still)
     state = train(made)
     losses = [line["validation_loss"] for line in read_metrics(made.folder)]
     assert len(losses) == state.step == lowest(losses) + 3 < 40
-    assert "no lower validation loss in 2 epochs, the lowest was" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    first = said.index("no lower validation loss in 1 epochs: learning rate 1e-12 -> 5e-13")
+    assert first < said.index("no lower validation loss in 2 epochs, the lowest was")
     assert train(parts(place, f"{tmp_path}/run", epochs=40, **still)).step == state.step
     longer = train(parts(place, f"{tmp_path}/run", epochs=41, **still))
     assert state.step + 2 <= longer.step <= 41

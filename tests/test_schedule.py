@@ -184,6 +184,15 @@ def test_stable_decay_by_time_is_placed_by_the_clock_and_rises_again_when_extend
     assert rates[-1] < 0.0015
 
 
+def test_under_a_budget_a_schedule_in_epochs_counts_those_of_the_rhythm(place, tmp_path):
+    fields = {**TIMED, "schedule": "step(factor=0.5, period=2)", "steps_per_epoch": 5}
+    made = parts(place, f"{tmp_path}/run", budget_seconds=25.0, **fields)
+    train(made, clock=Clock(made.network, lambda step: 1.0))
+    rates = [line["learning_rate"] for line in read_metrics(made.folder)]
+    assert len(rates) > 3
+    assert rates == pytest.approx([0.01 * 0.5 ** (epoch // 2) for epoch in range(len(rates))])
+
+
 def test_a_run_of_epochs_goes_on_by_time(place, tmp_path):
     made = parts(place, f"{tmp_path}/run", epochs=3, steps_per_epoch=4, validation_steps=1, augmentation="none")
     train(made, clock=Clock(made.network, lambda step: 1.0))
