@@ -297,6 +297,8 @@ def train(
         if state.step > state.epoch_start:  # the budget ended within an epoch
             state = _end_epoch(parts, kept, state, on_epoch, heed, bar)
             state = replace(state, seconds=elapsed())
+        if recipe.weights == "best" and (best := lowest(state.validation_losses)) is not None:
+            bar.say(f"kept: the weights of epoch {best}, whose validation loss was the lowest")
     save()
     if team.leads:
         save_weights(network if kept is None else kept, folder / WEIGHTS)

@@ -69,12 +69,13 @@ def test_killed_within_an_epoch_and_gone_on_with_equals_uninterrupted(place, tmp
     assert same(kept(second), load_file(checkpoints(second.folder)[-1] / KEPT))
 
 
-def test_the_best_epoch_is_kept_though_the_run_goes_on(place, tmp_path):
+def test_the_best_epoch_is_kept_though_the_run_goes_on(place, tmp_path, capsys):
     made = parts(place, f"{tmp_path}/run", weights="best", learning_rate=1e-5, **{**FOUR, "epochs": 6})
     seen = []
     train(made, lambda lines: seen.append(copy.deepcopy(made.network.state_dict())))
     best = lowest([line["validation_loss"] for line in read_metrics(made.folder)])
     assert best < 5, "patches differ more than these weights do"
+    assert f"kept: the weights of epoch {best}," in capsys.readouterr().out
     assert same(kept(made), seen[best])
     assert not same(kept(made), seen[-1])
 
