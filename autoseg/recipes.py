@@ -46,6 +46,16 @@ KNEE_FIELDS: dict[str, Any] = {
     "schedule": "step(factor=0.9, period=3)",
     "epochs": 50,
 }
+VESSELS = "a students' project on blood vessels, trained on synthetic level sets (University of Cambridge)"
+VESSELS_BESIDE = "2D slices of any size; synthetic images before real ones (`autoseg dataset make vessels`)"
+VESSELS_FIELDS: dict[str, Any] = {
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "learning_rate": 1e-3,
+    "schedule": "plateau(factor=0.1, patience=5)",
+    "stop_patience": 15,
+    "weights": "best",
+}
 
 RECIPES: dict[str, NamedRecipe] = {
     "desai_unet": NamedRecipe(
@@ -92,6 +102,13 @@ RECIPES: dict[str, NamedRecipe] = {
             "epochs": 75,
             "weights": "best",
         },
+    ),
+    "vessels_unet": NamedRecipe(
+        network="unet",
+        source=VESSELS + ", a later state of it",
+        beside=VESSELS_BESIDE,
+        chosen="rate, both patiences and the loss, since all that is said is that focal Tversky was given up",
+        changes={**VESSELS_FIELDS, "loss": "dice_ce"},
     ),
     "tiramisu": NamedRecipe(
         network="fc_densenet103",
