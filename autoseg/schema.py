@@ -5,9 +5,9 @@ order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. 
 """
 
 from dataclasses import field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from autoseg.labels import Labels
 from autoseg.mirroring import EVERY_AXIS, Flips, Mirroring, other_index
@@ -248,7 +248,7 @@ class Recipe:
     loss: str = "dice_ce"
     """A key of `losses.LOSSES`, or a sum of such: `0.5*ce+tversky(alpha=0.3,beta=0.7)`; or `package.module:Name`."""
     deep_supervision: bool = True
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     """`sgd` has Nesterov momentum. A short run takes `adamw` unless told otherwise: `pipeline.recipe.for_length`."""
     learning_rate: float = 0.01
     momentum: float = 0.99
@@ -260,7 +260,17 @@ class Recipe:
     encoder_rate: PositiveFloat = 1.0
     """The encoder's learning rate as a multiple of the others'."""
     weight_decay: float = 3e-5
+    schedule: str = "poly"
+    """A name of `rates.SCHEDULES`, with its options: `step(factor=0.8, period=1)`, `plateau(patience=5)`, `wsd`."""
     poly_exponent: float = 0.9
+    """Of `poly` only."""
+    stop_patience: NonNegativeInt = 0
+    """Epochs without a new lowest validation loss after which the run ends; 0: none."""
+    weights: Literal["last", "best", "ema"] = "last"
+    """Which the run keeps: of the last step, of the epoch of the lowest validation loss, or a moving average. What is
+    chosen by held-out cases (`best`, `stop_patience`) scores a little too well on them."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of `ema` only: the average is over about 1 / (1 - ema_decay) steps."""
     clip_norm: float = 12.0
     foreground_fraction: float = 0.33
     augmentation: str = "default"
@@ -321,6 +331,8 @@ class Run:
     device: str
     started: str
     finished: str | None = None
+    ended: str | None = None
+    """Why training ended before its length; None if it did not."""
     validation_seconds: float = 0.0
     """What predicting and scoring the held-out cases took."""
     tuning: Tuning | None = None
