@@ -1,17 +1,22 @@
 """What every network of the table promises, as checks that take its name: shapes, padding, gradients, files, plans."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from torch import nn
 
-from autoseg.checkpoint import read_weights, save_weights
+from autoseg.checkpoint import save_weights
 from autoseg.losses import scale_targets
+from autoseg.model import network_in_file
 from autoseg.networks import NETWORKS, build, output_scales
 from autoseg.records import from_json, to_json
 from autoseg.schema import NetworkSpec
@@ -73,6 +78,8 @@ def check_contract(
     spec = spec or narrow(full)
     image_size = tuple(size) or SIZES[dimension]
     check_names(spec)
+    if dimension == min(architecture.dimensions):  # of one definition
+        check_edits(spec)
     check_shapes(spec, image_size)
     check_gradients(spec, image_size)
     check_padding(spec, image_size)
@@ -84,8 +91,8 @@ def check_contract(
 
 def check_names(spec: NetworkSpec) -> None:
     """The tensors that transfer adapts are there, with the channels and heads where they should be."""
-    tensors = on_meta(spec).state_dict()
     network = on_meta(spec)
+    tensors = network.state_dict()
     first = tensors[network.first_weight]
     assert first.ndim == spec.dimension + 2
     assert first.shape[1] == IN_CHANNELS
@@ -94,6 +101,18 @@ def check_names(spec: NetworkSpec) -> None:
     assert all(tensor.shape[0] == HEADS for tensor in heads)
     # So `model.network_with` can refuse a plan that asks for more than a file holds.
     assert sum(spec.encoder_blocks) + sum(spec.decoder_blocks) <= len(tensors)
+
+
+def check_edits(spec: NetworkSpec) -> None:
+    """Whatever a plan may say of a stage is heeded: another width, kernel or number of blocks makes another network."""
+    count, axes = parameters(on_meta(spec)), spec.dimension
+    for field, other in (("features", 9), ("kernels", (5,) * axes), ("encoder_blocks", 4), ("decoder_blocks", 4)):
+        stated = getattr(spec, field)
+        for stage in range(len(stated)):
+            edited = replace(spec, **{field: (*stated[:stage], other, *stated[stage + 1 :])})
+            assert parameters(on_meta(edited)) != count, f"{field}[{stage}] is not heeded"
+    wider = replace(spec, strides=(*spec.strides[:-1], tuple(2 * step for step in spec.strides[-1])))
+    assert on_meta(wider).divisor != on_meta(spec).divisor
 
 
 def check_shapes(spec: NetworkSpec, size: Sequence[int]) -> None:
@@ -139,17 +158,36 @@ def check_padding(spec: NetworkSpec, size: Sequence[int]) -> None:
 
 
 def check_file(spec: NetworkSpec, size: Sequence[int]) -> None:
-    """Saved and loaded into a network of other weights, it gives the same logits."""
-    network, other = fresh(spec, seed=2), fresh(spec, seed=3).eval()
-    image = torch.randn(2, IN_CHANNELS, *size)
+    """Saved, and made anew of the file and its plan, it gives the same logits."""
+    network, image = fresh(spec, seed=2), torch.randn(2, IN_CHANNELS, *size)
+    configuration = replace(toys.configuration(patch=tuple(size)), network=spec)
+    plan = toys.plan(configuration, channels=("MR",) * IN_CHANNELS)
     with torch.no_grad():
         network(image)  # so that running statistics of norms are not those of a new network
         expected = network.eval()(image)
-        assert not torch.equal(other(image), expected)
         with TemporaryDirectory() as folder:
-            save_weights(network, Path(folder) / "weights.safetensors")
-            other.load_state_dict(read_weights(Path(folder) / "weights.safetensors"))
-        assert torch.equal(other(image), expected)
+            path = Path(folder) / "weights.safetensors"
+            save_weights(network, path)
+            again = network_in_file(plan, configuration, path).eval()
+            assert torch.equal(again(image), expected)
+
+
+def check_onnx(spec: NetworkSpec, size: Sequence[int]) -> None:
+    """Exported to ONNX, the network in evaluation gives the same logits there; skipped where that is not installed."""
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
+    runtime = pytest.importorskip("onnxruntime")
+    network, image = fresh(spec), torch.randn(1, IN_CHANNELS, *size)
+    with torch.no_grad():
+        network(torch.randn(2, IN_CHANNELS, *size))  # so that running statistics of norms are not those of a new one
+        expected = network.eval()(image)
+    file = BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, of parts of torch that will change
+        torch.onnx.export(network, (image,), dynamo=True, verbose=False).save(file)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
 
 
 def check_he(network: nn.Module) -> int:
