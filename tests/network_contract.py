@@ -106,7 +106,8 @@ def check_names(spec: NetworkSpec) -> None:
 def check_edits(spec: NetworkSpec) -> None:
     """Whatever a plan may say of a stage is heeded: another width, kernel or number of blocks makes another network."""
     count, axes = parameters(on_meta(spec)), spec.dimension
-    for field, other in (("features", 9), ("kernels", (5,) * axes), ("encoder_blocks", 4), ("decoder_blocks", 4)):
+    kernel = (7 if (5,) * axes in spec.kernels else 5,) * axes
+    for field, other in (("features", 9), ("kernels", kernel), ("encoder_blocks", 4), ("decoder_blocks", 4)):
         stated = getattr(spec, field)
         for stage in range(len(stated)):
             edited = replace(spec, **{field: (*stated[:stage], other, *stated[stage + 1 :])})

@@ -29,8 +29,11 @@ class Network(nn.Module):
     """Name of the tensor that reads the image, (features, input channels, *kernel)."""
     heads_prefixes: tuple[str, ...] = ("heads.",)
     """What names of tensors that give logits, (heads, ...), begin with."""
+    encoder_prefixes: tuple[str, ...] = ("encoder.",)
+    """What names of tensors of the encoder begin with, which training can freeze or give a rate of its own."""
     takes_position: bool = False
-    """Whether `forward` needs to know where in its image a patch lies."""
+    """Whether `forward` is called with `position`: where in its image each patch lies, see `sampling.Batch`. It takes
+    None for the middle."""
 
     def scales_of(self, x: Tensor, all_scales: bool) -> Sequence[Tensor]:
         """Images (B, C, *spatial), of a fitting size -> logits (B, heads, *spatial / scale), highest resolution first.
