@@ -130,12 +130,20 @@ def _unfit(name: str, own: Tensor, source: Source) -> Line:
 
 
 def inputs(plan: Plan, configuration: Configuration) -> tuple[str, ...]:
-    """What each input channel of a network is: image channels, then in a cascade the masks of the earlier stage."""
-    labels = plan.labels
+    """What each input channel of a network is: image channels, then in a cascade the masks of the earlier stage.
+
+    Where it sees neighbouring slices, each of these comes once a slice; the middle one has the name of a single one.
+    """
+    labels, reach = plan.labels, configuration.context // 2
     # There is a mask for each value; a region may have several.
     names = labels.names if labels.exclusive else [f"value {value}" for value in labels.stored]
     masks = (f"mask of {names[index]}" for index in labels.foreground)
-    return (*(channel.channel for channel in plan.channels), *(masks if configuration.previous_stage else ()))
+    single = (*(channel.channel for channel in plan.channels), *(masks if configuration.previous_stage else ()))
+    return tuple(
+        f"{name} of slice {k:+d}" if k else name
+        for name in single
+        for k in range(-reach, configuration.context - reach)
+    )
 
 
 def outputs(plan: Plan) -> tuple[str, ...]:
@@ -159,11 +167,12 @@ def _first(entry: str, begin: dict[str, Tensor], plan: Plan, configuration: Conf
         there = wanted if own.shape == other.shape else ()
         images = other.shape[1]
     else:
-        there, images = inputs(source.plan, source.configuration), len(source.plan.channels)
+        there = inputs(source.plan, source.configuration)
+        images = len(source.plan.channels) * source.configuration.context
     if there == wanted:
         begin[entry] = other.clone()
         return Line(tensor=entry, what="reused")
-    adapted, count = torch.zeros_like(own), len(plan.channels)
+    adapted, count = torch.zeros_like(own), len(plan.channels) * configuration.context
     strange = not set(wanted[:count]) & set(there[:images])
     mean = other[:, :images].mean(1) * (images / count)
     how = []
