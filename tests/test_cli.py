@@ -45,6 +45,7 @@ OPTIONS = {
     "postprocess": {"source", "target", "truth", "rule", "dataset", "workers", "workspace"},
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
+    "recipes": set(),
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""
 
