@@ -170,7 +170,8 @@ def check_file(spec: NetworkSpec, size: Sequence[int]) -> None:
             path = Path(folder) / "weights.safetensors"
             save_weights(network, path)
             again = network_in_file(plan, configuration, path).eval()
-            assert torch.equal(again(image), expected)
+            # Tensors lie in a file as they come, and kernels round by how their numbers are aligned.
+            torch.testing.assert_close(again(image), expected, rtol=1e-5, atol=1e-5)
 
 
 def check_onnx(spec: NetworkSpec, size: Sequence[int]) -> None:
