@@ -111,10 +111,10 @@ def read_recipe(place: Path) -> dict[str, Any]:
 def say_other_network(options: TrainOptions, network: str) -> None:
     """A line where the named recipe of `options` was made for another network than the plan has."""
     named = RECIPES.get(str(options.recipe))
-    if named is not None and named.network != network:
+    if named is not None and named.network_name != network:
         print(
-            f"recipe {options.recipe} was made for the network {named.network}, this plan has {network}; "
-            f"autoseg plan_and_preprocess --network {named.network} --plan NAME plans it",
+            f"recipe {options.recipe} was made for the network {named.network_name}, this plan has {network}; "
+            f"plan_and_preprocess --network '{named.network}' plans it",
             flush=True,
         )
 
