@@ -21,7 +21,7 @@ OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
         "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
-        "discard_edits", "workers", "workspace", "set_", "help_fields",
+        "context", "discard_edits", "workers", "workspace", "set_", "help_fields",
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
@@ -45,6 +45,7 @@ OPTIONS = {
     "postprocess": {"source", "target", "truth", "rule", "dataset", "workers", "workspace"},
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
+    "recipes": set(),
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""
 

@@ -160,7 +160,7 @@ def test_a_device_for_each_process():
 
 # Whole processes. What they train with is exact enough to compare: SGD, no probing.
 
-FIELDS = ("steps_per_epoch=3", "validation_steps=2", "optimizer=sgd", "learning_rate=0.01", "tune=false")
+FIELDS = ("steps_per_epoch=3", "validation_steps=2", "optimizer=sgd", "learning_rate=0.01", "weights=ema", "tune=false")
 
 
 def command(raw, run, *more, epochs=3):

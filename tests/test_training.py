@@ -10,6 +10,7 @@ import torch
 from toys import LABELS, ball, configuration, grid, network, plan
 
 from autoseg.augment import make_augmentation
+from autoseg.bad_steps import BAD_STEPS
 from autoseg.checkpoint import read_progress
 from autoseg.computing import safe_base
 from autoseg.evaluation.plots import training_curves
@@ -24,7 +25,7 @@ from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
 from autoseg.store import write_case
 from autoseg.team import ALONE
-from autoseg.training import BAD_STEPS, Parts, class_counts, make_optimizer, train, training_step
+from autoseg.training import Parts, class_counts, make_optimizer, train, training_step
 from autoseg.volume import Volume
 
 SHAPE, PATCH = (9, 13, 15), (8, 12, 12)

@@ -39,12 +39,15 @@ from autoseg.pipeline.recipe import (
     for_new_run,
     for_time,
     make_recipe,
+    say_other_network,
     with_length,
 )
 from autoseg.pipeline.validation import forget_later, forget_validation, validate_fold
 from autoseg.planners import difference
+from autoseg.rates import early_stop
 from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
+from autoseg.schedule import is_over
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
@@ -121,6 +124,7 @@ def train_fold(
         started=now(),
     )
     later = next_stages(workspace, plan, configuration)
+    say_other_network(options, configuration.network.name)
     with sole_writer(folder):
         remove_leftovers(folder, ("run.json", METRICS, "progress.png", PRETRAINED))
         run = agree_with_existing(folder, run, options)
@@ -144,8 +148,9 @@ def train_fold(
             )
         else:
             print(
-                f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
-                "longer give more --epochs, or --extend 1h"
+                f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}"
+                f"{'' if run.ended is None else f', ended early: {run.ended}'}); to train longer give more --epochs, "
+                "or --extend 1h"
             )
         if validated(folder):
             summary = load_json(Summary, folder / "validation" / SUMMARY)
@@ -201,7 +206,7 @@ def train_to_the_end(
     give_order("train", order, folder, prepared, priors, team, annotated=annotated, class_weights=class_weights)
     try:
         with heeded() as requests:
-            train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
+            done = train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
     except Stopped as stop:
         extended = "" if options.extend_seconds is None else ", without --extend,"
         print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
@@ -209,7 +214,9 @@ def train_to_the_end(
     forget_validation(folder)
     if run.fold != "all":
         forget_later(folder, run.configuration)
-    run = replace(run, finished=now(), validation_seconds=0.0)
+    over = is_over(run.recipe, step=done.step, seconds=done.seconds, recent=(), closing=0.0)
+    ended = None if over else early_stop(run.recipe, done.moment(run.recipe))
+    run = replace(run, finished=now(), ended=ended, validation_seconds=0.0)
     save_json(run, folder / "run.json")
     return run
 
@@ -303,6 +310,13 @@ def make_parts(
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
     network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads)
+    asks = getattr(network, "takes_position", False)
+    if asks and configuration.mirror_axes is None:
+        raise AutosegError(
+            f"the network {configuration.network.name} learns what differs from place to place, and in a mirror image "
+            "places differ otherwise; say in the plan that there are none, with plan_and_preprocess --set "
+            f"'configurations.{configuration.name}.mirror_axes=[]', or name the axes along which there may be some"
+        )
     # A checkpoint holds what became of them.
     if run.pretrained is not None and not checkpoints(folder):
         begin_with(network, run, configuration, folder)
@@ -331,11 +345,13 @@ def make_parts(
                 dimension=configuration.dimension,
                 masked=masked,
                 flips=plan.flips(configuration),
+                context=configuration.context,
             ),
             seed=recipe.seed,
             stream=stream,
             prior=prior(corrupted),
             annotated=flags,
+            positions=asks,
             team=team,
         )
 
