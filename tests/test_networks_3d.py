@@ -14,6 +14,7 @@ from network_contract import (
     check_file,
     check_gradients,
     check_he,
+    check_onnx,
     check_padding,
     check_shapes,
     fresh,
@@ -38,9 +39,14 @@ def meta(name, in_channels=1, heads=2, dimension=3, **options):
 
 
 @pytest.mark.parametrize("dimension", [2, 3])
-@pytest.mark.parametrize("name", ["unet3d", "unet3d_nohighway", "vnet", "relative_unet3d", "relative_vnet"])
+@pytest.mark.parametrize("name", ["unet3d", "unet3d_nohighway", "relative_unet3d", "vnet", "relative_vnet"])
 def test_every_promise_is_kept(name, dimension):
     check_contract(name, dimension)
+
+
+@pytest.mark.parametrize("name", ["relative_unet3d", "vnet"])
+def test_onnx_gives_the_same(name):
+    check_onnx(narrow(paper(name)), (5, 11, 14))
 
 
 @pytest.mark.parametrize("name", ["slice_unet3d", "slice_vnet"])
