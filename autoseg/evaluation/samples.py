@@ -54,7 +54,7 @@ def draw_page(
     height += 0.3 + 0.13 * max(map(len, below))
     figure = Figure(figsize=(TILE * columns, height * rows + 0.8), layout="constrained", facecolor="black")
     canvas = FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = [*figure.subplots(rows, columns, squeeze=False).flat]
     for axes in grid:
         axes.set_axis_off()
     for axes, tile, lines in zip(grid, tiles, below):

@@ -77,7 +77,7 @@ def preview(workspace: Workspace, dataset_text: str, target: Path, options: Prev
     }
     heading = f"{options.policy}: {plan.dataset}, case {case.case}, {configuration.name}"
     aspect = configuration.spacing_mm[-2] / configuration.spacing_mm[-1]
-    draw_page(tiles, target, names=called, heading=heading, columns=2 if options.chain else 3, aspect=aspect)
+    draw_page(tiles, target, names=called, heading=heading, columns=4 if options.chain else 3, aspect=aspect)
     print(f"Drawn: {target}")
 
 
