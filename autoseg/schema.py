@@ -226,6 +226,8 @@ class Recipe:
     steps_per_epoch: int = 250
     validation_steps: int = 50
     seed: int = 0
+    batch_size: PositiveInt | None = None
+    """Patches a step; None: as planned, or fewer where a budget leaves few steps: `pipeline.recipe.for_time`."""
     loss: str = "dice_ce"
     deep_supervision: bool = True
     optimizer: Literal["sgd", "adamw"] = "sgd"

@@ -92,6 +92,40 @@ def test_a_run_of_fewer_than_5000_steps_takes_adamw(recipe, device, timed, short
     assert ("--set optimizer=sgd" in capsys.readouterr().out) == short
 
 
+@pytest.mark.parametrize(
+    ("seconds", "timed", "least", "batch"),
+    [
+        (7200.0, 14.4, 1, 2),  # 500 steps: 500 / 2000 of 7 patches
+        (7200.0, 5.0, 1, 5),  # 1440 steps
+        (7200.0, 14.4, 4, 4),
+        (7200.0, 14.4, 9, None),
+        (7200.0, 3.5, 1, None),  # 2057 steps
+        (60.0, 14.4, 1, 2),
+        (60.0, None, 1, None),
+    ],
+)
+def test_a_run_by_time_has_enough_steps_if_need_be_of_small_batches(seconds, timed, least, batch, capsys):
+    chosen = recipes.for_time(Recipe(budget_seconds=seconds), 7, least, timed)
+    assert chosen.batch_size == batch
+    assert ("--set batch_size=7" in capsys.readouterr().out) == (batch is not None)
+
+
+def test_a_stated_batch_and_a_run_by_epochs_are_left_alone():
+    for recipe in (Recipe(epochs=3), Recipe(budget_seconds=9.0, batch_size=6)):
+        assert recipes.for_time(recipe, 7, 1, 5.0) == recipe
+    chosen = Recipe(budget_seconds=9.0, batch_size=2)
+    assert make_recipe(TrainOptions(budget_seconds=9.0), chosen).batch_size == 2, "a run keeps what it has chosen"
+    assert make_recipe(TrainOptions(budget_seconds=9.0, changes={"batch_size": 6}), chosen).batch_size == 6
+
+
+def test_a_batch_size_of_ones_own_trains_and_goes_on(prepared):
+    options = replace(TRAIN, changes={**CHANGES, "batch_size": 1})
+    folder = train(prepared, "single", options)
+    assert load_json(Run, folder / "run.json").recipe.batch_size == 1
+    longer = train(prepared, "single", replace(options, epochs=3))
+    assert read_progress(longer).step == 9
+
+
 @pytest.mark.parametrize("field", ["optimizer='sgd'", "learning_rate=0.01", "momentum=0.9", "warmup_steps=3"])
 def test_a_stated_optimizer_is_left_alone(field, tmp_path):
     file = tmp_path / "recipe.toml"

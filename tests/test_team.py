@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_pipeline import NAME, PLAN
 from test_training import parts, write_cases
-from toys import balls_dataset, configuration
+from toys import balls_dataset
 
 from autoseg.checkpoint import read_progress
 from autoseg.history import METRICS, read_metrics
@@ -140,9 +140,9 @@ def test_each_process_makes_its_own_samples_of_the_same_batch(tmp_path, augmenta
 
 
 def test_a_batch_too_small_to_share_is_refused_with_the_cure():
-    refuse_small_batch(configuration(batch_size=2), Team(rank=0, size=2))
+    refuse_small_batch("2d", 2, Team(rank=0, size=2))
     with pytest.raises(AutosegError, match="batches of 2, too few to be shared by 3 processes; train one fold on each"):
-        refuse_small_batch(configuration(batch_size=2), Team(rank=0, size=3))
+        refuse_small_batch("2d", 2, Team(rank=0, size=3))
 
 
 def test_a_device_for_each_process():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from autoseg.records import AutosegError, record, to_json
-from autoseg.schema import Configuration, Run
+from autoseg.schema import Run
 from autoseg.team import Team
 
 
@@ -50,11 +50,11 @@ def give_order(
     team.tell(to_json(order))
 
 
-def refuse_small_batch(configuration: Configuration, team: Team) -> None:
+def refuse_small_batch(configuration: str, batch_size: int, team: Team) -> None:
     """AutosegError if a batch has fewer samples than there are processes to share it."""
-    if configuration.batch_size < team.size:
+    if batch_size < team.size:
         raise AutosegError(
-            f"{configuration.name} has batches of {configuration.batch_size}, too few to be shared by {team.size} "
+            f"{configuration} has batches of {batch_size}, too few to be shared by {team.size} "
             "processes; train one fold on each GPU instead (autoseg fit --num-gpus), or plan for more memory "
             "(--gpu-memory)"
         )

@@ -29,6 +29,11 @@ SHORT_STEPS = 5000
 SHORT: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.003, "warmup_steps": 20}
 OPTIMIZER = (*SHORT, "momentum")
 """Recipe fields of which none is touched if one of them is stated."""
+CHOSEN = (OPTIMIZER, ("batch_size",))
+"""Groups of recipe fields that a run chooses for itself when it begins, unless one of a group is stated."""
+ENOUGH_STEPS = 2000
+"""A run by time has at least so many, if need be of smaller batches than planned: docs/decisions/0019."""
+SMALLEST_BATCH = 2
 GUESSED_SECONDS = {"cpu": 1.0}
 """Of a step that was not timed, by kind of device; on others a tenth."""
 
@@ -56,12 +61,12 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     """Defaults, then the TOML file, then --set, then the options. Raises AutosegError for what is not possible.
 
     The length that nothing states is that of the recipe `existing`, if there is one: a run is gone on with by the
-    same command, also after it was extended. So is the optimizer.
+    same command, also after it was extended. So are the fields that it has chosen itself.
     """
     lengths = {"--epochs": options.epochs, "--budget": options.budget_seconds, "--extend": options.extend_seconds}
     if len(lengths) - list(lengths.values()).count(None) > 1:
         raise AutosegError(f"{', '.join(lengths)} say how long to train; give one of them")
-    kept = LENGTH if states(options, OPTIMIZER) else (*LENGTH, *OPTIMIZER)
+    kept = [*LENGTH, *(name for group in CHOSEN if not states(options, group) for name in group)]
     recipe = Recipe() if existing is None else replace(Recipe(), **{name: getattr(existing, name) for name in kept})
     if options.recipe is not None:
         recipe = settings.change(recipe, settings.read_toml(options.recipe), where=str(options.recipe))
@@ -123,6 +128,26 @@ def for_length(recipe: Recipe, options: TrainOptions, device: str, seconds_a_ste
         flush=True,
     )
     return chosen
+
+
+def for_time(recipe: Recipe, planned: int, least: int, seconds_a_step: float | None) -> Recipe:
+    """The recipe of a run that begins, with smaller batches where its budget leaves few steps of the planned ones.
+
+    planned: patches in a batch; least: as many as there must be; seconds_a_step: of a planned batch as timed, None if
+    it was not, and then nothing is changed. Said, unless the user states a batch size.
+    """
+    if recipe.budget_seconds is None or recipe.batch_size is not None or seconds_a_step is None:
+        return recipe
+    steps = recipe.budget_seconds / seconds_a_step
+    batch = max(round(planned * steps / ENOUGH_STEPS), least, SMALLEST_BATCH)
+    if batch >= planned:
+        return recipe
+    print(
+        f"about {steps:.0f} steps of {planned} patches, fewer than {ENOUGH_STEPS}: batches of {batch} learn more in "
+        f"that time; choose otherwise with --set batch_size={planned}",
+        flush=True,
+    )
+    return replace(recipe, batch_size=batch)
 
 
 def describe_length(recipe: Recipe) -> str:

@@ -35,6 +35,7 @@ from autoseg.pipeline.recipe import (
     describe_length,
     for_length,
     for_new_run,
+    for_time,
     make_recipe,
     with_length,
 )
@@ -98,7 +99,8 @@ def train_fold(
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, f"{dataset_text}{workspace.option}")
     refuse_never_annotated(fold, cases, plan, fingerprint)
-    refuse_small_batch(configuration, team)
+    recipe = make_recipe(options)
+    refuse_small_batch(configuration_name, recipe.batch_size or configuration.batch_size, team)
     device = choose_device(options.device)
 
     run = Run(
@@ -110,7 +112,7 @@ def train_fold(
         fold=fold,
         cases=cases,
         plan=plan,
-        recipe=make_recipe(options),
+        recipe=recipe,
         data_hash=fingerprint.data_hash(),
         pretrained=None if options.pretrained is None else str(options.pretrained.absolute()),
         device=str(device),
@@ -165,8 +167,20 @@ def train_to_the_end(
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:  # it begins
-        run = replace(run, recipe=for_length(run.recipe, options, device.type, tuning.seconds_a_step))
-    parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
+        run = replace(run, recipe=for_time(run.recipe, configuration.batch_size, team.size, tuning.seconds_a_step))
+        # A step of a smaller batch takes so much less.
+        part = (run.recipe.batch_size or configuration.batch_size) / configuration.batch_size
+        timed = None if tuning.seconds_a_step is None else tuning.seconds_a_step * part
+        run = replace(run, recipe=for_length(run.recipe, options, device.type, timed))
+    batch = run.recipe.batch_size or configuration.batch_size
+    parts = replace(
+        parts,
+        tuning=tuning,
+        recipe=run.recipe,
+        training=replace(parts.training, batch_size=batch),
+        validation=replace(parts.validation, batch_size=batch),
+    )
+    run = replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
     # The leader's weights are given to all: nobody else needs those to begin with.
     give_order("train", replace(run, pretrained=None), folder, prepared, priors, team, annotated=annotated)
@@ -302,7 +316,7 @@ def make_parts(
             cases=cases,
             case_names=tuple(names),
             patch=configuration.patch,
-            batch_size=configuration.batch_size,
+            batch_size=recipe.batch_size or configuration.batch_size,
             foreground_fraction=recipe.foreground_fraction,
             augmentation=augmentation,
             seed=recipe.seed,
