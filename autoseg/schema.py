@@ -247,7 +247,7 @@ class Recipe:
     offline_copies: NonNegativeInt = 0
     """How many fixed augmented copies there are of each case beside the case itself; 0: it is drawn anew each time."""
     match_steps: bool = True
-    """Whether copies leave the number of steps as it is; otherwise an epoch is as many times longer as the data are."""
+    """Whether copies leave the number of steps as it is; otherwise epochs are as many times longer as the data are."""
     loader_threads: int = 2
     tune: bool = True
     """Whether probes at the start may choose precision, layout and compilation; without them float32, eager."""
