@@ -210,6 +210,29 @@ def test_labels_go_where_the_image_goes(names, patch):
     assert not torch.equal(image[0], geometry.centre(sources[0][0], patch))
 
 
+@pytest.mark.parametrize("patch", PATCHES)
+def test_geometry_of_zero_strength_changes_nothing(patch):
+    still = {"enlargement": (1.0, 1.0), "shear_degrees": (0.0, 0.0), "elastic_share": (0.0, 0.0)}
+    augmentation = make(replace(certain(STRONG, ["zoom", "shear", "elastic"]), **still), patch)
+    draws = augmentation.draw(np.random.default_rng(1), 2, 1)
+    sources = boxes(draws, 2, lambda labels: labels[None].astype(np.float32))
+    image, labels = augmentation.apply(draws, sources)
+    for sample, (source, truth) in enumerate(sources):
+        assert draws.source_shape(sample) == patch
+        assert torch.equal(image[sample], source) and torch.equal(labels[sample], truth.long())
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_what_spoils_the_image_leaves_the_labels(patch):
+    spoilers = ["motion blur", "bias field", "ghosting", "anisotropy", "Rician noise"]
+    augmentation = make(certain(MR_ARTEFACTS, spoilers), patch)
+    draws = augmentation.draw(np.random.default_rng(1), 3, 1)
+    sources = boxes(draws, 3, lambda labels: labels[None].astype(np.float32))
+    image, labels = augmentation.apply(draws, sources)
+    for sample, (source, truth) in enumerate(sources):
+        assert torch.equal(labels[sample], truth.long()) and not torch.equal(image[sample], source)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_mirrored_sides_trade_places_in_every_policy(policy):
     sides = Flips(axes=(0, 1), left_right=1, indices=(0, 2, 1))
