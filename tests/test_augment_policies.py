@@ -234,6 +234,20 @@ def test_what_spoils_the_image_leaves_the_labels(patch):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_neighbouring_slices_are_changed_alike(policy):
+    own = POLICIES[policy]
+    flat = make(replace(certain(own, used(own)), noise=0, rician=0, mirror=0.5), channels=2)
+    stack = replace(flat, context=3)
+    draws, stacked = (made.draw(np.random.default_rng(8), 4, 2) for made in (flat, stack))
+    sources = boxes(draws, 4, lambda labels: np.stack([labels, labels**2]).astype(np.float32))
+    image, labels = flat.apply(draws, sources)
+    piled = [(image[:, None].repeat(1, 3, 1, 1), labels.repeat(3, 1, 1)) for image, labels in sources]
+    image_of_three, labels_of_middle = stack.apply(stacked, piled)
+    assert image_of_three.shape == (4, 6, *FLAT) and torch.equal(labels_of_middle, labels)
+    torch.testing.assert_close(image_of_three, image.repeat_interleave(3, dim=1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_mirrored_sides_trade_places_in_every_policy(policy):
     sides = Flips(axes=(0, 1), left_right=1, indices=(0, 2, 1))
     augmentation = make(replace(certain(POLICIES[policy], used(POLICIES[policy])), noise=0, rician=0), flips=sides)

@@ -49,6 +49,15 @@ class Artefacts:
         arrays: dict[str, Any] = {name: value[samples] for name, value in vars(self).items()}
         return replace(self, **arrays)
 
+    def in_stacks(self) -> "Artefacts":
+        """The same for stacks of slices, which have one more axis in front; a channel's slices are changed alike."""
+        return replace(
+            self,
+            bias_log=self.bias_log[:, :, None],
+            ghost_axis=self.ghost_axis + 1,
+            anisotropy=np.pad(self.anisotropy, ((0, 0), (0, 0), (1, 0)), constant_values=1.0),
+        )
+
 
 def draw(rng: np.random.Generator, policy: Policy, batch: int, channels: int, axes: int, fixed: int) -> Artefacts:
     """Decide everything for `batch` samples; how many numbers are drawn depends on the sizes alone.

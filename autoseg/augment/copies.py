@@ -34,6 +34,10 @@ class CopyDraws:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         return self.samples[sample][1].source_shape(0)
 
+    def is_mirrored(self, sample: int) -> tuple[bool, ...]:
+        """Which axes of the patch are reversed in sample number `sample`; AutosegError if it cannot be told."""
+        return self.samples[sample][1].is_mirrored(0)
+
     def part(self, samples: slice) -> "CopyDraws":
         """What was drawn for these samples of the batch."""
         return CopyDraws(copies=self.copies[samples], samples=self.samples[samples])

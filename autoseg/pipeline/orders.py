@@ -21,6 +21,8 @@ class Order:
     priors: dict[str, str] | None
     """Case -> label map of the stage before, in a cascade."""
     annotated: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    class_weights: tuple[float, ...] | None = None
+    """See `make_parts`."""
     ending: str = ""
     """Of the files to write."""
 
@@ -33,6 +35,7 @@ def give_order(
     priors: Mapping[str, Path] | None,
     team: Team,
     annotated: Mapping[str, Sequence[str]] | None = None,
+    class_weights: tuple[float, ...] | None = None,
     ending: str = "",
 ) -> None:
     """Have the others of the team do the same; see `follow`."""
@@ -45,6 +48,7 @@ def give_order(
         prepared=str(prepared.absolute()),
         priors=None if priors is None else {name: str(path) for name, path in priors.items()},
         annotated={name: tuple(classes) for name, classes in (annotated or {}).items()},
+        class_weights=class_weights,
         ending=ending,
     )
     team.tell(to_json(order))

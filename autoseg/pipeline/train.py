@@ -20,8 +20,10 @@ from autoseg.computing import describe, fits, safe_base, settle, untuned
 from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, table
 from autoseg.evaluation.plots import training_curves
+from autoseg.fingerprint import median_frequency_weights
 from autoseg.history import METRICS
 from autoseg.layout import open_dataset
+from autoseg.losses import make_loss
 from autoseg.model import open_run
 from autoseg.networks import build, output_scales
 from autoseg.parallel import free_memory
@@ -37,12 +39,15 @@ from autoseg.pipeline.recipe import (
     for_new_run,
     for_time,
     make_recipe,
+    say_other_network,
     with_length,
 )
 from autoseg.pipeline.validation import forget_later, forget_validation, validate_fold
 from autoseg.planners import difference
+from autoseg.rates import early_stop
 from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
+from autoseg.schedule import is_over
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
@@ -119,6 +124,7 @@ def train_fold(
         started=now(),
     )
     later = next_stages(workspace, plan, configuration)
+    say_other_network(options, configuration.network.name)
     with sole_writer(folder):
         remove_leftovers(folder, ("run.json", METRICS, "progress.png", PRETRAINED))
         run = agree_with_existing(folder, run, options)
@@ -129,12 +135,22 @@ def train_fold(
             save_json(run, folder / "run.json")
         elif run.finished is None:
             run = train_to_the_end(
-                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated(), team
+                folder,
+                run,
+                configuration,
+                prepared,
+                device,
+                options,
+                priors,
+                fingerprint.annotated(),
+                team,
+                median_frequency_weights(fingerprint, plan.labels),
             )
         else:
             print(
-                f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
-                "longer give more --epochs, or --extend 1h"
+                f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}"
+                f"{'' if run.ended is None else f', ended early: {run.ended}'}); to train longer give more --epochs, "
+                "or --extend 1h"
             )
         if validated(folder):
             summary = load_json(Summary, folder / "validation" / SUMMARY)
@@ -161,9 +177,12 @@ def train_to_the_end(
     priors: Mapping[str, Path] | None,
     annotated: Mapping[str, Sequence[str]],
     team: Team = ALONE,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Run:
     """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
-    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours)
+    parts = make_parts(
+        run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours, class_weights
+    )
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:  # it begins
@@ -183,10 +202,11 @@ def train_to_the_end(
     run = replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
     # The leader's weights are given to all: nobody else needs those to begin with.
-    give_order("train", replace(run, pretrained=None), folder, prepared, priors, team, annotated=annotated)
+    order = replace(run, pretrained=None)
+    give_order("train", order, folder, prepared, priors, team, annotated=annotated, class_weights=class_weights)
     try:
         with heeded() as requests:
-            train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
+            done = train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
     except Stopped as stop:
         extended = "" if options.extend_seconds is None else ", without --extend,"
         print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
@@ -194,7 +214,9 @@ def train_to_the_end(
     forget_validation(folder)
     if run.fold != "all":
         forget_later(folder, run.configuration)
-    run = replace(run, finished=now(), validation_seconds=0.0)
+    over = is_over(run.recipe, step=done.step, seconds=done.seconds, recent=(), closing=0.0)
+    ended = None if over else early_stop(run.recipe, done.moment(run.recipe))
+    run = replace(run, finished=now(), ended=ended, validation_seconds=0.0)
     save_json(run, folder / "run.json")
     return run
 
@@ -278,15 +300,23 @@ def make_parts(
     annotated: Mapping[str, Sequence[str]],
     team: Team = ALONE,
     neighbours: int = 1,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
 
     priors: case -> label map of the stage before, in a cascade. annotated: case -> classes, where not all were.
-    neighbours: see `TrainOptions`.
+    neighbours: see `TrainOptions`. class_weights: background first, for losses that take them from the fingerprint.
     """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
     network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads)
+    asks = getattr(network, "takes_position", False)
+    if asks and configuration.mirror_axes is None:
+        raise AutosegError(
+            f"the network {configuration.network.name} learns what differs from place to place, and in a mirror image "
+            "places differ otherwise; say in the plan that there are none, with plan_and_preprocess --set "
+            f"'configurations.{configuration.name}.mirror_axes=[]', or name the axes along which there may be some"
+        )
     # A checkpoint holds what became of them.
     if run.pretrained is not None and not checkpoints(folder):
         begin_with(network, run, configuration, folder)
@@ -309,6 +339,7 @@ def make_parts(
             dimension=configuration.dimension,
             masked=masked,
             flips=plan.flips(configuration),
+            context=configuration.context,
         )
 
     def sampler(names: Iterable[str], stream: Stream, augmentation: Augmentation, corrupted: bool) -> Sampler:
@@ -323,6 +354,7 @@ def make_parts(
             stream=stream,
             prior=prior(corrupted),
             annotated=flags,
+            positions=asks,
             team=team,
         )
 
@@ -336,7 +368,13 @@ def make_parts(
         recipe=recipe,
         labels=plan.labels,
         scales=output_scales(network, configuration.network),
-        batch_dice=configuration.batch_dice,
+        loss=make_loss(
+            recipe.loss,
+            labels=plan.labels,
+            batch_dice=configuration.batch_dice,
+            weights=class_weights,
+            dimension=configuration.dimension,
+        ),
         device=device,
         folder=folder,
         tuning=safe_base(device),
