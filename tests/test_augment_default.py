@@ -300,7 +300,7 @@ def test_every_draw_has_one_entry_a_sample():
     assert shapes == {
         "affine": (4, 3, 3), "mirrored": (4, 3), "noise_sigma": (4,), "noise_seed": (4,), "blur_sigma": (*each, 3),
         "brightness": each, "contrast": each, "zoom": (*each, 3), "gamma_inverted": each, "gamma": each,
-        "displacement": (4, 3, 7, 7, 7), "turn_rad": (4, 3), "scale": (4,), "enlargement": (4,), "shear_rad": (4, 3),
+        "displacement": (4, 3, 1, 1, 1), "turn_rad": (4, 3), "scale": (4,), "enlargement": (4,), "shear_rad": (4, 3),
         "motion_length": each, "motion_angle": each, "bias_log": (*each, 4, 4, 4), "ghost_strength": each,
         "ghost_copies": each, "ghost_axis": each, "anisotropy": (*each, 3), "rician_sigma": (4,), "rician_seed": (4,),
     }  # fmt: skip

@@ -149,8 +149,8 @@ class DefaultAugmentation:
         gamma_inverted = _about_one(rng, policy.gamma_inverted, policy.gamma_exponent, each, policy.halved)
         gamma = _about_one(rng, policy.gamma, policy.gamma_exponent, each, policy.halved)
         mirrored = (rng.random((batch, axes)) < policy.mirror) & np.isin(range(axes), self.flips.axes)
-        # What nnU-Net's list lacks comes from a child stream: it moves nothing that is drawn for that list.
-        new = rng.spawn(1)[0]
+        # What nnU-Net's list lacks comes from streams of its own: it moves nothing that is drawn for that list.
+        new, bends = rng.spawn(2)
         enlargement = np.where(new.random(batch) < policy.enlarging, new.uniform(*policy.enlargement, batch), 1.0)
         sheared = new.random((batch, 1)) < policy.shear
         shear_rad = sheared * np.deg2rad(new.uniform(*policy.shear_degrees, (batch, axes - self.fixed)))
@@ -169,7 +169,7 @@ class DefaultAugmentation:
             zoom=zoom,
             gamma_inverted=gamma_inverted,
             gamma=gamma,
-            displacement=self._draw_displacement(new, batch),
+            displacement=self._draw_displacement(bends, batch),
             artefacts=artefacts.draw(new, policy, batch, channels, axes, self.fixed),
             turn_rad=angles,
             scale=scales,
@@ -179,8 +179,13 @@ class DefaultAugmentation:
         return draws if self.context == 1 else draws.in_stacks(self.context)
 
     def _draw_displacement(self, rng: np.random.Generator, batch: int) -> np.ndarray:
-        """Control points (B, D, *points) of displacements in voxels: none along, nor different along, a fixed axis."""
+        """Control points (B, D, *points) of displacements in voxels: none along, nor different along, a fixed axis.
+
+        Without elastic deformation there is one point, and nothing is drawn from `rng`, which is for this alone.
+        """
         axes = len(self.patch)
+        if self.policy.elastic == 0:
+            return np.zeros((batch, axes, *[1] * axes))
         points = [1] * self.fixed + [ELASTIC_CELLS + 3] * (axes - self.fixed)
         share = (rng.random(batch) < self.policy.elastic) * rng.uniform(*self.policy.elastic_share, batch)
         reach = share[:, None] * [spline.spacing(edge, count) for edge, count in zip(self.patch, points)]
