@@ -277,7 +277,12 @@ class Recipe:
     clip_norm: float = 12.0
     foreground_fraction: float = 0.33
     augmentation: str = "default"
-    """`default`, `none`, `batchgenerators`, or `package.module:name` of a transform of your own."""
+    """`default`, `none`, `desai`, `strong`, `mr_artefacts`, `batchgenerators`, or `package.module:name` of a transform
+    of your own. Held-out patches are never changed."""
+    offline_copies: NonNegativeInt = 0
+    """How many fixed augmented copies there are of each case beside the case itself; 0: it is drawn anew each time."""
+    match_steps: bool = True
+    """Whether copies leave the number of steps as it is; otherwise epochs are as many times longer as the data are."""
     loader_threads: int = 2
     tune: bool = True
     """Whether probes at the start may choose precision, layout and compilation; without them float32, eager."""

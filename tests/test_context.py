@@ -13,7 +13,8 @@ from toys import LABELS, balls_dataset, configuration, grid, plan
 from typer.testing import CliRunner
 
 from autoseg.augment import make_augmentation
-from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation
+from autoseg.augment.default import DefaultAugmentation
+from autoseg.augment.policy import DEFAULT, NONE
 from autoseg.cli import app
 from autoseg.inference import Swap, predict_logits
 from autoseg.labels import UNSEEN
