@@ -21,6 +21,7 @@ ROWS = [
         "parallel",
         "workspace",
         "settings",
+        "own",
         "recipes",
         "signals",
         "supervise",
