@@ -10,7 +10,6 @@ Naming a module imports it: a plan that does so is as trustworthy as the code be
 """
 
 import inspect
-from collections.abc import Callable
 from itertools import accumulate
 
 from torch import nn
