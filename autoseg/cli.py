@@ -38,6 +38,13 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change any other field; may be repeated.")
 ]
 PlanOption = Annotated[str, typer.Option("--plan", help="Name of the plan.")]
+NewPlanOption = Annotated[
+    str | None, typer.Option("--plan", help="Name of the plan [default, or that of the network].")
+]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option("--network", metavar="NAME", help="Network instead of the preset's, see `autoseg networks`."),
+]
 PRESET_HELP = "unet, resenc_m, resenc_l or resenc_xl."
 GpuMemoryOption = Annotated[
     float | None, typer.Option("--gpu-memory", metavar="GB", help="Memory to plan for, 2 to 80 [preset's own].")
@@ -73,12 +80,13 @@ def plan_and_preprocess_verb(
         list[str] | None, typer.Option("-c", "--configuration", help="Preprocess only this; may be repeated.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} [unet]")] = None,
+    network: NetworkOption = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
     like: Annotated[
         Path | None, typer.Option(help="Take over the plan of this model (a file or a fold folder), for fine-tuning.")
     ] = None,
-    plan: PlanOption = "default",
+    plan: NewPlanOption = None,
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
     discard_edits: Annotated[
@@ -93,18 +101,21 @@ def plan_and_preprocess_verb(
     from autoseg import settings
     from autoseg.pipeline.data import PlanOptions, describe_plan_fields, plan_and_preprocess
 
-    place = Workspace.find(workspace)
+    place, name = Workspace.find(workspace), plan_name(plan, network)
     if help_fields:
-        describe_plan_fields(place, dataset, plan)
+        describe_plan_fields(place, dataset, name)
         return
-    if like is not None and (preset, gpu_memory, spacing) != (None, None, None):
-        raise AutosegError("--like takes over network, memory and spacing; leave out --preset, --gpu-memory, --spacing")
+    if like is not None and (preset, network, gpu_memory, spacing) != (None,) * 4:
+        raise AutosegError(
+            "--like takes over network, memory and spacing; leave out --preset, --network, --gpu-memory, --spacing"
+        )
     plan_and_preprocess(
         place,
         dataset,
         PlanOptions(
-            name=plan,
+            name=name,
             preset=preset or "unet",
+            network=network,
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
             like=like,
@@ -210,6 +221,7 @@ def fit_verb(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of 250 steps a fold [default: 1000].")] = None,
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    network: NetworkOption = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
     group_by: GroupByOption = None,
@@ -217,7 +229,7 @@ def fit_verb(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     device: DeviceOption = "auto",
     num_gpus: Annotated[int, typer.Option(min=1, help="Train so many folds at a time, each on a GPU.")] = 1,
-    plan: PlanOption = "default",
+    plan: NewPlanOption = None,
     run: RunOption = "default",
     recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
     workers: WorkersOption = None,
@@ -232,18 +244,20 @@ def fit_verb(
 
     if budget is not None and epochs is not None:
         raise AutosegError("give --budget or --epochs, not both: one of them ends the training")
+    name = plan_name(plan, network)
     planning = PlanOptions(
-        name=plan,
+        name=name,
         preset=preset or "unet",
+        network=network,
         gpu_memory_gb=gpu_memory,
         spacing_mm=parse_spacing(spacing),
         group_by=group_by,
         test_fraction=test_fraction,
         workers=workers,
-        keep=preset is None and gpu_memory is None and spacing is None,
+        keep=(preset, network, gpu_memory, spacing) == (None,) * 4,
     )
     training = TrainOptions(
-        plan=plan,
+        plan=name,
         run=run,
         epochs=epochs,
         seed=seed,
@@ -557,6 +571,13 @@ def profiles_verb() -> None:
     from autoseg.pipeline.importing import profiles
 
     print(profiles())
+
+
+def plan_name(plan: str | None, network: str | None) -> str:
+    """The name of a plan that is made: as given, else the network's own, else `default`."""
+    from autoseg.settings import parse_call
+
+    return plan or ("default" if network is None else parse_call(network)[0].rpartition(":")[2])
 
 
 def parse_names(text: str | None) -> tuple[str, ...]:

@@ -157,6 +157,8 @@ class Plan:
     name: str = "default"
     dataset: str
     preset: str
+    network: str | None = None
+    """What was asked for by --network; None: the network of the preset."""
     gpu_memory_gb: float | None
     """What a training step was planned to fill; None if the plan was made elsewhere."""
     dimension: Dimension
