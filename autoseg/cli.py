@@ -151,6 +151,48 @@ def plan_verb(
         show_plans(place, dataset, plan)
 
 
+PatchOption = Annotated[
+    str | None, typer.Option("--patch", metavar="ZxYxX", help="Voxels of a patch [256x256 and 64x64x64].")
+]
+ChannelsOption = Annotated[int, typer.Option("--channels", min=1, help="Channels of the images.")]
+ClassesOption = Annotated[int, typer.Option("--classes", min=1, help="Classes with the background.")]
+
+
+@app.command("networks")
+def networks_verb(
+    patch: PatchOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 2,
+    channels: ChannelsOption = 1,
+    classes: ClassesOption = 2,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 where autocast allows.")] = "bfloat16",
+    timed: Annotated[bool, typer.Option("--time", help="Run steps and time them.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """List the networks for `--network`: parameters, memory of a training step, source."""
+    from autoseg.pipeline.networks import Sizes, show_networks
+
+    if precision not in ("float32", "bfloat16"):
+        raise AutosegError(f"--precision {precision}: choose float32 or bfloat16")
+    sizes = Sizes(patch=parse_patch(patch), batch=batch, channels=channels, classes=classes)
+    show_networks(sizes, "float32" if precision == "float32" else "bfloat16", timed, device)
+
+
+@app.command("describe")
+def describe_verb(
+    names: Annotated[list[str], typer.Argument(help="Networks: name or name(key=value, ...).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for tables and diagrams.")] = Path("."),
+    patch: PatchOption = None,
+    channels: ChannelsOption = 1,
+    classes: ClassesOption = 2,
+    compare: Annotated[bool, typer.Option("--compare", help="Draw their numbers of parameters as bars.")] = False,
+) -> None:
+    """Write the table of layers and a diagram (SVG) of networks."""
+    from autoseg.pipeline.networks import Sizes, describe_networks
+
+    sizes = Sizes(patch=parse_patch(patch), channels=channels, classes=classes)
+    describe_networks(names, output, sizes, compare)
+
+
 @app.command("train")
 def train_verb(
     dataset: Annotated[str, typer.Argument(help="1, 001, Dataset001_Name, or a raw dataset folder.")],
@@ -594,6 +636,14 @@ def parse_labels(text: str | None) -> dict[str, int]:
     if len(named) < len(parts):
         raise AutosegError(f"--labels {text!r} names a label twice")
     return named
+
+
+def parse_patch(text: str | None) -> tuple[int, ...] | None:
+    """`64x96x96` -> (64, 96, 96); AutosegError for anything else."""
+    parts = [] if text is None else text.split("x")
+    if text is not None and not (len(parts) in (2, 3) and all(part.isdecimal() and int(part) for part in parts)):
+        raise AutosegError(f"--patch {text!r}: give two or three sizes, for example --patch 64x96x96")
+    return tuple(map(int, parts)) or None
 
 
 def parse_folds(text: str | None) -> tuple[int, ...]:

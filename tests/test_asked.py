@@ -92,7 +92,9 @@ def test_a_3d_network_is_refused_for_slices():
 def test_a_network_of_ones_own_takes_the_stages_of_the_preset():
     own = replace(needs(), name="mine:Net", spec=None)
     made = planned(own).configuration("3d_fullres")
-    as_preset = plan(fingerprint((20, (36, 50, 35), (1, 1, 1))), labels(3), PLANNERS["unet"]).configuration("3d_fullres")
+    as_preset = plan(fingerprint((20, (36, 50, 35), (1, 1, 1))), labels(3), PLANNERS["unet"]).configuration(
+        "3d_fullres"
+    )
     assert made.network == replace(as_preset.network, name="mine:Net")
     assert made.patch == as_preset.patch
 
