@@ -1,8 +1,9 @@
 """Save and load the state of a run. What exists under its final name is whole.
 
-A checkpoint is a folder `checkpoint_<step>`: weights.safetensors, optimizer.pt and state.json, written under another
-name and renamed last; the one before is removed after that. Weights are safetensors, descriptions JSON; the
-optimizer's tensors are loaded with `weights_only=True`. Nothing is ever unpickled.
+A checkpoint is a folder `checkpoint_<step>`: weights.safetensors, optimizer.pt and state.json, and kept.safetensors
+where a run keeps other weights than those it goes on with; written under another name and renamed last; the one before
+is removed after that. Weights are safetensors, descriptions JSON; the optimizer's tensors are loaded with
+`weights_only=True`. Nothing is ever unpickled.
 """
 
 import os
@@ -16,10 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autoseg.rates import Leg, Moment
 from autoseg.records import AutosegError, load_json, record, save_json, sync
-from autoseg.schedule import Rhythm
+from autoseg.schedule import Rhythm, progress
+from autoseg.schema import Recipe
 
 PREFIX = "checkpoint_"
+KEPT = "kept.safetensors"
+"""In a checkpoint: see `autoseg.kept`."""
 
 
 @record
@@ -41,6 +46,20 @@ class Progressed:
     """Training losses of the epoch under way."""
     seconds: float = 0.0
     """Training time so far, over all sessions."""
+    rate: float | None = None
+    """Learning rate of the last step."""
+    validation_losses: tuple[float | None, ...] = ()
+    """Of each complete epoch; None where it was not finite."""
+    leg: Leg | None = None
+    """None before the first step, and in checkpoints of versions that knew of none."""
+
+    def moment(self, recipe: Recipe, seconds: float | None = None) -> Moment:
+        """Where the next step stands, at so many `seconds` of training (None: those of the last step).
+
+        Steps of all steps are counted at the start of the epoch, so that the rate is the same throughout one.
+        """
+        done = progress(recipe, step=self.epoch_start, seconds=self.seconds if seconds is None else seconds)
+        return Moment(step=self.step, epoch=self.epoch, progress=done, losses=self.validation_losses, leg=self.leg)
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
@@ -77,11 +96,23 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
-def save_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, progressed: Progressed) -> Path:
-    """Write a checkpoint of the fold in `folder` and remove older ones. Returns its path."""
+def save_checkpoint(
+    folder: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progressed: Progressed,
+    kept: nn.Module | None = None,
+) -> Path:
+    """Write a checkpoint of the fold in `folder` and remove older ones. Returns its path.
+
+    kept: has the weights that the run keeps, where `network` has not.
+    """
     final = folder / f"{PREFIX}{progressed.step:09d}"
     if final.exists():
-        # The weights of a step are there already; what can differ is whether its epoch has been validated since.
+        # The weights of a step are there already; what can differ is whether its epoch has been validated since, and
+        # so whether they are kept. If only that is written, the epoch is validated again, to the same end.
+        if kept is not None:
+            save_weights(kept, final / KEPT)
         save_json(progressed, final / "state.json")
         return final
     temporary = folder / f".{final.name}.tmp"
@@ -90,6 +121,8 @@ def save_checkpoint(folder: Path, network: nn.Module, optimizer: torch.optim.Opt
     save_weights(network, temporary / "weights.safetensors")
     torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
     sync(temporary / "optimizer.pt")
+    if kept is not None:
+        save_weights(kept, temporary / KEPT)
     save_json(progressed, temporary / "state.json")
     sync(temporary)
     older = checkpoints(folder)

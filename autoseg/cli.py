@@ -46,6 +46,11 @@ NetworkOption = Annotated[
     typer.Option("--network", metavar="NAME", help="Network instead of the preset's, see `autoseg networks`."),
 ]
 PRESET_HELP = "unet, resenc_m, resenc_l or resenc_xl."
+LOSS_HELP = (
+    "dice_ce [default], dice, dice_squared, ce, bce, weighted_ce, topk_ce, focal, categorical_focal, unified_focal, "
+    "tversky, focal_tversky, boundary, hausdorff, cldice, or package.module:Name; sums: 0.5*ce+focal(gamma=2)."
+)
+LossOption = Annotated[str | None, typer.Option("--loss", metavar="NAME[+NAME...]", help=LOSS_HELP)]
 GpuMemoryOption = Annotated[
     float | None, typer.Option("--gpu-memory", metavar="GB", help="Memory to plan for, 2 to 80 [preset's own].")
 ]
@@ -54,6 +59,9 @@ SpacingOption = Annotated[
 ]
 GroupByOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Cases with the same match stay in one fold.")]
 TestFractionOption = Annotated[float, typer.Option(help="Share of the groups to lock away for testing.")]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe that `recipes` lists, or a TOML file.")
+]
 RunOption = Annotated[str, typer.Option("--run", help="Name of the run.")]
 
 
@@ -85,6 +93,9 @@ def plan_and_preprocess_verb(
     spacing: SpacingOption = None,
     like: Annotated[
         Path | None, typer.Option(help="Take over the plan of this model (a file or a fold folder), for fine-tuning.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="3|5|7", help="Slices that 2d sees, to label the middle one [1].")
     ] = None,
     plan: NewPlanOption = None,
     group_by: GroupByOption = None,
@@ -118,6 +129,7 @@ def plan_and_preprocess_verb(
             network=network,
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
+            context=context,
             like=like,
             configurations=tuple(configurations or ()),
             group_by=group_by,
@@ -206,9 +218,11 @@ def train_verb(
         str | None, typer.Option(metavar="TIME", help="Go on with a run for so much longer than it has now.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
+    loss: LossOption = None,
     device: DeviceOption = "auto",
     pretrained: Annotated[
-        Path | None, typer.Option(help="Begin with this: a model file, a fold folder, a .safetensors file.")
+        Path | None,
+        typer.Option(help="Begin with this: a model file, a fold folder, weights alone (.safetensors, .pth)."),
     ] = None,
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="Only predict and score held-out cases.")
@@ -216,7 +230,7 @@ def train_verb(
     num_gpus: Annotated[int, typer.Option(min=1, help="Share every batch among so many GPUs.")] = 1,
     plan: PlanOption = "default",
     run: RunOption = "default",
-    recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
+    recipe: RecipeOption = None,
     workspace: WorkspaceOption = None,
     set_: SetOption = None,
     help_fields: Annotated[bool, typer.Option("--help-fields", help="List the fields that --set takes.")] = False,
@@ -225,9 +239,13 @@ def train_verb(
     from autoseg import settings
 
     if help_fields:
+        from autoseg.losses import describe_losses
+        from autoseg.rates import describe_schedules
         from autoseg.schema import Recipe
 
         print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
+        print("\nFor --loss, or loss in a file:\n" + "\n".join(describe_losses()))
+        print("\nFor schedule:\n" + "\n".join(describe_schedules()))
         return
     from autoseg.pipeline.recipe import TrainOptions
     from autoseg.pipeline.together import train_together
@@ -239,6 +257,7 @@ def train_verb(
         budget_seconds=None if budget is None else settings.parse_duration(budget, "--budget"),
         extend_seconds=None if extend is None else settings.parse_duration(extend, "--extend"),
         seed=seed,
+        loss=loss,
         device=device,
         pretrained=pretrained,
         validate_only=validate_only,
@@ -246,6 +265,14 @@ def train_verb(
         changes=settings.parse(set_ or ()),
     )
     train_together(Workspace.find(workspace), dataset, configuration, fold, options, num_gpus)
+
+
+@app.command("recipes")
+def recipes_verb() -> None:
+    """List the recipes that --recipe takes by name: what they set, where they come from."""
+    from autoseg.recipes import table
+
+    print(table())
 
 
 @app.command("fit")
@@ -269,11 +296,12 @@ def fit_verb(
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
+    loss: LossOption = None,
     device: DeviceOption = "auto",
     num_gpus: Annotated[int, typer.Option(min=1, help="Train so many folds at a time, each on a GPU.")] = 1,
     plan: NewPlanOption = None,
     run: RunOption = "default",
-    recipe: Annotated[Path | None, typer.Option(help="TOML file with recipe fields.")] = None,
+    recipe: RecipeOption = None,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
     set_: SetOption = None,
@@ -303,6 +331,7 @@ def fit_verb(
         run=run,
         epochs=epochs,
         seed=seed,
+        loss=loss,
         device=device,
         recipe=recipe,
         changes=settings.parse(set_ or ()),

@@ -48,6 +48,7 @@ def measure_case(
         content_hash=content_hash,
         annotated=annotated,
         across=across(cropped.labels, foreground, labels),
+        voxels=count_voxels(cropped.labels, labels),
     )
     return Measured(facts=facts, samples=samples, dimension=cropped.stored.dimension)
 
@@ -66,6 +67,30 @@ def across(indices: np.ndarray, foreground: np.ndarray, labels: Labels) -> dict[
         for index, own in enumerate(map(list, labels.members), start=1)
         if counts[own].any()
     }
+
+
+def count_voxels(indices: np.ndarray, labels: Labels) -> dict[int, int]:
+    """Index -> number of voxels of a label map that have it. Those outside the image content are background."""
+    counts = np.bincount(indices.reshape(-1).clip(min=0), minlength=len(labels.known))[: len(labels.stored)]
+    return {index: int(count) for index, count in enumerate(counts) if count}
+
+
+def median_frequency_weights(fingerprint: Fingerprint, labels: Labels) -> tuple[float, ...] | None:
+    """Weight of each class by median frequency, background first; None if the fingerprint has no counts of voxels.
+
+    The frequency of a class (or region) is its share of the voxels of those cases in which it occurs; its weight is the
+    median of all frequencies over its own (Eigen and Fergus, ICCV 2015). A class that never occurs has weight 1.
+    """
+    counts = [case.voxels for case in fingerprint.cases if case.voxels is not None]
+    if len(counts) < len(fingerprint.cases):
+        return None
+    frequencies = []
+    for members in ((0,), *labels.members):
+        own = [sum(found.get(index, 0) for index in members) for found in counts]
+        every = sum(sum(found.values()) for found, voxels in zip(counts, own) if voxels)
+        frequencies.append(sum(own) / every if every else None)
+    middle = float(np.median([frequency for frequency in frequencies if frequency is not None]))
+    return tuple(1.0 if frequency is None else middle / frequency for frequency in frequencies)
 
 
 def channel_stats(samples: np.ndarray) -> ChannelStats | None:

@@ -19,7 +19,7 @@ class Epoch:
     step: int
     progress: float
     """From 0 to 1, of the steps or of the time."""
-    learning_rate: float
+    learning_rate: float | None
     """Of the epoch's last step."""
     training_loss: float | None
     validation_loss: float | None

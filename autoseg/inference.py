@@ -8,7 +8,7 @@ Source: nnU-Net (Isensee et al., Nature Methods 2021).
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import ceil, prod
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoseg.records import AutosegError
+from autoseg.volume import relative_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +67,12 @@ def tile_weights(starts: Sequence[int], size: int, patch: int) -> Tensor:
 
 
 def predict_logits(
-    networks: Sequence[Callable[[Tensor], Tensor]],
+    networks: Sequence[Callable[..., Tensor]],
     image: Tensor,
     *,
     patch: Sequence[int],
     heads: int,
+    context: int = 1,
     step: float = 0.5,
     mirror_axes: Sequence[int] = (),
     swap: Swap | None = None,
@@ -81,9 +83,12 @@ def predict_logits(
 ) -> Tensor:
     """Image (C, Z, Y, X) -> logits (K, Z, Y, X), float32 on the CPU: the mean over all networks and mirrored views.
 
-    networks: in evaluation mode on `device`, from (B, C, *patch) to (B, heads, *patch). They share the tiles.
+    networks: in evaluation mode on `device`, from (B, C, *patch) to (B, heads, *patch). They share the tiles. One with
+    an attribute `takes_position` that is true is called with `position` too, as in training (`sampling.Batch`).
     patch: size of a tile in voxels, (Z, Y, X), or (Y, X) for 2D networks, which see every slice of Z by itself. An
     image smaller than it is padded with zeros on both sides, the odd voxel at the end.
+    context: slices of Z that a 2D network sees, odd; its own is the middle one of (B, C * context, *patch), channel by
+    channel with the slices side by side. Beyond both ends of Z they are zero, as in training and beside a small image.
     step: distance between tiles as a share of the patch, at most. mirror_axes: positions in `patch`; all their
     combinations are flipped, predicted and flipped back. swap: what trades places then; None: nothing.
     tile_batch: tiles (or mirrored views of one) in a call.
@@ -97,12 +102,16 @@ def predict_logits(
             f"inference needs one network or more, an image (C, Z, Y, X), a patch of 2 or 3 sizes and a positive "
             f"tile_batch; found {len(networks)}, {tuple(image.shape)}, {tuple(patch)}, {tile_batch}"
         )
+    if context % 2 == 0 or context < 1 or (context > 1 and len(patch) == 3):
+        raise ValueError(f"2D networks see an odd number of slices, 3D ones have no context; found {context}, {patch}")
     if swap is not None and (len(swap.channels), len(swap.heads)) != (len(image), heads):
         raise ValueError(
             f"swap orders {len(swap.channels)} channels and {len(swap.heads)} heads, not {len(image)}, {heads}"
         )
     if not set(mirror_axes) <= set(range(len(patch))):
         raise ValueError(f"mirror_axes are positions in the patch {tuple(patch)}, found {tuple(mirror_axes)}")
+    if swap is not None and context > 1:
+        swap = replace(swap, channels=tuple(c * context + k for c in swap.channels for k in range(context)))
     device = torch.device(device)
     window = (1,) * (3 - len(patch)) + tuple(patch)
     size = tuple(image.shape[1:])
@@ -111,6 +120,8 @@ def predict_logits(
     starts = [tile_starts(edge, length, step) for edge, length in zip(padded, window)]
     if len(patch) == 2:
         starts[0] = tuple(range(padded[0]))
+    reach = context // 2
+    image = F.pad(image, (0, 0, 0, 0, reach, reach)) if reach else image
     weights = [tile_weights(*along) for along in zip(starts, padded, window)]
     flips = [
         _Flip(axes, swap if swap is not None and swap.axis in axes else None)
@@ -128,10 +139,13 @@ def predict_logits(
                 tuple(slice(along[i], along[i] + edge) for along, i, edge in zip(starts, tile, window))
                 for tile in group
             ]
-            # Cut (B, C, *window) and, in 2D, drop the axis of length 1 in front of the patch.
-            batch = torch.stack([image[:, *box] for box in boxes]).to(device).reshape(len(group), -1, *patch)
+            # Cut (B, C, *window) and, in 2D, join the axis in front of the patch, which is `context` long, to C.
+            seen = [image[:, z.start : z.stop + 2 * reach, y, x] for z, y, x in boxes]
+            batch = torch.stack(seen).to(device).reshape(len(group), -1, *patch)
             views = max(1, tile_batch // len(group))
-            mean = _mean_logits(networks, batch, flips, views, (len(group), heads, *patch))
+            places = [[relative_place(s.start, *of) for s, *of in zip(box, window, padded)] for box in boxes]
+            position = torch.tensor(places)[:, -len(patch) :]
+            mean = _mean_logits(networks, batch, position, flips, views, (len(group), heads, *patch))
             for tile, box, of_tile in zip(group, boxes, mean):
                 z, y, x = (along[i].to(logits.device) for along, i in zip(weights, tile))
                 of_tile = of_tile.reshape(heads, *window).to(logits.device)
@@ -153,6 +167,11 @@ class _Flip(NamedTuple):
         batch = batch if self.swap is None else batch[:, self.swap.channels]
         return batch.flip([axis + 2 for axis in self.axes])
 
+    def moved(self, position: Tensor) -> Tensor:
+        """Positions (B, axes) of the tiles in the mirror image of the whole."""
+        signs = [-1.0 if axis in self.axes else 1.0 for axis in range(position.shape[1])]
+        return position * position.new_tensor(signs)
+
     def back(self, logits: Tensor) -> Tensor:
         """Logits (B, K, *patch) of that view where they belong."""
         logits = logits if self.swap is None else logits[:, self.swap.heads]
@@ -160,19 +179,25 @@ class _Flip(NamedTuple):
 
 
 def _mean_logits(
-    networks: Sequence[Callable[[Tensor], Tensor]],
+    networks: Sequence[Callable[..., Tensor]],
     batch: Tensor,
+    position: Tensor,
     flips: Sequence[_Flip],
     views: int,
     expected: tuple[int, ...],
 ) -> Tensor:
-    """Mean logits (B, K, *patch) of tiles (B, C, *patch) over networks and flips, `views` flips in one call."""
+    """Mean logits (B, K, *patch) of tiles (B, C, *patch) at `position` (B, axes) over networks and flips.
+
+    There are `views` flips in one call.
+    """
     total = torch.zeros(expected, device=batch.device)
     for first in range(0, len(flips), views):
         chosen = flips[first : first + views]
         flipped = torch.cat([flip.forth(batch) for flip in chosen])
+        moved = torch.cat([flip.moved(position) for flip in chosen])
         for network in networks:
-            parts = network(flipped).chunk(len(chosen))
+            where = {"position": moved.to(batch.device)} if getattr(network, "takes_position", False) else {}
+            parts = network(flipped, **where).chunk(len(chosen))
             if parts[0].shape != expected:
                 raise ValueError(f"the network gave {tuple(parts[0].shape)} for {tuple(batch.shape)}, not {expected}")
             for flip, part in zip(chosen, parts):

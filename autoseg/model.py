@@ -76,6 +76,7 @@ class Model:
             torch.from_numpy(np.ascontiguousarray(image)),
             patch=patch,
             heads=self.plan.labels.heads,
+            context=self.configuration.context,
             step=step,
             mirror_axes=flips.axes if mirror else (),
             swap=self.swap(flips),

@@ -25,7 +25,7 @@ from autoseg.preprocess import ANNOTATED, PreparedCase
 from autoseg.records import AutosegError
 from autoseg.store import load_case, read_case
 from autoseg.team import ALONE, Team
-from autoseg.volume import Box, cut
+from autoseg.volume import Box, cut, relative_place
 
 
 class Stream(IntEnum):
@@ -91,6 +91,8 @@ class Sources:
     priors: tuple[Tensor, ...] = ()
     """In a cascade, the earlier stage's labels (...) of the same boxes."""
     prior_draws: PriorDraws | None = None
+    positions: tuple[tuple[float, ...], ...] = ()
+    """See `Batch.position`; only of a `Sampler` with `positions`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -106,6 +108,9 @@ class Batch:
     labels: Tensor
     annotated: Tensor | None = None
     """Which classes were annotated, (B, classes without background) bool; None where no case lacks any."""
+    position: Tensor | None = None
+    """Where each patch lies in its image, (B, axes of the patch) float32, by `relative_place`, and negated along axes
+    that were mirrored; None where the network does not ask."""
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -171,6 +176,14 @@ def grow(box: Box, shape: Sequence[int]) -> Box:
     return Box(start=tuple(start), stop=tuple(stop))
 
 
+def position_of(box: Box, shape: Sequence[int], mirrored: Sequence[bool]) -> tuple[float, ...]:
+    """Where the patch `box` lies in an image of `shape` (Z, Y, X), by `relative_place`, for as many trailing axes as
+    `mirrored` has: along those that are, as in the mirror image of the whole."""
+    last = range(3 - len(mirrored), 3)
+    places = [relative_place(box.start[a], box.stop[a] - box.start[a], shape[a]) for a in last]
+    return tuple(-place if flipped else place for place, flipped in zip(places, mirrored))
+
+
 def cut_source(array: Any, box: Box, dimension: int, fill: int) -> Tensor:
     """One box of `array` (..., Z, Y, X), read from where it lies; `fill` outside. 2D: the box's one slice."""
     size = array.shape[-3:]
@@ -206,6 +219,8 @@ class Sampler:
     prior: Prior | None = None
     annotated: Mapping[str, tuple[bool, ...]] | None = None
     """Case -> which classes were annotated, background apart; None where no case lacks any."""
+    positions: bool = False
+    """Whether the network asks where its patches lie."""
     team: Team = ALONE
     """Every process draws the whole batch, as one alone would, and reads and assembles its own samples."""
 
@@ -219,7 +234,7 @@ class Sampler:
         rng = generator(self.seed, self.stream, step)
         chosen = rng.integers(len(self.case_names), size=self.batch_size)
         forced = forced_foreground(self.batch_size, self.foreground_fraction)
-        patches, arrays, priors = [], [], []
+        patches, arrays, priors, positions = [], [], [], []
         draws: Drawn | None = None
         own = range(self.batch_size)[self.own]
         for sample, (index, foreground) in enumerate(zip(chosen, forced)):
@@ -231,11 +246,14 @@ class Sampler:
                     # A child stream: how much the patches draw does not move what the transforms draw.
                     child = generator(self.seed, self.stream, step).spawn(1)[0]
                     draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0])
-                source = grow(box, draws.source_shape(sample))
+                shape = draws.source_shape(sample)
+                source = grow(box, shape)
                 if sample in own:
-                    arrays.append(cut_sources(case, source, len(self.patch)))
+                    arrays.append(cut_sources(case, source, len(shape)))
                 if sample in own and self.prior is not None:
-                    priors.append(cut_source(self.prior.maps(name), source, len(self.patch), 0).short())
+                    priors.append(cut_source(self.prior.maps(name), source, len(shape), 0).short())
+                if sample in own and self.positions:
+                    positions.append(position_of(box, case.labels.shape, draws.is_mirrored(sample)[-len(self.patch) :]))
             except Exception as error:
                 raise AutosegError(f"loading a patch of case {name} failed: {type(error).__name__}: {error}") from error
             patches.append(Patch(case=name, box=box, forced_foreground=foreground))
@@ -250,6 +268,7 @@ class Sampler:
             arrays=tuple(arrays),
             priors=tuple(priors),
             prior_draws=prior_draws,
+            positions=tuple(positions),
         )
 
     def assemble(self, sources: Sources, device: torch.device) -> Batch:
@@ -261,11 +280,19 @@ class Sampler:
             masks = to_masks(priors, self.prior.foreground)
             if sources.prior_draws is not None:
                 masks = corrupt(masks, sources.prior_draws)
-            image = torch.cat([image, masks], dim=1)
+            image = torch.cat([image, masks.reshape(len(masks), -1, *self.patch)], dim=1)
         annotated = None
         if self.annotated is not None:
             annotated = torch.tensor([self.annotated[patch.case] for patch in sources.patches[self.own]], device=device)
-        return Batch(step=sources.step, patches=sources.patches, image=image, labels=labels, annotated=annotated)
+        position = torch.tensor(sources.positions, device=device) if self.positions else None
+        return Batch(
+            step=sources.step,
+            patches=sources.patches,
+            image=image,
+            labels=labels,
+            annotated=annotated,
+            position=position,
+        )
 
 
 def prefetch(load: Callable[[int], Sources], steps: Iterable[int], threads: int) -> Iterator[Sources]:

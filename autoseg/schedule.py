@@ -1,7 +1,7 @@
 """How far training is, what follows from that, and how a run by time divides itself into epochs.
 
-Progress is a number from 0 to 1: steps done of all steps, or training seconds of the budget. The learning rate is a
-function of progress alone, so the decay is complete when the steps or the time are over, however fast the machine.
+Progress is a number from 0 to 1: steps done of all steps, or training seconds of the budget. What the learning rate
+makes of it is in `autoseg.rates`.
 """
 
 from collections.abc import Sequence
@@ -33,16 +33,6 @@ def progress(recipe: Recipe, *, step: int, seconds: float) -> float:
     if recipe.budget_seconds is not None:
         return min(seconds / recipe.budget_seconds, 1.0)
     return min(step / (recipe.epochs * recipe.steps_per_epoch), 1.0)
-
-
-def poly(recipe: Recipe, progress: float) -> float:
-    """Learning rate at a progress of 0 to 1: decays to 0 as (1 - progress) ** exponent."""
-    return recipe.learning_rate * (1 - progress) ** recipe.poly_exponent
-
-
-def learning_rate(recipe: Recipe, *, step: int, progress: float) -> float:
-    """Learning rate of one step: `poly`, during the first `warmup_steps` steps a linearly growing share of it."""
-    return poly(recipe, progress) * min(1.0, (step + 1) / (recipe.warmup_steps + 1))
 
 
 def choose_rhythm(recipe: Recipe, seconds_left: float, seconds_a_step: float) -> Rhythm:

@@ -5,9 +5,9 @@ order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. 
 """
 
 from dataclasses import field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from autoseg.labels import Labels
 from autoseg.mirroring import EVERY_AXIS, Flips, Mirroring, other_index
@@ -17,6 +17,9 @@ Dimension = Literal[2, 3]
 
 Option = bool | int | float | str | tuple[int, ...]
 """What an option of a network or a loss may be."""
+
+MOST_CONTEXT = 31
+"""Slices that a 2D network may see at once; half of them are padded to both ends of an image."""
 
 Orientation = Literal["canonical", "file", "ras"]
 """Which axes the networks see: the canonical ones (left-posterior-superior), those of each file as they are stored, or
@@ -52,6 +55,9 @@ class CaseFingerprint:
     across: dict[int, float] | None = None
     """Class (position in `Labels.names`) -> its centre of mass along the canonical X axis, 0 at the patient's right
     to 1 at the left end of the cropped image; only classes that the case has. None in fingerprints taken without."""
+    voxels: dict[int, int] | None = None
+    """Index of a label map -> how many voxels have it after the crop, ignored ones left out; None in fingerprints taken
+    without."""
 
 
 @record
@@ -138,6 +144,15 @@ class Configuration:
     prepared: str
     """The configuration whose prepared cases are read; its own name unless data are shared."""
 
+    def __post_init__(self) -> None:
+        if self.context % 2 == 0 or self.context > MOST_CONTEXT:
+            raise ValueError(f"context is an odd number of slices up to {MOST_CONTEXT}, found {self.context}")
+        if self.context > 1 and self.dimension == 3:
+            raise ValueError(f"context is for 2D networks; {self.name} is 3D and sees its neighbouring slices anyway")
+        # A network that treats slices in a way of its own has to be told how many there are.
+        if (told := self.network.options.get("context", self.context)) != self.context:
+            raise ValueError(f"the network is told of {told} slices in its options, and context is {self.context}")
+
 
 @record
 class Reason:
@@ -176,6 +191,8 @@ class Plan:
     """Configuration (and `channels`, and `plan`: the rest) -> hash as it was planned; any other one: edited by hand."""
 
     def __post_init__(self) -> None:
+        if self.dimension == 2 and any(configuration.context > 1 for configuration in self.configurations):
+            raise ValueError("context is for slices of 3D images; 2D images have no neighbouring slices")
         if not self.mirroring.swapped:
             return
         try:
@@ -228,17 +245,34 @@ class Recipe:
     steps_per_epoch: int = 250
     validation_steps: int = 50
     seed: int = 0
+    batch_size: PositiveInt | None = None
+    """Patches a step; None: as planned, or fewer where a budget leaves few steps: `pipeline.recipe.for_time`."""
     loss: str = "dice_ce"
+    """A key of `losses.LOSSES`, or a sum of such: `0.5*ce+tversky(alpha=0.3,beta=0.7)`; or `package.module:Name`."""
     deep_supervision: bool = True
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     """`sgd` has Nesterov momentum. A short run takes `adamw` unless told otherwise: `pipeline.recipe.for_length`."""
     learning_rate: float = 0.01
     momentum: float = 0.99
     """Of `sgd` only."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises from near 0 to the schedule's."""
+    freeze_encoder_epochs: NonNegativeInt = 0
+    """Epochs at the beginning in which the encoder stays as it is, norms included."""
+    encoder_rate: PositiveFloat = 1.0
+    """The encoder's learning rate as a multiple of the others'."""
     weight_decay: float = 3e-5
+    schedule: str = "poly"
+    """A name of `rates.SCHEDULES`, with its options: `step(factor=0.8, period=1)`, `plateau(patience=5)`, `wsd`."""
     poly_exponent: float = 0.9
+    """Of `poly` only."""
+    stop_patience: NonNegativeInt = 0
+    """Epochs without a new lowest validation loss after which the run ends; 0: none."""
+    weights: Literal["last", "best", "ema"] = "last"
+    """Which the run keeps: of the last step, of the epoch of the lowest validation loss, or a moving average. What is
+    chosen by held-out cases (`best`, `stop_patience`) scores a little too well on them."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of `ema` only: the average is over about 1 / (1 - ema_decay) steps."""
     clip_norm: float = 12.0
     foreground_fraction: float = 0.33
     augmentation: str = "default"
@@ -299,6 +333,8 @@ class Run:
     device: str
     started: str
     finished: str | None = None
+    ended: str | None = None
+    """Why training ended before its length; None if it did not."""
     validation_seconds: float = 0.0
     """What predicting and scoring the held-out cases took."""
     tuning: Tuning | None = None

@@ -4,6 +4,7 @@ Changes of a record are typed and checked as if it had been written so.
 """
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,26 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     if odd := [part.strip() for part in parts if not re.match(r"\s*\w+\s*=\s*\S", part)]:
         raise AutosegError(f"{text!r}: {odd[0]!r} is no option; write it as key=value")
     return name, parse(parts)
+
+
+def parse_sum(text: str) -> tuple[tuple[float, str, dict[str, Any]], ...]:
+    """`2*name(key=value) + name` -> (factor, name, options) of each term; the factor is 1 where none is written.
+
+    Raises AutosegError for text of another form and for factors that are not above 0.
+    """
+    terms = []
+    for term in re.split(r"\+(?![^(]*\))", text):
+        factor, star, call = term.partition("*") if "*" in term.partition("(")[0] else ("", "", term)
+        try:
+            weight = float(factor) if star else 1.0
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < math.inf:
+            raise AutosegError(
+                f"{text!r}: {factor.strip()!r} is no number above 0; write a term as 0.5*name(key=value)"
+            )
+        terms.append((weight, *parse_call(call)))
+    return tuple(terms)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 The recipe's defaults are nnU-Net's (Isensee et al., Nature Methods 2021): SGD with Nesterov momentum, a polynomial
 decay stepped once an epoch, gradients clipped by norm, pseudo-Dice on random validation patches after each epoch.
-AdamW (Loshchilov and Hutter, ICLR 2019) with a linear warm-up is the other choice.
-Under a budget the decay follows the time instead, at every step. Requests to save or to end (`autoseg.signals`) are
-answered between two steps or two validation batches; what is saved there goes on as if nothing had happened.
+Under a budget the decay follows the time instead, at every step. Other optimizers, schedules and weights to keep are in
+`autoseg.optimizers`, `autoseg.rates` and `autoseg.kept`. Requests to save or to end (`autoseg.signals`) are answered
+between two steps or two validation batches; what is saved there goes on as if nothing had happened.
 """
 
-import json
 import math
 import shutil
 import signal
@@ -25,21 +24,24 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.agreement import Workload
+from autoseg.bad_steps import record_bad_step, refuse_many
 from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, save_weights
 from autoseg.computing import apply, autocast, scaler
 from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics
+from autoseg.kept import average, second_network, take_over
 from autoseg.labels import Labels
-from autoseg.losses import LOSSES, Part, deep_supervision, scale_targets
+from autoseg.losses import Loss, Part, deep_supervision, scale_targets
+from autoseg.optimizers import OPTIMIZERS
+from autoseg.parameter_groups import groups, hold_encoder, set_rate
 from autoseg.progress import Progress
-from autoseg.records import AutosegError
+from autoseg.rates import early_stop, learning_rate, lowest, next_leg, reduced
 from autoseg.sampling import Batch, Sampler, Stream, generator, prefetch
-from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, learning_rate, progress
+from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, progress
 from autoseg.schema import Recipe, Tuning
 from autoseg.settings import say_duration
 from autoseg.signals import Requests, Stopped
 from autoseg.team import ALONE, Team
 
-BAD_STEPS = "bad_steps.jsonl"
 WEIGHTS = "weights.safetensors"
 RECENT_STEPS = 8
 """Steps whose durations tell how long the next one takes."""
@@ -56,7 +58,8 @@ class Parts:
     labels: Labels
     scales: tuple[tuple[int, ...], ...]
     """By how much each output of the network is smaller than the patch, for the targets of deep supervision."""
-    batch_dice: bool
+    loss: Loss
+    """Of logits and target, and by keyword `annotated` and `part`; see `losses.make_loss`."""
     device: torch.device
     folder: Path
     tuning: Tuning
@@ -66,32 +69,23 @@ class Parts:
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all parameters: SGD with Nesterov momentum, or AdamW with its usual betas."""
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        network.parameters(),
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-    )
+    """The recipe's optimizer over all parameters; see `parameter_groups` for an encoder that is set apart."""
+    return OPTIMIZERS[recipe.optimizer](groups(network, recipe), recipe)
 
 
 def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
     """(loss, logits at full resolution) of one batch; of the loss what this process's samples contribute to it."""
     loss = partial(
-        LOSSES[parts.recipe.loss],
-        batch_dice=parts.batch_dice,
-        labels=parts.labels,
+        parts.loss,
         annotated=batch.annotated,
         part=Part(share=len(batch.image) / len(batch.patches), total=parts.team.total),
     )
+    where = {} if batch.position is None else {"position": batch.position}
     with autocast(parts.tuning, parts.device):
         if not parts.recipe.deep_supervision:
-            logits = parts.network(batch.image)
+            logits = parts.network(batch.image, **where)
             return loss(logits, batch.labels), logits
-        scales = parts.network(batch.image, all_scales=True)
+        scales = parts.network(batch.image, all_scales=True, **where)
         return deep_supervision(loss, scales, scale_targets(batch.labels, parts.scales)), scales[0]
 
 
@@ -200,22 +194,6 @@ def class_counts(logits: Tensor, target: Tensor, labels: Labels) -> Tensor:
     return torch.stack([joint.diagonal(dim1=1, dim2=2), joint.sum(1), joint.sum(2)])[..., 1:]
 
 
-def record_bad_step(folder: Path, batch: Batch) -> None:
-    """Keep what is needed to look at a batch whose loss was not finite."""
-    line = {
-        "step": batch.step,
-        "patches": [{"case": p.case, "start": p.box.start, "stop": p.box.stop} for p in batch.patches],
-    }
-    with (folder / BAD_STEPS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def culprits(bad: list[Batch]) -> str:
-    """The cases that all bad batches share, or all of them."""
-    shared = set(bad[0].cases).intersection(*(batch.cases for batch in bad))
-    return ", ".join(sorted(shared or {case for batch in bad for case in batch.cases})[:8])
-
-
 def train(
     parts: Parts,
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
@@ -242,6 +220,8 @@ def train(
     if state.loss_scale:
         loss_scaler.load_state_dict(state.loss_scale)
     gathered = team.share(network)
+    kept = second_network(network, recipe, folder)
+    state = replace(state, leg=next_leg(recipe, state.moment(recipe), state.rate))
     if team.leads:
         forget_metrics_from(folder, state.epoch)
     bad: list[Batch] = []
@@ -255,7 +235,7 @@ def train(
 
     def save() -> None:
         if team.leads:
-            save_checkpoint(folder, network, optimizer, replace(state, loss_scale=loss_scaler.state_dict()))
+            save_checkpoint(folder, network, optimizer, replace(state, loss_scale=loss_scaler.state_dict()), kept)
 
     def heed() -> None:
         wanted, stop = team.largest(asked.save, asked.stop or 0)
@@ -269,7 +249,7 @@ def train(
 
     with _progress_bar(recipe, state, quiet=not team.leads) as bar:
         if _epoch_is_full(recipe, state):  # it was stopped in its pseudo-validation
-            state = _end_epoch(parts, optimizer, state, on_epoch, heed)
+            state = _end_epoch(parts, kept, state, on_epoch, heed, bar)
         mark = elapsed()
         for batch in batches(parts.training, _steps(recipe, state.step), recipe.loader_threads, device):
             heed()
@@ -277,10 +257,12 @@ def train(
             closing = validating if state.step > state.epoch_start else 0.0
             if is_over(recipe, step=state.step, seconds=now, recent=recent, closing=closing):
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    recipe, step=batch.step, progress=progress(recipe, step=state.epoch_start, seconds=now)
-                )
+            if why := early_stop(recipe, state.moment(recipe)):
+                bar.say(f"{why}: training ends here")
+                break
+            rate = learning_rate(recipe, state.moment(recipe, now))
+            set_rate(optimizer, rate)
+            hold_encoder(network, recipe, state.epoch)
             # Dropout draws from torch's global generator: seeded anew, a step that is gone on with is the same one.
             torch.manual_seed(int(generator(recipe.seed, Stream.DROPOUT, batch.step).integers(2**62)))
             loss = training_step(parts, optimizer, loss_scaler, batch, gathered)
@@ -288,12 +270,7 @@ def train(
                 bad.append(batch)
                 if team.leads:
                     record_bad_step(folder, batch)
-                if len(bad) >= recipe.max_bad_steps:
-                    raise AutosegError(
-                        f"the loss was not finite in {len(bad)} steps in a row (step {batch.step}); cases involved: "
-                        f"{culprits(bad)}. Look at them (`autoseg check`; {folder / BAD_STEPS} has the patches), "
-                        "or lower the rate in a new run: --run NAME --set learning_rate=0.001"
-                    )
+                refuse_many(bad, recipe.max_bad_steps, folder)
             else:
                 bad = []
             state = replace(
@@ -302,13 +279,16 @@ def train(
                 skipped_steps=state.skipped_steps + (loss is None),
                 epoch_losses=state.epoch_losses if loss is None else (*state.epoch_losses, loss),
                 seconds=elapsed(),
+                rate=rate,
             )
+            if kept is not None and recipe.weights == "ema":
+                average(kept, network, batch.step, recipe.ema_decay)
             recent.append(state.seconds - mark)
             if len(recent) == TIMED_STEPS and _lacks_rhythm(recipe, state):
                 state = _with_rhythm(recipe, state, recent, bar)
             _show(bar, recipe, state, loss)
             if _epoch_is_full(recipe, state):
-                state = _end_epoch(parts, optimizer, state, on_epoch, heed)
+                state = _end_epoch(parts, kept, state, on_epoch, heed, bar)
                 validating = elapsed() - state.seconds
                 state = replace(state, seconds=elapsed())
             if state.seconds - saved > recipe.checkpoint_minutes * 60:
@@ -316,11 +296,13 @@ def train(
                 saved = state.seconds
             mark = elapsed()
         if state.step > state.epoch_start:  # the budget ended within an epoch
-            state = _end_epoch(parts, optimizer, state, on_epoch, heed)
+            state = _end_epoch(parts, kept, state, on_epoch, heed, bar)
             state = replace(state, seconds=elapsed())
+        if recipe.weights == "best" and (best := lowest(state.validation_losses)) is not None:
+            bar.say(f"kept: the weights of epoch {best}, whose validation loss was the lowest")
     save()
     if team.leads:
-        save_weights(network, folder / WEIGHTS)
+        save_weights(network if kept is None else kept, folder / WEIGHTS)
     return state
 
 
@@ -376,12 +358,18 @@ def _show(bar: Progress, recipe: Recipe, state: Progressed, loss: float | None) 
 
 def _end_epoch(
     parts: Parts,
-    optimizer: torch.optim.Optimizer,
+    kept: nn.Module | None,
     state: Progressed,
     on_epoch: Callable[[list[dict[str, Any]]], None],
     between: Callable[[], None],
+    bar: Progress,
 ) -> Progressed:
-    validation_loss, dice = validate(parts, state.epoch, _epoch_lengths(parts.recipe, state)[1], between)
+    recipe = parts.recipe
+    judged = parts if kept is None or recipe.weights == "best" else replace(parts, network=kept)
+    validation_loss, dice = validate(judged, state.epoch, _epoch_lengths(recipe, state)[1], between)
+    losses = (*state.validation_losses, validation_loss)
+    if kept is not None and recipe.weights == "best" and lowest(losses) in (None, len(losses) - 1):
+        take_over(kept, parts.network)
     known = [value for value in dice.values() if value is not None]
     mean = sum(known) / len(known) if known else None
     smooth = state.smooth_pseudo_dice
@@ -390,8 +378,8 @@ def _end_epoch(
     line = Epoch(
         epoch=state.epoch,
         step=state.step,
-        progress=round(progress(parts.recipe, step=state.step, seconds=state.seconds), 6),
-        learning_rate=optimizer.param_groups[0]["lr"],
+        progress=round(progress(recipe, step=state.step, seconds=state.seconds), 6),
+        learning_rate=state.rate,
         training_loss=sum(state.epoch_losses) / len(state.epoch_losses) if state.epoch_losses else None,
         validation_loss=validation_loss,
         pseudo_dice=dice,
@@ -403,4 +391,14 @@ def _end_epoch(
     if parts.team.leads:
         append_metrics(parts.folder, line)
         on_epoch(read_metrics(parts.folder))
-    return replace(state, epoch=state.epoch + 1, epoch_start=state.step, smooth_pseudo_dice=smooth, epoch_losses=())
+    ended = replace(
+        state,
+        epoch=state.epoch + 1,
+        epoch_start=state.step,
+        smooth_pseudo_dice=smooth,
+        epoch_losses=(),
+        validation_losses=losses,
+    )
+    if said := reduced(recipe, state.moment(recipe), ended.moment(recipe)):
+        bar.say(said)
+    return ended

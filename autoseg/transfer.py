@@ -6,17 +6,18 @@ channel that is new beside known ones starts with zeros, and changes nothing unt
 where no channel is known, each starts as the mean of the old ones, scaled so that all of them weigh as much as before.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from autoseg.checkpoint import read_weights
 from autoseg.model import Trained, at, in_folders
 from autoseg.networks.base import Network
+from autoseg.published import SUFFIXES, by_our_names, read_published
 from autoseg.records import AutosegError
 from autoseg.schema import Configuration, Plan
 
@@ -41,13 +42,13 @@ class Line:
 
 
 def open_source(path: Path, configuration: str) -> Source:
-    """The network at `path`: a model file, a fold folder, the folder of a configuration, or a .safetensors file.
+    """The network at `path`: a model file, a fold folder, the folder of a configuration, or a file of weights alone.
 
     Of several folds the first; of a cascade the stage called `configuration`, else the last. Raises AutosegError if
     there is none, or if it is damaged.
     """
-    if path.suffix == ".safetensors":
-        return Source(words=f"{path}, whose channels and classes have no names", tensors=read_weights(path))
+    if path.suffix in SUFFIXES:
+        return Source(words=f"{path}, whose channels and classes have no names", tensors=read_published(path))
     trained: Trained = in_folders([path]) if (path / "run.json").is_file() else at(path)
     stage: Trained | None = trained
     while stage is not None and stage.configuration.name != configuration:
@@ -71,13 +72,15 @@ def transfer(
     source fits: then nothing that was learnt would be left.
     """
     fresh = network.state_dict()
+    if source.plan is None:
+        source = replace(source, tensors=by_our_names(source.tensors, fresh))
     begin, lines = dict(fresh), []
     known = isinstance(network, Network)
     entry = network.first_weight if isinstance(network, Network) else None
     heads = network.heads_prefixes if isinstance(network, Network) else ()
     for block in dict.fromkeys(_block(name, known) for name in fresh):
         names = [name for name in fresh if _block(name, known) == block]
-        if block.startswith(heads):
+        if names[0].startswith(heads):
             lines += [_head(name, begin, plan, source) for name in names]
             continue
         first = [entry] if entry in names else []
@@ -91,18 +94,24 @@ def transfer(
             if fits:
                 begin[name] = source.tensors[name].clone()
             lines.append(Line(tensor=name, what="reused") if fits else _unfit(name, fresh[name], source))
-    if not any(line.what == "reused" and fresh[line.tensor].ndim > 2 for line in lines):
+    if not any(line.what == "reused" and fresh[line.tensor].ndim > 2 and line.tensor != entry for line in lines):
+        cure = "take its plan over with `autoseg plan_and_preprocess --like`, under another --plan"
+        if source.plan is None:
+            cure = "weights alone need the network that they were trained in, of as many axes, blocks and features"
         raise AutosegError(
-            f"nothing of {source.words} fits the network of {configuration.name}; take its plan over with "
-            "`autoseg plan_and_preprocess --like`, under another --plan, or train without --pretrained"
+            f"nothing of {source.words} fits the network of {configuration.name} ({configuration.network.name}); "
+            f"{cure}, or train without --pretrained"
         )
     return begin, tuple(lines)
 
 
 def _block(name: str, known: bool) -> str:
-    """The block that a tensor belongs to: a convolution is of no use without its norm, nor either without its bias."""
-    parts = name.split(".")
-    return ".".join(parts[: -2 if known and len(parts) > 2 and parts[-2] in ("conv", "norm") else -1])
+    """The block that a tensor belongs to: a convolution is of no use without its norm, nor either without its bias.
+
+    In networks that are known the convolutions of one module belong together, and its shortcut with them.
+    """
+    inside = re.fullmatch(r"(.+?)\.(?:downsample\.|(?:conv|norm|bn)\d*\.[^.]*$).*", name) if known else None
+    return inside[1] if inside else name.rpartition(".")[0]
 
 
 def _fits(own: Tensor, other: Tensor | None) -> bool:
@@ -121,12 +130,20 @@ def _unfit(name: str, own: Tensor, source: Source) -> Line:
 
 
 def inputs(plan: Plan, configuration: Configuration) -> tuple[str, ...]:
-    """What each input channel of a network is: image channels, then in a cascade the masks of the earlier stage."""
-    labels = plan.labels
+    """What each input channel of a network is: image channels, then in a cascade the masks of the earlier stage.
+
+    Where it sees neighbouring slices, each of these comes once a slice; the middle one has the name of a single one.
+    """
+    labels, reach = plan.labels, configuration.context // 2
     # There is a mask for each value; a region may have several.
     names = labels.names if labels.exclusive else [f"value {value}" for value in labels.stored]
     masks = (f"mask of {names[index]}" for index in labels.foreground)
-    return (*(channel.channel for channel in plan.channels), *(masks if configuration.previous_stage else ()))
+    single = (*(channel.channel for channel in plan.channels), *(masks if configuration.previous_stage else ()))
+    return tuple(
+        f"{name} of slice {k:+d}" if k else name
+        for name in single
+        for k in range(-reach, configuration.context - reach)
+    )
 
 
 def outputs(plan: Plan) -> tuple[str, ...]:
@@ -150,11 +167,12 @@ def _first(entry: str, begin: dict[str, Tensor], plan: Plan, configuration: Conf
         there = wanted if own.shape == other.shape else ()
         images = other.shape[1]
     else:
-        there, images = inputs(source.plan, source.configuration), len(source.plan.channels)
+        there = inputs(source.plan, source.configuration)
+        images = len(source.plan.channels) * source.configuration.context
     if there == wanted:
         begin[entry] = other.clone()
         return Line(tensor=entry, what="reused")
-    adapted, count = torch.zeros_like(own), len(plan.channels)
+    adapted, count = torch.zeros_like(own), len(plan.channels) * configuration.context
     strange = not set(wanted[:count]) & set(there[:images])
     mean = other[:, :images].mean(1) * (images / count)
     how = []

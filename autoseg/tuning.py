@@ -95,10 +95,9 @@ class _Probes:
         if self.device.type == "cuda":
             self.budget = max(self.budget, CUDA_SECONDS)
         elif self.expected < SHORT_SECONDS:
-            return untuned(self.device, f"training takes about {self.expected:.2g} s only")
+            return self.unprobed(f"training takes about {self.expected:.2g} s only")
         elif self.budget < self.best_seconds < math.inf:
-            return untuned(
-                self.device,
+            return self.unprobed(
                 f"one step takes {self.best_seconds:.3g} s and probes may take {self.budget:.3g} s; not tried are "
                 + ", ".join(name for name, _ in self.changes()),
             )
@@ -108,6 +107,10 @@ class _Probes:
         self.settle(self.best)
         found = None if math.isinf(self.best_seconds) else self.best_seconds
         return replace(self.best, seconds_a_step=found, notes=tuple(self.notes))
+
+    def unprobed(self, why: str) -> Tuning:
+        """The safe choice, with the time of a step, which says how many steps a budget has."""
+        return replace(untuned(self.device, why), seconds_a_step=self.best_seconds)
 
     def changes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, changed fields) of everything to try, in order."""

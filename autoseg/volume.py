@@ -107,6 +107,14 @@ def cut(array: np.ndarray, box: Box, fill: float) -> np.ndarray:
     return out
 
 
+def relative_place(start: int, edge: int, size: int) -> float:
+    """Where a patch of `edge` voxels that starts at `start` lies on an axis of `size`: -1 the first place, 1 the last.
+
+    0, in the middle, where the patch fills the axis. In the mirror image of the axis it is the negative.
+    """
+    return 2 * start / (size - edge) - 1 if size > edge else 0.0
+
+
 def paste(array: np.ndarray, box: Box, shape: tuple[int, ...], fill: float) -> np.ndarray:
     """Inverse of cutting `box` from an array of trailing `shape`: put `array` back, `fill` elsewhere."""
     out = np.full((*array.shape[: array.ndim - len(shape)], *shape), fill, dtype=array.dtype)

@@ -28,6 +28,7 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
 
     from autoseg.computing import safe_base, scaler
     from autoseg.labels import Labels
+    from autoseg.losses import make_loss
     from autoseg.networks import build, output_scales
     from autoseg.sampling import Batch
     from autoseg.schema import NetworkSpec, Recipe
@@ -36,14 +37,15 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
     spec = NetworkSpec(**configuration["network"])
     unused: Any = None
     network = build(spec, image.shape[1], classes)
+    classes_of = Labels(names=tuple(f"class {i}" for i in range(classes)), values=tuple(range(classes)))
     parts = Parts(
         network=network,
         training=unused,
         validation=unused,
         recipe=Recipe(),
-        labels=Labels(names=tuple(f"class {i}" for i in range(classes)), values=tuple(range(classes))),
+        labels=classes_of,
         scales=output_scales(network, spec),
-        batch_dice=configuration["batch_dice"],
+        loss=make_loss(Recipe().loss, labels=classes_of, batch_dice=configuration["batch_dice"]),
         device=torch.device("cpu"),
         folder=Path(),
         tuning=safe_base(torch.device("cpu")),

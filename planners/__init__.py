@@ -4,6 +4,7 @@ Planning is arithmetic on a few numbers: no torch, no files, the same answer eve
 a preset of your own is `dataclasses.replace(PLANNERS["resenc_l"], name="mine", ...)`.
 """
 
+from autoseg.planners.context import with_context
 from autoseg.planners.default import plan
 from autoseg.planners.edits import added, difference, edited, keep_edits, stamped
 from autoseg.planners.explain import explain
@@ -24,4 +25,5 @@ __all__ = [
     "plan_like",
     "says_sides",
     "stamped",
+    "with_context",
 ]

@@ -21,7 +21,8 @@ def explain(plan: Plan) -> str:
     for configuration in plan.configurations:
         patch, spacing = by(configuration.patch), by(configuration.spacing_mm)
         mark = by_hand.get(configuration.name, "")
-        lines.append(f"{configuration.name:20}{patch:18}{configuration.batch_size:6}  {spacing}{mark}")
+        slices = f"  (sees {configuration.context} slices)" if configuration.context > 1 else ""
+        lines.append(f"{configuration.name:20}{patch:18}{configuration.batch_size:6}  {spacing}{slices}{mark}")
     for reason in plan.reasons:
         lines += ["", f"{reason.decision}: {reason.outcome}", *_indented("rule", reason.rule)]
         if reason.inputs:

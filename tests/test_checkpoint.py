@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from autoseg.checkpoint import (
+    KEPT,
     Progressed,
     checkpoints,
     load_checkpoint,
     load_weights,
+    read_progress,
     save_checkpoint,
     save_weights,
 )
@@ -47,6 +49,19 @@ def test_going_on_from_a_checkpoint_equals_not_stopping(tmp_path):
     steps(other, its_optimizer, 4, 2)
     for a, b in zip(network.parameters(), other.parameters()):
         assert torch.equal(a, b)
+
+
+def test_what_is_kept_lies_in_the_checkpoint_and_may_follow_its_validation(tmp_path):
+    network, optimizer = parts(0)
+    first, second = parts(1)[0], parts(2)[0]
+    folder = save_checkpoint(tmp_path, network, optimizer, progressed(3), first)
+    assert save_checkpoint(tmp_path, network, optimizer, progressed(3, validation_losses=(0.5,)), second) == folder
+    assert read_progress(tmp_path).validation_losses == (0.5,)
+    load_weights(first, folder / KEPT)
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert not torch.equal(first[0].weight, network[0].weight)
+    load_checkpoint(tmp_path, first, optimizer)
+    assert torch.equal(first[0].weight, network[0].weight)
 
 
 def test_only_the_newest_stays_and_a_torn_one_is_not_seen(tmp_path):

@@ -10,8 +10,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from autoseg import __version__
-from autoseg.cli import app, parse_folds, parse_spacing
-from autoseg.records import AutosegError
+from autoseg.cli import LOSS_HELP, app, parse_folds, parse_spacing
+from autoseg.losses import LOSSES
+from autoseg.records import AutosegError, load_json
+from autoseg.schema import Run
 
 RUNNER = CliRunner()
 
@@ -23,12 +25,12 @@ OPTIONS = {
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
-        "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "device", "pretrained",
+        "dataset", "configuration", "fold", "epochs", "budget", "extend", "seed", "loss", "device", "pretrained",
         "validate_only", "num_gpus", "plan", "run", "recipe", "workspace", "set_", "help_fields",
     },
     "fit": {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
-        "test_fraction", "seed", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
+        "test_fraction", "seed", "loss", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
     },
     "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {
@@ -63,6 +65,11 @@ def test_version_and_help():
         assert "Usage" in shown.output
 
 
+def test_help_names_every_loss_without_loading_them():
+    said = LOSS_HELP.replace(",", "").replace(";", "").split()
+    assert [name for name in said if name in LOSSES] == [*LOSSES]
+
+
 @pytest.mark.parametrize("text", ["1", "1,2", "a,b,c", "1;2;3"])
 def test_spacing_is_three_lengths(text):
     assert parse_spacing("3,0.5,0.5") == (3.0, 0.5, 0.5)
@@ -85,7 +92,8 @@ def test_fit_refuses_two_ends():
 
 
 def test_fields_of_recipe_plan_and_source_are_listed(tmp_path):
-    assert "learning_rate = 0.01" in RUNNER.invoke(app, ["train", "1", "2d", "0", "--help-fields"]).output
+    shown = RUNNER.invoke(app, ["train", "1", "2d", "0", "--help-fields"]).output
+    assert "learning_rate = 0.01" in shown and "tversky(alpha=0.3, beta=0.7)" in shown
     assert "tubes = (" in RUNNER.invoke(app, ["dataset", "make", "vessels", "--help-fields"]).output
     unknown = RUNNER.invoke(app, ["dataset", "make", "vesels"])
     assert isinstance(unknown.exception, AutosegError)
@@ -101,7 +109,21 @@ def test_make_plan_train_predict_evaluate_by_hand(tmp_path):
     lines = [
         ["check", "-d", "7", *place],
         ["plan_and_preprocess", "-d", "7", "-c", "2d", "--gpu-memory", "4", *small, *place],
-        ["train", "7", "2d", "0", "--epochs", "1", "--set", "steps_per_epoch=2", "--set", "validation_steps=1", *place],
+        [
+            "train",
+            "7",
+            "2d",
+            "0",
+            "--epochs",
+            "1",
+            "--set",
+            "steps_per_epoch=2",
+            "--set",
+            "validation_steps=1",
+            "--loss",
+            "dice + 0.5*weighted_ce",
+            *place,
+        ],
         ["predict", "-i", str(raw / "imagesTr"), "-o", str(tmp_path / "out"), "--no-tta", *place],
         ["evaluate", str(raw / "labelsTr"), str(tmp_path / "out"), "--tolerance", "2"],
     ]
@@ -110,6 +132,8 @@ def test_make_plan_train_predict_evaluate_by_hand(tmp_path):
         assert done.exit_code == 0, (line, done.output)
     assert "small" in done.output
     assert (tmp_path / "out" / "summary.csv").is_file()
+    run = tmp_path / "runs" / NAME / "default" / "2d" / "fold_0" / "run.json"
+    assert load_json(Run, run).recipe.loss == "dice+0.5*weighted_ce"
     shown = RUNNER.invoke(app, ["plan_and_preprocess", "-d", "7", "--help-fields", *place], catch_exceptions=False)
     assert "configurations.2d.batch_size = 2" in shown.output
 

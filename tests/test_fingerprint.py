@@ -1,11 +1,14 @@
 """Fingerprint: numbers by hand, cases weigh the same, none without foreground."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toys import LABELS, grid
 
 from autoseg import fingerprint
-from autoseg.fingerprint import channel_stats, measure_case, summarise
+from autoseg.fingerprint import channel_stats, measure_case, median_frequency_weights, summarise
 from autoseg.labels import Labels
 from autoseg.preprocess import crop_to_content
 from autoseg.records import AutosegError, load_json, save_json
@@ -71,3 +74,41 @@ def test_2d_and_3d_do_not_mix():
     assert summarise("D", ("a",), [flat]).dimension == 2
     with pytest.raises(AutosegError, match="flat"):
         summarise("D", ("a",), [deep, flat])
+
+
+def counted(*cases):
+    """A fingerprint of cases with so many voxels of each index; None: none counted."""
+    empty = measured("x", np.ones((1, 5, 7, 11)), np.zeros((5, 7, 11), np.int16))
+    facts = [replace(empty.facts, case=f"c{n}", voxels=voxels) for n, voxels in enumerate(cases)]
+    return summarise("D", ("MR",), [replace(empty, facts=entry) for entry in facts])
+
+
+def test_voxels_of_each_index_are_counted_after_the_crop():
+    image, marked = np.full((1, 5, 7, 11), 50.0), np.zeros((5, 7, 11), np.int16)
+    image[0, 0] = 0  # cropped away
+    image[0, 1, :, :3] = 0  # kept, but outside the content: background all the same
+    marked[2, :2], marked[3, 0, :4], marked[4, 6] = 1, 2, 3
+    here = grid(marked.shape)
+    cropped = crop_to_content("a", Volume(array=image.astype(np.float32), grid=here), marked, here)
+    labels = Labels.from_dataset({"background": 0, "a": 1, "b": 4, "ignore": 7})
+    assert measure_case(cropped, labels, "hash", 1000).facts.voxels == {0: 4 * 77 - 22 - 4 - 11, 1: 22, 2: 4}
+
+
+def test_weights_by_median_frequency_by_hand():
+    # Background 150 of 200 voxels, liver 40 of 200, lesion 10 of the 100 of the case that has one: median 0.2.
+    made = counted({0: 70, 1: 30}, {0: 80, 1: 10, 2: 10})
+    assert median_frequency_weights(made, LABELS) == pytest.approx((0.2 / 0.75, 1, 0.2 / 0.1))
+    # A class that never occurs has no say.
+    assert median_frequency_weights(counted({0: 75, 1: 25}), LABELS) == pytest.approx((0.5 / 0.75, 0.5 / 0.25, 1))
+    regions = Labels.from_dataset({"background": 0, "whole": [1, 2], "core": 2})
+    assert median_frequency_weights(made, regions) == pytest.approx((0.25 / 0.75, 1, 0.25 / 0.1))
+
+
+def test_fingerprints_of_before_have_no_weights_and_are_read_all_the_same(tmp_path):
+    assert median_frequency_weights(counted({0: 9}, None), LABELS) is None
+    save_json(counted({0: 9, 1: 2}), tmp_path / "new.json")
+    assert load_json(Fingerprint, tmp_path / "new.json") == counted({0: 9, 1: 2})
+    content = json.loads((tmp_path / "new.json").read_text())
+    del content["cases"][0]["voxels"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    assert load_json(Fingerprint, tmp_path / "old.json") == counted(None)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,40 @@ def test_a_run_of_fewer_than_5000_steps_takes_adamw(recipe, device, timed, short
     assert ("--set optimizer=sgd" in capsys.readouterr().out) == short
 
 
+@pytest.mark.parametrize(
+    ("seconds", "timed", "least", "batch"),
+    [
+        (7200.0, 14.4, 1, 2),  # 500 steps: 500 / 2000 of 7 patches
+        (7200.0, 5.0, 1, 5),  # 1440 steps
+        (7200.0, 14.4, 4, 4),
+        (7200.0, 14.4, 9, None),
+        (7200.0, 3.5, 1, None),  # 2057 steps
+        (60.0, 14.4, 1, 2),
+        (60.0, None, 1, None),
+    ],
+)
+def test_a_run_by_time_has_enough_steps_if_need_be_of_small_batches(seconds, timed, least, batch, capsys):
+    chosen = recipes.for_time(Recipe(budget_seconds=seconds), 7, least, timed)
+    assert chosen.batch_size == batch
+    assert ("--set batch_size=7" in capsys.readouterr().out) == (batch is not None)
+
+
+def test_a_stated_batch_and_a_run_by_epochs_are_left_alone():
+    for recipe in (Recipe(epochs=3), Recipe(budget_seconds=9.0, batch_size=6)):
+        assert recipes.for_time(recipe, 7, 1, 5.0) == recipe
+    chosen = Recipe(budget_seconds=9.0, batch_size=2)
+    assert make_recipe(TrainOptions(budget_seconds=9.0), chosen).batch_size == 2, "a run keeps what it has chosen"
+    assert make_recipe(TrainOptions(budget_seconds=9.0, changes={"batch_size": 6}), chosen).batch_size == 6
+
+
+def test_a_batch_size_of_ones_own_trains_and_goes_on(prepared):
+    options = replace(TRAIN, changes={**CHANGES, "batch_size": 1})
+    folder = train(prepared, "single", options)
+    assert load_json(Run, folder / "run.json").recipe.batch_size == 1
+    longer = train(prepared, "single", replace(options, epochs=3))
+    assert read_progress(longer).step == 9
+
+
 @pytest.mark.parametrize("field", ["optimizer='sgd'", "learning_rate=0.01", "momentum=0.9", "warmup_steps=3"])
 def test_a_stated_optimizer_is_left_alone(field, tmp_path):
     file = tmp_path / "recipe.toml"
@@ -161,7 +196,7 @@ def test_a_finished_run_goes_on_with_more_epochs_or_more_time(prepared, capsys):
     train(prepared, "longer", replace(TRAIN, epochs=4))
     said = capsys.readouterr().out
     assert "from 2 epochs of 3 steps to 4 epochs of 3 steps; 6 steps are done" in said
-    assert "learning rate 0 -> 0.011" in said
+    assert "learning rate 0.011 -> 0.011" in said
     run = load_json(Run, folder / "run.json")
     assert run.recipe.epochs == 4
     assert run.finished is not None
@@ -194,6 +229,11 @@ def test_an_unfinished_run_by_time_keeps_what_it_has_left(prepared, capsys):
     assert recipes.with_length(longer, longer.recipe, TrainOptions(), folder) is longer
     shorter = recipes.with_length(longer, replace(longer.recipe, budget_seconds=60.0), TrainOptions(), folder)
     assert shorter.recipe.budget_seconds == 60.0
+    assert "the schedule is recomputed: learning rate" in capsys.readouterr().out
+    for factor, said in ((0.9, ""), (1e-4, f"; to begin it anew from these weights: --run NAME --pretrained {folder}")):
+        recipe = replace(longer.recipe, schedule=f"step(factor={factor}, period=1)")
+        recipes.with_length(replace(longer, recipe=recipe), recipe, TrainOptions(extend_seconds=20.0), folder)
+        assert re.search(rf"goes on at learning rate [\de.-]+{re.escape(said)}\n", capsys.readouterr().out)
 
 
 def test_extending_needs_a_run_and_its_checkpoint(prepared):
@@ -244,3 +284,33 @@ def test_the_command_saves_and_goes_on_after_sigterm(prepared):
     assert load_json(Run, folder / "run.json").finished is None
     train(prepared, "stopped", replace(TRAIN, epochs=8))
     assert (folder / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+
+
+def test_the_loss_has_an_option_and_is_checked_wherever_it_comes_from(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('loss = "dice + 2*focal(gamma = 3)"')
+    assert make_recipe(TrainOptions(recipe=file)).loss == "dice+2*focal(gamma=3)"
+    assert make_recipe(TrainOptions(recipe=file, loss="ce")).loss == "ce"
+    with pytest.raises(AutosegError, match="use the option --loss"):
+        make_recipe(TrainOptions(changes={"loss": "ce"}))
+    with pytest.raises(AutosegError, match="unknown loss 'dize'; choose one of dice_ce, "):
+        make_recipe(TrainOptions(loss="dize"))
+    file.write_text('loss = "focal(gama=3)"')
+    with pytest.raises(AutosegError, match="no option 'gama'; it has gamma=2"):
+        make_recipe(TrainOptions(recipe=file))
+
+
+def test_an_early_stop_finishes_the_run_and_its_record_says_why(prepared, capsys):
+    still = {**CHANGES, "steps_per_epoch": 1, "learning_rate": 0.0, "stop_patience": 1, "weights": "best"}
+    options = replace(TRAIN, epochs=40, changes=still)
+    folder = train(prepared, "early", options)
+    run, done = load_json(Run, folder / "run.json"), read_progress(folder)
+    assert run.ended.startswith("no lower validation loss in 1 epochs, the lowest was")
+    assert run.finished is not None
+    assert done.epoch < 40
+    capsys.readouterr()
+    train(prepared, "early", options)
+    assert f"ended early: {run.ended}" in capsys.readouterr().out
+    train(prepared, "early", replace(options, epochs=done.epoch + 1))
+    assert read_progress(folder).epoch == done.epoch + 1
+    assert load_json(Run, folder / "run.json").ended is None

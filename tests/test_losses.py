@@ -57,7 +57,7 @@ def test_a_value_worked_by_hand_per_sample_and_pooled():
 
 @pytest.mark.parametrize("size", [(5, 7), (5, 7, 11)])
 @pytest.mark.parametrize("batch_dice", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SHARES)
 def test_value_and_gradient_are_those_of_the_textbook(name, batch_dice, size):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
@@ -72,7 +72,7 @@ def test_value_and_gradient_are_those_of_the_textbook(name, batch_dice, size):
 
 
 @pytest.mark.parametrize("batch_dice", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SHARES)
 def test_the_gradient_is_the_derivative(name, batch_dice):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(2, 3, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -167,7 +167,7 @@ def formula(logits, target, *, labels, annotated, batch_dice, dice_share=1.0, ce
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("batch_dice", [False, True])
 @pytest.mark.parametrize("kind", EVERY)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SHARES)
 def test_value_and_gradient_are_those_of_the_formula(name, kind, batch_dice, some):
     labels, generator = EVERY[kind], torch.Generator().manual_seed(6)
     logits = torch.randn(3, labels.heads, 5, 7, dtype=torch.float64, generator=generator, requires_grad=True)

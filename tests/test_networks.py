@@ -264,7 +264,9 @@ def test_a_wrong_number_of_axes_is_said():
         ({"encoder_blocks": (2, 0, 2)}, "1 or more"),
     ],
 )
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [name for name, own in NETWORKS.items() if max(own.spec(own.dimensions[0]).strides[0]) == 1]
+)
 def test_a_wrong_specification_is_refused(name, change, said):
     with pytest.raises(ValueError, match=said):
         build(replace(ANISOTROPIC, name=name, **change), 1, 2)

@@ -9,7 +9,8 @@ from test_training import parts, weights, write_cases
 
 from autoseg.checkpoint import load_checkpoint, read_progress
 from autoseg.history import read_metrics
-from autoseg.schedule import choose_rhythm, is_over, learning_rate, poly, progress
+from autoseg.rates import Moment, learning_rate
+from autoseg.schedule import choose_rhythm, is_over, progress
 from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
 from autoseg.training import make_optimizer, train
@@ -46,9 +47,9 @@ class Clock:
 
 def test_poly_by_hand():
     recipe = Recipe(epochs=4, learning_rate=0.1)
-    assert poly(recipe, progress(recipe, step=0, seconds=9.0)) == 0.1
-    assert poly(recipe, progress(recipe, step=500, seconds=9.0)) == pytest.approx(0.1 * 0.5**0.9)
-    assert poly(recipe, 1.0) == 0.0
+    at = [progress(recipe, step=step, seconds=9.0) for step in (0, 500, 1000)]
+    rates = [learning_rate(recipe, Moment(progress=now)) for now in at]
+    assert rates == [0.1, pytest.approx(0.1 * 0.5**0.9), 0.0]
     by_time = Recipe(budget_seconds=200.0)
     assert progress(by_time, step=10**6, seconds=50.0) == 0.25
     assert progress(by_time, step=0, seconds=201.0) == 1.0
@@ -56,9 +57,9 @@ def test_poly_by_hand():
 
 def test_the_warm_up_rises_to_the_schedule_in_equal_parts():
     recipe = Recipe(learning_rate=0.8, warmup_steps=3, poly_exponent=1.0)
-    rates = [learning_rate(recipe, step=step, progress=0.5) for step in (0, 1, 2, 3, 4)]
+    rates = [learning_rate(recipe, Moment(step=step, progress=0.5)) for step in (0, 1, 2, 3, 4)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    assert learning_rate(Recipe(learning_rate=0.8), step=0, progress=0.0) == 0.8
+    assert learning_rate(Recipe(learning_rate=0.8), Moment()) == 0.8
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,35 @@ def test_more_epochs_go_on_from_the_last_checkpoint_with_a_higher_rate(place, tm
     assert lines[3]["learning_rate"] == pytest.approx(0.01 * 0.5**0.9)
     assert lines[3]["learning_rate"] > lines[2]["learning_rate"]
     assert [line["progress"] for line in lines[2:4]] == [1.0, pytest.approx(4 / 6, abs=1e-5)]
+
+
+def test_stable_decay_by_time_is_placed_by_the_clock_and_rises_again_when_extended(place, tmp_path):
+    fields = {**TIMED, "schedule": "wsd(decay=0.4)", "steps_per_epoch": 5}
+    train_with = {}
+    for budget in (30.0, 60.0):
+        made = parts(place, f"{tmp_path}/run", budget_seconds=budget, **fields)
+        clock = Clock(made.network, lambda step: 1.0)
+        train(made, clock=clock)
+        train_with[budget] = read_metrics(made.folder)
+    first, both = train_with.values()
+    assert both[: len(first)] == first
+    full = [line for line in first if line["progress"] < 0.6]
+    assert [line["learning_rate"] for line in full] == [0.01] * len(full)
+    assert first[-1]["learning_rate"] < 0.0015
+    rates = [line["learning_rate"] for line in both[len(first) - 1 :]]
+    # An epoch is about 6 s: a tenth of the new budget, a quarter of the way up or down.
+    assert np.abs(np.diff(rates)).max() < 0.004
+    assert max(rates) > 0.006
+    assert rates[-1] < 0.0015
+
+
+def test_under_a_budget_a_schedule_in_epochs_counts_those_of_the_rhythm(place, tmp_path):
+    fields = {**TIMED, "schedule": "step(factor=0.5, period=2)", "steps_per_epoch": 5}
+    made = parts(place, f"{tmp_path}/run", budget_seconds=25.0, **fields)
+    train(made, clock=Clock(made.network, lambda step: 1.0))
+    rates = [line["learning_rate"] for line in read_metrics(made.folder)]
+    assert len(rates) > 3
+    assert rates == pytest.approx([0.01 * 0.5 ** (epoch // 2) for epoch in range(len(rates))])
 
 
 def test_a_run_of_epochs_goes_on_by_time(place, tmp_path):

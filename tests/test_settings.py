@@ -83,6 +83,19 @@ def test_a_name_with_options(text, expected):
     assert settings.parse_call(text) == expected
 
 
+def test_a_sum_of_names_with_factors_and_options():
+    terms = settings.parse_sum(" 0.5*ce + tversky(alpha=1e+1, beta=[1, 2]) +1e-3 * my.module:loss")
+    assert terms == ((0.5, "ce", {}), (1.0, "tversky", {"alpha": 10.0, "beta": [1, 2]}), (0.001, "my.module:loss", {}))
+    assert settings.parse_sum("dice_ce") == ((1.0, "dice_ce", {}),)
+    assert settings.parse_sum("a(b=2*3)") == ((1.0, "a", {"b": "2*3"}),)
+
+
+@pytest.mark.parametrize("text", ["2*", "a+", "+a", "a b", "0*a", "-1*a", "inf*a", "nan*a", "x*a", "2*3*a", "a)", "*a"])
+def test_what_is_no_sum_is_refused(text):
+    with pytest.raises(AutosegError, match="write"):
+        settings.parse_sum(text)
+
+
 @pytest.mark.parametrize("text", ["", "focal(gamma)", "focal(2)", "focal(gamma=2", "focal(gamma=)", "a b"])
 def test_what_is_no_name_with_options_is_refused(text):
     with pytest.raises(AutosegError, match="write it as"):

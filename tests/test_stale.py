@@ -10,7 +10,7 @@ from autoseg.ensemble import Candidate, Choice, Member, open_choice
 from autoseg.model import in_folders
 from autoseg.pipeline.cascade import NextStage, map_path
 from autoseg.pipeline.crossval import all_folds, refuse_mixture
-from autoseg.pipeline.fit import Task, with_common_optimizer
+from autoseg.pipeline.fit import Task, with_common_choices
 from autoseg.pipeline.pairs import divided_otherwise
 from autoseg.pipeline.recipe import SHORT, TrainOptions
 from autoseg.pipeline.train import agree_with_existing
@@ -87,19 +87,19 @@ def test_folds_may_differ_in_what_their_length_chose_and_in_nothing_else(tmp_pat
         mixed(learning_rate=0.02)
 
 
-def test_later_folds_of_fit_take_the_optimizer_of_the_first(tmp_path):
+def test_later_folds_of_fit_take_the_choices_of_the_first(tmp_path):
     def task(number):
         folder = tmp_path / "3d_fullres" / f"fold_{number}"
         return Task(configuration=configuration(), fold=number, folder=folder, cases=1)
 
     tasks, options = [task(0), task(1)], TrainOptions(changes={"clip_norm": 3.0})
-    assert with_common_optimizer(options, tasks, tasks[0]) is options, "nothing is begun"
-    put_fold(tmp_path, STAGES, "3d_fullres", recipe=Recipe(**SHORT))
-    assert with_common_optimizer(options, tasks, tasks[0]) is options, "its own run says it"
-    later = with_common_optimizer(options, tasks, tasks[1])
-    assert later.changes == {"clip_norm": 3.0, "momentum": 0.99, **SHORT}
+    assert with_common_choices(options, tasks, tasks[0]) is options, "nothing is begun"
+    put_fold(tmp_path, STAGES, "3d_fullres", recipe=Recipe(**SHORT, batch_size=3))
+    assert with_common_choices(options, tasks, tasks[0]) is options, "its own run says it"
+    later = with_common_choices(options, tasks, tasks[1])
+    assert later.changes == {"clip_norm": 3.0, "momentum": 0.99, **SHORT, "batch_size": 3}
     stated = TrainOptions(changes={"momentum": 0.5})
-    assert with_common_optimizer(stated, tasks, tasks[1]) is stated
+    assert with_common_choices(stated, tasks, tasks[1]).changes == {"momentum": 0.5, "batch_size": 3}
 
 
 def test_folds_of_another_division_are_not_those_of_today(tmp_path):

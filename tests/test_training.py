@@ -10,11 +10,13 @@ import torch
 from toys import LABELS, ball, configuration, grid, network, plan
 
 from autoseg.augment import make_augmentation
+from autoseg.bad_steps import BAD_STEPS
 from autoseg.checkpoint import read_progress
 from autoseg.computing import safe_base
 from autoseg.evaluation.plots import training_curves
 from autoseg.history import read_metrics
 from autoseg.labels import Labels
+from autoseg.losses import make_loss
 from autoseg.networks import build, output_scales
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
@@ -23,7 +25,7 @@ from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
 from autoseg.store import write_case
 from autoseg.team import ALONE
-from autoseg.training import BAD_STEPS, Parts, class_counts, make_optimizer, train, training_step
+from autoseg.training import Parts, class_counts, make_optimizer, train, training_step
 from autoseg.volume import Volume
 
 SHAPE, PATCH = (9, 13, 15), (8, 12, 12)
@@ -68,7 +70,7 @@ def parts(tmp_path, run="run", augmentation="default", tuning=None, team=ALONE, 
         recipe=made,
         labels=LABELS,
         scales=output_scales(network, spec),
-        batch_dice=False,
+        loss=make_loss(made.loss, labels=LABELS, batch_dice=False),
         device=torch.device("cpu"),
         folder=tmp_path / run,
         tuning=replace(safe_base(torch.device("cpu")), **(tuning or {})),
@@ -173,7 +175,8 @@ def test_every_kind_of_labels_learns(place, labels, annotated):
     made = parts(place, epochs=4, steps_per_epoch=10, augmentation="none", learning_rate=0.02)
     network = build(made_spec(), 1, labels.heads)
     samplers = {name: replace(getattr(made, name), annotated=annotated) for name in ("training", "validation")}
-    train(replace(made, network=network, labels=labels, **samplers))
+    loss = make_loss(made.recipe.loss, labels=labels, batch_dice=False)
+    train(replace(made, network=network, labels=labels, loss=loss, **samplers))
     lines = read_metrics(made.folder)
     assert lines[-1]["training_loss"] < lines[0]["training_loss"] - 0.3
     assert set(lines[-1]["pseudo_dice"]) == set(labels.names[1:])

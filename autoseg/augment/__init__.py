@@ -12,6 +12,7 @@ box to cut for each sample, and `apply` turns the boxes into a batch:
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,10 @@ class Drawn(Protocol):
 
     def source_shape(self, sample: int) -> tuple[int, ...]:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
+        ...
+
+    def is_mirrored(self, sample: int) -> tuple[bool, ...]:
+        """Which axes of the patch are reversed in sample number `sample`; AutosegError if it cannot be told."""
         ...
 
     def part(self, samples: slice) -> "Drawn":
@@ -84,16 +89,24 @@ def make_augmentation(
     dimension: Dimension,
     masked: Sequence[bool],
     flips: Flips = ALL_AXES,
+    context: int = 1,
 ) -> Augmentation:
     """The augmentation called `name` for patches of shape `patch`: (Z, Y, X), or (Y, X) where `dimension` is 2.
 
     `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
     `flips`: the mirror images there are. A callable of your own does not see it: see `foreign.Transform`.
-    Raises AutosegError for a name that is neither in AUGMENTATIONS nor a callable's `package.module:name`.
+    `context`: slices that a 2D network sees, see `Configuration.context`.
+    Raises AutosegError for a name that is neither in AUGMENTATIONS nor a callable's `package.module:name`, and for one
+    that cannot change several slices alike.
     """
     patch, masked = tuple(patch), tuple(masked)
     if len(patch) != dimension or min(patch) < 1:
         raise ValueError(f"a patch of shape {patch} does not fit a {dimension}D configuration")
+    if context > 1 and name not in ("default", "none"):
+        raise AutosegError(
+            f"the augmentation {name} would change each of the {context} slices that the network sees in its own way; "
+            "train with --set augmentation=default or none, or plan without --context"
+        )
     if ":" in name:
         return foreign.ForeignAugmentation(
             name=name, transform=foreign.load(name), box=patch, patch=patch, masked=masked
@@ -101,4 +114,5 @@ def make_augmentation(
     if name not in AUGMENTATIONS:
         known = ", ".join(AUGMENTATIONS)
         raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
-    return AUGMENTATIONS[name](patch, dimension, masked, flips)
+    made = AUGMENTATIONS[name](patch, dimension, masked, flips)
+    return replace(made, context=context) if isinstance(made, DefaultAugmentation) else made

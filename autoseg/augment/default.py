@@ -87,6 +87,10 @@ class Draws:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         return geometry.source_shape(self.affine[sample], self.patch)
 
+    def is_mirrored(self, sample: int) -> tuple[bool, ...]:
+        """Which axes of the patch are reversed in sample number `sample`."""
+        return tuple(self.mirrored[sample].tolist())
+
     def part(self, samples: slice) -> "Draws":
         """What was drawn for these samples of the batch."""
         arrays: dict[str, Any] = {
@@ -94,13 +98,27 @@ class Draws:
         }
         return replace(self, **arrays)
 
+    def in_stacks(self, slices: int) -> "Draws":
+        """The same for stacks of so many slices around each 2D patch, all of which are changed alike."""
+        affine = np.tile(np.eye(3), (len(self.affine), 1, 1))
+        affine[:, 1:, 1:] = self.affine
+        return replace(
+            self,
+            patch=(slices, *self.patch),
+            affine=affine,
+            mirrored=np.pad(self.mirrored, ((0, 0), (1, 0))),
+            blur_sigma=np.pad(self.blur_sigma, ((0, 0), (0, 0), (1, 0))),
+            zoom=np.pad(self.zoom, ((0, 0), (0, 0), (1, 0)), constant_values=1.0),
+        )
+
 
 @record
 class DefaultAugmentation:
     """Draws and applies a `Policy` to patches of one shape.
 
     `masked`: one entry a channel, whether its voxels outside the image content (label -1) are set to zero at the end.
-    `flips`: the mirror images there are, and what labels become in them.
+    `flips`: the mirror images there are, and what labels become in them. `context`: slices that a 2D network sees, see
+    `Configuration.context`; those of a channel are one image, so they move, and change their grey values, together.
     """
 
     policy: Policy
@@ -108,6 +126,7 @@ class DefaultAugmentation:
     dimension: Dimension
     masked: tuple[bool, ...]
     flips: Flips = ALL_AXES
+    context: int = 1
 
     @property
     def planar(self) -> bool:
@@ -142,7 +161,7 @@ class DefaultAugmentation:
             zoom[..., 0] = 1.0
         gamma_inverted = _about_one(rng, policy.gamma_inverted, policy.gamma_exponent, each)
         gamma = _about_one(rng, policy.gamma, policy.gamma_exponent, each)
-        return Draws(
+        draws = Draws(
             patch=self.patch,
             affine=affine,
             mirrored=(rng.random((batch, axes)) < policy.mirror) & np.isin(range(axes), self.flips.axes),
@@ -155,6 +174,7 @@ class DefaultAugmentation:
             gamma_inverted=gamma_inverted,
             gamma=gamma,
         )
+        return draws if self.context == 1 else draws.in_stacks(self.context)
 
     def apply(self, draws: Draws, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
         """Make a batch from one (image, labels) source a sample, on the device where the sources are.
@@ -162,26 +182,32 @@ class DefaultAugmentation:
         A source is an image (C, *source_shape) float32 and labels (*source_shape) of an integer type, outside the image
         content 0 and -1; a larger source of the same centre gives the same result. Returns the image (B, C, *patch)
         float32 and the labels (B, *patch) int64, none negative. Sources are left as they are.
+
+        With `context` a source is a stack of slices; the image is (B, C * context, *patch), channel by channel with
+        its slices side by side, and the labels are those of the middle slice.
         """
         first = sources[0][0]
-        image = torch.empty((len(sources), len(first), *self.patch), dtype=torch.float32, device=first.device)
-        labels = torch.empty((len(sources), *self.patch), dtype=torch.int64, device=first.device)
+        image = torch.empty((len(sources), len(first), *draws.patch), dtype=torch.float32, device=first.device)
+        labels = torch.empty((len(sources), *draws.patch), dtype=torch.int64, device=first.device)
         for sample, (source_image, source_labels) in enumerate(sources):
             self._place(draws, sample, source_image, source_labels, image[sample], labels[sample])
             _shade(draws, sample, image[sample])
-        return finish(image, labels, self.masked)
+        image, labels = finish(image, labels, self.masked)
+        if self.context == 1:
+            return image, labels
+        return image.flatten(1, 2), labels[:, self.context // 2].contiguous()
 
     def follow(self, draws: Draws, maps: Sequence[Tensor]) -> Tensor:
         """Move label maps, one (*source_shape) a sample, as `apply` moves the labels of the same boxes.
 
-        Returns (B, *patch) int64; places outside the image content, -1, become 0.
+        Returns (B, *patch) int64, or (B, context, *patch) of stacks; places outside the image content, -1, become 0.
         """
         first = maps[0]
-        moved = torch.empty((len(maps), *self.patch), dtype=torch.int64, device=first.device)
+        moved = torch.empty((len(maps), *draws.patch), dtype=torch.int64, device=first.device)
         for sample, labels in enumerate(maps):
             # An image without channels: only labels are moved.
             none = first.new_empty((0, *labels.shape), dtype=torch.float32)
-            self._place(draws, sample, none, labels, none.new_empty((0, *self.patch)), moved[sample])
+            self._place(draws, sample, none, labels, none.new_empty((0, *draws.patch)), moved[sample])
         return moved.clamp_(min=0)
 
     def _place(
@@ -195,7 +221,9 @@ class DefaultAugmentation:
             geometry.mirror_into(image, labels, mirrored, out_image, out_labels)
         else:
             geometry.warp_into(image, labels, affine * np.where(mirrored, -1.0, 1.0), out_image, out_labels)
-        if self.flips.indices and mirrored[self.flips.left_right]:
+        across = self.flips.left_right
+        # Counted from the last axis, since a stack of slices has one more in front.
+        if across is not None and self.flips.indices and mirrored[across - len(self.patch)]:
             geometry.rename(out_labels, self.flips.indices)
 
 

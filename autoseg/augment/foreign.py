@@ -38,6 +38,13 @@ class SeedDraw:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
         return self.box
 
+    def is_mirrored(self, sample: int) -> tuple[bool, ...]:
+        """Never known: a callable from elsewhere does not say what it did."""
+        raise AutosegError(
+            "an augmentation from elsewhere does not say which patches it mirrors, and the network must be told where "
+            "each lies; train it with --set augmentation=default or none"
+        )
+
     def part(self, samples: slice) -> "SeedDraw":
         """The same, with random numbers of their own for these samples."""
         return replace(self, first=samples.start or 0)

@@ -25,10 +25,12 @@ def add_noise(image: Tensor, sigma: float, seed: int) -> None:
 def blur(image: Tensor, sigmas: tuple[float, ...]) -> None:
     """Gaussian blur of `image` (*spatial), one standard deviation in voxels an axis, reflected at the border voxels.
 
-    The kernel is as long as the odd number nearest to 6 sigma + 0.5, and sums to one.
+    The kernel is as long as the odd number nearest to 6 sigma + 0.5, and sums to one. An axis of 0 stays as it is.
     """
     smooth = image
     for axis, sigma in enumerate(sigmas):
+        if sigma == 0:
+            continue
         kernel = gaussian_kernel(sigma)
         radius, size = len(kernel) // 2, image.shape[axis]
         if radius == 0:

@@ -3,8 +3,10 @@
 A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
 `forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
 list of logits, highest resolution first, that shrink by `scales` of the module, or where it has none by
-`spec.strides`; a list of one is allowed. Naming a module imports it: a plan that does so is as trustworthy as the code
-beside it.
+`spec.strides`; a list of one is allowed. With `encoder_prefixes`, what names of its encoder's parameters begin with,
+that can be frozen or have a rate of its own. One with an attribute `takes_position` that is true is called with
+`position` too: where in its image each patch lies, (B, axes) float32 from -1 to 1 along each axis, 0 in the middle.
+Naming a module imports it: a plan that does so is as trustworthy as the code beside it.
 """
 
 import inspect
@@ -15,16 +17,56 @@ from typing import Any
 
 from torch import nn
 
+from autoseg.networks.attention_unet import ATTENTION_UNET
 from autoseg.networks.base import Architecture
+from autoseg.networks.deeplab import DEEPLABV3PLUS
+from autoseg.networks.fc_densenet import FC_DENSENET56, FC_DENSENET67, FC_DENSENET103
+from autoseg.networks.fcn import FCN_RESNET50, FCN_RESNET101
+from autoseg.networks.mednext import MEDNEXT
+from autoseg.networks.multires_unet import MULTIRES_UNET
+from autoseg.networks.primus import PRIMUS_V3
+from autoseg.networks.r2_unet import R2_ATTENTION_UNET, R2_UNET
 from autoseg.networks.resenc import RESENC
+from autoseg.networks.resnet_unet import RESNET34_UNET
+from autoseg.networks.segnet import SEGNET
 from autoseg.networks.unet import UNET
+from autoseg.networks.unet3d import RELATIVE_UNET3D, SLICE_UNET3D, UNET3D, UNET3D_NOHIGHWAY
+from autoseg.networks.unet_vanilla import UNET_VANILLA
+from autoseg.networks.unetpp import UNETPP
+from autoseg.networks.vnet import RELATIVE_VNET, SLICE_VNET, VNET
 from autoseg.records import AutosegError
 from autoseg.schema import Dimension, NetworkSpec
 from autoseg.settings import parse_call
 
 __all__ = ["NETWORKS", "Architecture", "asked", "build", "output_scales", "spec_of"]
 
-NETWORKS: dict[str, Architecture] = {"unet": UNET, "resenc": RESENC}
+NETWORKS: dict[str, Architecture] = {
+    "unet": UNET,
+    "resenc": RESENC,
+    "unet_vanilla": UNET_VANILLA,
+    "attention_unet": ATTENTION_UNET,
+    "multires_unet": MULTIRES_UNET,
+    "r2_unet": R2_UNET,
+    "r2_attention_unet": R2_ATTENTION_UNET,
+    "fc_densenet56": FC_DENSENET56,
+    "fc_densenet67": FC_DENSENET67,
+    "fc_densenet103": FC_DENSENET103,
+    "segnet": SEGNET,
+    "unetpp": UNETPP,
+    "resnet34_unet": RESNET34_UNET,
+    "fcn_resnet50": FCN_RESNET50,
+    "fcn_resnet101": FCN_RESNET101,
+    "deeplabv3plus": DEEPLABV3PLUS,
+    "unet3d": UNET3D,
+    "unet3d_nohighway": UNET3D_NOHIGHWAY,
+    "relative_unet3d": RELATIVE_UNET3D,
+    "slice_unet3d": SLICE_UNET3D,
+    "vnet": VNET,
+    "relative_vnet": RELATIVE_VNET,
+    "slice_vnet": SLICE_VNET,
+    "mednext": MEDNEXT,
+    "primus_v3": PRIMUS_V3,
+}
 
 
 def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:

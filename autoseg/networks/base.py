@@ -29,8 +29,11 @@ class Network(nn.Module):
     """Name of the tensor that reads the image, (features, input channels, *kernel)."""
     heads_prefixes: tuple[str, ...] = ("heads.",)
     """What names of tensors that give logits, (heads, ...), begin with."""
+    encoder_prefixes: tuple[str, ...] = ("encoder.",)
+    """What names of tensors of the encoder begin with, which training can freeze or give a rate of its own."""
     takes_position: bool = False
-    """Whether `forward` needs to know where in its image a patch lies."""
+    """Whether `forward` is called with `position`: where in its image each patch lies, see `sampling.Batch`. It takes
+    None for the middle."""
 
     def scales_of(self, x: Tensor, all_scales: bool) -> Sequence[Tensor]:
         """Images (B, C, *spatial), of a fitting size -> logits (B, heads, *spatial / scale), highest resolution first.
@@ -44,13 +47,19 @@ class Network(nn.Module):
 
         Raises ValueError for another number of spatial axes than the network has.
         """
+        return self.at_any_size(x, all_scales, self.scales_of)
+
+    def at_any_size(
+        self, x: Tensor, all_scales: bool, scales_of: Callable[[Tensor, bool], Sequence[Tensor]]
+    ) -> Tensor | list[Tensor]:
+        """What `scales_of` gives for `x` padded to a fitting size, cut back; for a `forward` that takes more."""
         size = tuple(x.shape[2:])
         if len(size) != len(self.divisor):
             raise ValueError(f"the network takes {len(self.divisor)} spatial axes, the input has size {size}")
         missing = [-edge % unit for edge, unit in zip(size, self.divisor)]
         if any(missing):
             x = F.pad(x, [pad for gap in reversed(missing) for pad in (0, gap)])
-        outputs = self.scales_of(x, all_scales)
+        outputs = scales_of(x, all_scales)
         if not all_scales:
             return cut_back(outputs[0], size, (1,) * len(size))
         return [cut_back(logits, size, scale) for logits, scale in zip(outputs, self.scales, strict=True)]

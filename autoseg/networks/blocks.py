@@ -88,10 +88,12 @@ class ResidualBlock(nn.Module):
     starts at 0, so that the block starts as its shortcut alone.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int], stride: Sequence[int]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: Sequence[int], stride: Sequence[int], *, bias: bool = True
+    ) -> None:
         super().__init__()
-        self.first = ConvBlock(in_channels, out_channels, kernel, stride)
-        self.second = ConvBlock(out_channels, out_channels, kernel, active=False)
+        self.first = ConvBlock(in_channels, out_channels, kernel, stride, bias=bias)
+        self.second = ConvBlock(out_channels, out_channels, kernel, bias=bias, active=False)
         nn.init.zeros_(self.second.norm.weight)
         shortcut: list[nn.Module] = []
         if max(stride) > 1:

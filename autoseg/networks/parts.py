@@ -59,20 +59,21 @@ class ConvNormAct(nn.Sequential):
         kernel: Sequence[int],
         *,
         stride: Sequence[int] | int = 1,
-        dilation: int = 1,
+        dilation: Sequence[int] | int = 1,
         groups: int = 1,
         norm: str = "batch",
         activation: str = "relu",
         bias: bool | None = None,
     ) -> None:
         dimension = len(kernel)
+        gaps = (dilation,) * dimension if isinstance(dilation, int) else tuple(dilation)
         conv = CONVOLUTION[dimension](
             in_channels,
             out_channels,
             kernel_size=tuple(kernel),
             stride=stride if isinstance(stride, int) else tuple(stride),
-            padding=tuple(dilation * (edge // 2) for edge in kernel),
-            dilation=dilation,
+            padding=tuple(gap * (edge // 2) for gap, edge in zip(gaps, kernel)),
+            dilation=gaps,
             groups=groups,
             bias=norm == "none" if bias is None else bias,
         )

@@ -25,7 +25,7 @@ from autoseg.schema import Recipe, Run
 from autoseg.splits import Splits
 
 SUMMARY = "summary.json"
-MAY_DIFFER = (*LENGTH, "seed", "keep_probabilities", "loader_threads", "checkpoint_minutes")
+MAY_DIFFER = (*LENGTH, "batch_size", "seed", "keep_probabilities", "loader_threads", "checkpoint_minutes")
 """Recipe fields that folds of one cross-validation need not share."""
 
 HeldOut = tuple[str, Path, Path]

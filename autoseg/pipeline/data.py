@@ -16,7 +16,7 @@ from autoseg import bundle, records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
-from autoseg.planners import PLANNERS, explain, keep_edits, plan, plan_like, says_sides, stamped
+from autoseg.planners import PLANNERS, explain, keep_edits, plan, plan_like, says_sides, stamped, with_context
 from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
@@ -31,6 +31,7 @@ PLAN_OPTIONS = {
     "network": "--network",
     "gpu_memory_gb": "--gpu-memory",
     "planned": "--discard-edits",
+    "configurations.2d.context": "--context",
 }
 """Plan fields that have an option of their own."""
 
@@ -58,6 +59,8 @@ class PlanOptions:
     and was made for one."""
     gpu_memory_gb: float | None = None
     spacing_mm: tuple[float, float, float] | None = None
+    context: int | None = None
+    """Slices that 2D networks see; None: as planned, which is one."""
     configurations: tuple[str, ...] = ()
     """What to preprocess; empty: what `choose` says, or all."""
     like: Path | None = None
@@ -226,6 +229,8 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     # One without positions is of an earlier version; they matter only where a class is named after a side.
     if any(case.across is None for case in old.cases) and says_sides(dataset.labels):
         return None
+    if any(case.voxels is None for case in old.cases):  # of an earlier version too; losses weigh classes by them
+        return None
     outcomes = map_cases(
         lambda case: hash_case(dataset, case),
         dataset.cases,
@@ -280,6 +285,8 @@ def make_plan(
     )
     if options.like is not None:
         made = plan_like(plan_at(options.like), fingerprint, dataset.labels, made, options.like.name)
+    if options.context is not None:
+        made = with_context(made, options.context, options.configurations)
     made = fresh = replace(made, data_hash=fingerprint.data_hash())
     kept: dict[str, str] = {}
     if before is not None and before.is_file():

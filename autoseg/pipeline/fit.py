@@ -29,7 +29,7 @@ from autoseg.pipeline.cascade import refuse_incomplete
 from autoseg.pipeline.crossval import cross_validate, validated
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.folds import Fold, train_side_by_side
-from autoseg.pipeline.recipe import OPTIMIZER, states
+from autoseg.pipeline.recipe import CHOSEN, states
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json
 from autoseg.schema import Configuration, Plan, Run
@@ -147,7 +147,7 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
         before, clock = task.trained_seconds(), time.monotonic()
         # Each fold chooses its threads anew, from all that there were at the start.
         torch.set_num_threads(threads)
-        train = with_common_optimizer(train, tasks, task)
+        train = with_common_choices(train, tasks, task)
         train_fold(workspace, dataset_text, task.configuration.name, str(task.fold), train)
         seconds = time.monotonic() - clock - (task.trained_seconds() - before)
         spent = spent.with_fold(task.name, open_run(task.folder).validation_seconds, seconds)
@@ -180,17 +180,18 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     return tuple(cards)
 
 
-def with_common_optimizer(train: TrainOptions, tasks: Sequence[Task], task: Task) -> TrainOptions:
-    """`train` with the optimizer of the first fold of the configuration that was begun, unless one is stated.
+def with_common_choices(train: TrainOptions, tasks: Sequence[Task], task: Task) -> TrainOptions:
+    """`train` with optimizer and batch size of the first fold of the configuration that was begun, unless stated.
 
     Folds of a budget differ a little in length: near the limit of a short run each would choose for itself.
     """
     alike = [other.folder for other in tasks if other.configuration.name == task.configuration.name]
     begun = [folder for folder in alike if (folder / "run.json").is_file()]
-    if not begun or task.folder in begun or states(train, OPTIMIZER):
+    if not begun or task.folder in begun:
         return train
     recipe = load_json(Run, begun[0] / "run.json").recipe
-    return replace(train, changes={**(train.changes or {}), **{name: getattr(recipe, name) for name in OPTIMIZER}})
+    names = [name for group in CHOSEN if not states(train, group) for name in group]
+    return replace(train, changes={**(train.changes or {}), **{name: getattr(recipe, name) for name in names}})
 
 
 def side_by_side(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from autoseg.records import AutosegError, record, to_json
-from autoseg.schema import Configuration, Run
+from autoseg.schema import Run
 from autoseg.team import Team
 
 
@@ -21,6 +21,8 @@ class Order:
     priors: dict[str, str] | None
     """Case -> label map of the stage before, in a cascade."""
     annotated: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    class_weights: tuple[float, ...] | None = None
+    """See `make_parts`."""
     ending: str = ""
     """Of the files to write."""
 
@@ -33,6 +35,7 @@ def give_order(
     priors: Mapping[str, Path] | None,
     team: Team,
     annotated: Mapping[str, Sequence[str]] | None = None,
+    class_weights: tuple[float, ...] | None = None,
     ending: str = "",
 ) -> None:
     """Have the others of the team do the same; see `follow`."""
@@ -45,16 +48,17 @@ def give_order(
         prepared=str(prepared.absolute()),
         priors=None if priors is None else {name: str(path) for name, path in priors.items()},
         annotated={name: tuple(classes) for name, classes in (annotated or {}).items()},
+        class_weights=class_weights,
         ending=ending,
     )
     team.tell(to_json(order))
 
 
-def refuse_small_batch(configuration: Configuration, team: Team) -> None:
+def refuse_small_batch(configuration: str, batch_size: int, team: Team) -> None:
     """AutosegError if a batch has fewer samples than there are processes to share it."""
-    if configuration.batch_size < team.size:
+    if batch_size < team.size:
         raise AutosegError(
-            f"{configuration.name} has batches of {configuration.batch_size}, too few to be shared by {team.size} "
+            f"{configuration} has batches of {batch_size}, too few to be shared by {team.size} "
             "processes; train one fold on each GPU instead (autoseg fit --num-gpus), or plan for more memory "
             "(--gpu-memory)"
         )

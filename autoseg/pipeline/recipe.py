@@ -13,13 +13,14 @@ from typing import Any
 
 from autoseg import settings
 from autoseg.checkpoint import Progressed, read_progress
-from autoseg.losses import LOSSES
+from autoseg.losses import check_loss
+from autoseg.rates import learning_rate, make_schedule, next_leg, refuse_schedule
+from autoseg.recipes import RECIPES
 from autoseg.records import AutosegError
-from autoseg.schedule import poly, progress
 from autoseg.schema import Recipe, Run
 from autoseg.settings import say_duration
 
-RECIPE_OPTIONS = {"epochs": "--epochs", "budget_seconds": "--budget", "seed": "--seed"}
+RECIPE_OPTIONS = {"epochs": "--epochs", "budget_seconds": "--budget", "seed": "--seed", "loss": "--loss"}
 """Recipe fields that have an option of their own."""
 LENGTH = ("epochs", "budget_seconds")
 """Recipe fields that say how long training lasts."""
@@ -27,8 +28,15 @@ CPU_BUDGET_SECONDS = 2 * 3600.0
 SHORT_STEPS = 5000
 """Runs of fewer steps begin with `SHORT`."""
 SHORT: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.003, "warmup_steps": 20}
-OPTIMIZER = (*SHORT, "momentum")
+OPTIMIZER = (*SHORT, "momentum", "schedule")
 """Recipe fields of which none is touched if one of them is stated."""
+TOO_SLOW = 1e-3
+"""Share of a recipe's learning rate under which nothing is learnt any more."""
+CHOSEN = (OPTIMIZER, ("batch_size",))
+"""Groups of recipe fields that a run chooses for itself when it begins, unless one of a group is stated."""
+ENOUGH_STEPS = 2000
+"""A run by time has at least so many, if need be of smaller batches than planned: docs/decisions/0019."""
+SMALLEST_BATCH = 2
 GUESSED_SECONDS = {"cpu": 1.0}
 """Of a step that was not timed, by kind of device; on others a tenth."""
 
@@ -43,37 +51,72 @@ class TrainOptions:
     budget_seconds: float | None = None
     extend_seconds: float | None = None
     seed: int | None = None
+    loss: str | None = None
     device: str = "auto"
     pretrained: Path | None = None
     validate_only: bool = False
     recipe: Path | None = None
+    """A name of RECIPES, or a TOML file."""
     changes: Mapping[str, Any] | None = None
     neighbours: int = 1
     """How many trainings, this one included, share the memory of this machine."""
 
 
 def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe:
-    """Defaults, then the TOML file, then --set, then the options. Raises AutosegError for what is not possible.
+    """Defaults, then the named recipe or TOML file, then --set, then the options.
 
     The length that nothing states is that of the recipe `existing`, if there is one: a run is gone on with by the
-    same command, also after it was extended. So is the optimizer.
+    same command, also after it was extended. So are the fields that it has chosen itself. Raises AutosegError for what
+    is not possible.
     """
     lengths = {"--epochs": options.epochs, "--budget": options.budget_seconds, "--extend": options.extend_seconds}
     if len(lengths) - list(lengths.values()).count(None) > 1:
         raise AutosegError(f"{', '.join(lengths)} say how long to train; give one of them")
-    kept = LENGTH if states(options, OPTIMIZER) else (*LENGTH, *OPTIMIZER)
+    kept = [*LENGTH, *(name for group in CHOSEN if not states(options, group) for name in group)]
     recipe = Recipe() if existing is None else replace(Recipe(), **{name: getattr(existing, name) for name in kept})
     if options.recipe is not None:
-        recipe = settings.change(recipe, settings.read_toml(options.recipe), where=str(options.recipe))
+        recipe = settings.change(recipe, read_recipe(options.recipe), where=str(options.recipe))
     recipe = settings.change(recipe, options.changes or {}, taken=RECIPE_OPTIONS)
-    given = {"epochs": options.epochs, "budget_seconds": options.budget_seconds, "seed": options.seed}
+    given = {
+        "epochs": options.epochs,
+        "budget_seconds": options.budget_seconds,
+        "seed": options.seed,
+        "loss": options.loss,
+    }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options.epochs is not None:
         changes["budget_seconds"] = None
     recipe = settings.change(recipe, changes, where="option")
-    if recipe.loss not in LOSSES:
-        raise AutosegError(f"unknown loss {recipe.loss!r}; choose one of {', '.join(LOSSES)}")
-    return recipe
+    check_loss(recipe.loss)
+    refuse_schedule(recipe)
+    return replace(recipe, loss="".join(recipe.loss.split()))
+
+
+def read_recipe(place: Path) -> dict[str, Any]:
+    """Recipe field -> value: of a name of RECIPES, or of a TOML file, which may begin with `base = "NAME"`.
+
+    Raises AutosegError for what is neither, with the names.
+    """
+    if str(place) in RECIPES:
+        return dict(RECIPES[str(place)].changes)
+    if not place.suffix and not place.exists():
+        raise AutosegError(f"--recipe {place}: neither a file nor one of {', '.join(RECIPES)}")
+    stated = settings.read_toml(place)
+    base = stated.pop("base", None)
+    if base is not None and base not in RECIPES:
+        raise AutosegError(f"{place}: base = {base!r} is none of {', '.join(RECIPES)}")
+    return stated if base is None else {**RECIPES[base].changes, **stated}
+
+
+def say_other_network(options: TrainOptions, network: str) -> None:
+    """A line where the named recipe of `options` was made for another network than the plan has."""
+    named = RECIPES.get(str(options.recipe))
+    if named is not None and named.network != network:
+        print(
+            f"recipe {options.recipe} was made for the network {named.network}, this plan has {network}; "
+            f"autoseg plan_and_preprocess --network {named.network} --plan NAME plans it",
+            flush=True,
+        )
 
 
 def for_new_run(recipe: Recipe, options: TrainOptions, device: str) -> Recipe:
@@ -94,10 +137,10 @@ def for_new_run(recipe: Recipe, options: TrainOptions, device: str) -> Recipe:
 
 
 def states(options: TrainOptions, fields: Collection[str]) -> bool:
-    """Whether --set or the TOML file states one of these recipe fields."""
+    """Whether --set, the named recipe or the TOML file states one of these recipe fields."""
     stated = {*(options.changes or ())}
     if options.recipe is not None:
-        stated |= settings.read_toml(options.recipe).keys()
+        stated |= read_recipe(options.recipe).keys()
     return not stated.isdisjoint(fields)
 
 
@@ -121,6 +164,26 @@ def for_length(recipe: Recipe, options: TrainOptions, device: str, seconds_a_ste
         flush=True,
     )
     return chosen
+
+
+def for_time(recipe: Recipe, planned: int, least: int, seconds_a_step: float | None) -> Recipe:
+    """The recipe of a run that begins, with smaller batches where its budget leaves few steps of the planned ones.
+
+    planned: patches in a batch; least: as many as there must be; seconds_a_step: of a planned batch as timed, None if
+    it was not, and then nothing is changed. Said, unless the user states a batch size.
+    """
+    if recipe.budget_seconds is None or recipe.batch_size is not None or seconds_a_step is None:
+        return recipe
+    steps = recipe.budget_seconds / seconds_a_step
+    batch = max(round(planned * steps / ENOUGH_STEPS), least, SMALLEST_BATCH)
+    if batch >= planned:
+        return recipe
+    print(
+        f"about {steps:.0f} steps of {planned} patches, fewer than {ENOUGH_STEPS}: batches of {batch} learn more in "
+        f"that time; choose otherwise with --set batch_size={planned}",
+        flush=True,
+    )
+    return replace(recipe, batch_size=batch)
 
 
 def describe_length(recipe: Recipe) -> str:
@@ -156,16 +219,23 @@ def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -
             f"{folder} is trained by time ({describe_length(old.recipe)}), not by epochs; leave out --epochs to go on "
             "with it, or make it longer with --extend 1h"
         )
-    now = progress(recipe, step=done.step, seconds=done.seconds)
-    if now >= 1:
+    now = done.moment(recipe)
+    if now.progress >= 1:
         raise AutosegError(
             f"{folder}: {done.epoch} epochs are trained already, {say_duration(done.seconds)} in all; asked for were "
             f"{describe_length(recipe)}. Ask for more than is there, or for --extend 1h"
         )
-    rate = poly(old.recipe, progress(old.recipe, step=done.step, seconds=done.seconds))
+    before = old.recipe.learning_rate if done.rate is None else done.rate
+    after = learning_rate(recipe, replace(now, leg=next_leg(recipe, now, done.rate)))
+    schedule = f"the schedule goes on at learning rate {after:.2g}"
+    if make_schedule(recipe.schedule).ends:
+        schedule = (
+            f"the schedule is recomputed: learning rate {before:.2g} -> {after:.2g}, then down to 0 at the new end"
+        )
+    elif after < TOO_SLOW * recipe.learning_rate:
+        schedule += f"; to begin it anew from these weights: --run NAME --pretrained {folder}"
     print(
         f"{folder}: from {describe_length(old.recipe)} to {describe_length(recipe)}; {done.step} steps are done, "
-        f"{say_duration(done.seconds)} in all; the schedule is recomputed: learning rate {rate:.2g} -> "
-        f"{poly(recipe, now):.2g}, then down to 0 at the new end"
+        f"{say_duration(done.seconds)} in all; {schedule}"
     )
-    return replace(old, recipe=recipe, finished=None)
+    return replace(old, recipe=recipe, finished=None, ended=None)

@@ -128,7 +128,7 @@ def describe(path: Path, content: ModelFile, counts: dict[str, int]) -> str:
             "",
             f"{here.name}{after}",
             f"  spacing   {_by(here.spacing_mm)} mm ({axes[3 * (3 - here.dimension) :]})",
-            f"  patch     {_by(here.patch)} voxels",
+            f"  patch     {_by(here.patch)} voxels" + (f", {here.context} slices" if here.context > 1 else ""),
             f"  network   {here.network.name}, {len(here.network.features)} stages, {counts[here.name]:,} weights",
             f"  folds     {', '.join(str(fold) for fold in stage.folds)}",
             *_scores(stage.card, labels),

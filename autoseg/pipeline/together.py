@@ -43,7 +43,17 @@ def follow(workspace: Workspace, team: Team, device: torch.device) -> None:
         if order.work == "train":
             assert run.tuning is not None
             settle(run.tuning)
-            parts = make_parts(run, configuration, prepared, folder, device, priors, order.annotated, team)
+            parts = make_parts(
+                run,
+                configuration,
+                prepared,
+                folder,
+                device,
+                priors,
+                order.annotated,
+                team,
+                class_weights=order.class_weights,
+            )
             with heeded() as requests:
                 train(replace(parts, tuning=run.tuning), requests=requests)
         else:

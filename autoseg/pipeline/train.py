@@ -20,8 +20,10 @@ from autoseg.computing import describe, fits, safe_base, settle, untuned
 from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, table
 from autoseg.evaluation.plots import training_curves
+from autoseg.fingerprint import median_frequency_weights
 from autoseg.history import METRICS
 from autoseg.layout import open_dataset
+from autoseg.losses import make_loss
 from autoseg.model import open_run
 from autoseg.networks import build, output_scales
 from autoseg.parallel import free_memory
@@ -35,13 +37,17 @@ from autoseg.pipeline.recipe import (
     describe_length,
     for_length,
     for_new_run,
+    for_time,
     make_recipe,
+    say_other_network,
     with_length,
 )
 from autoseg.pipeline.validation import forget_later, forget_validation, validate_fold
 from autoseg.planners import difference
+from autoseg.rates import early_stop
 from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
+from autoseg.schedule import is_over
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
@@ -98,7 +104,8 @@ def train_fold(
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, f"{dataset_text}{workspace.option}")
     refuse_never_annotated(fold, cases, plan, fingerprint)
-    refuse_small_batch(configuration, team)
+    recipe = make_recipe(options)
+    refuse_small_batch(configuration_name, recipe.batch_size or configuration.batch_size, team)
     device = choose_device(options.device)
 
     run = Run(
@@ -110,13 +117,14 @@ def train_fold(
         fold=fold,
         cases=cases,
         plan=plan,
-        recipe=make_recipe(options),
+        recipe=recipe,
         data_hash=fingerprint.data_hash(),
         pretrained=None if options.pretrained is None else str(options.pretrained.absolute()),
         device=str(device),
         started=now(),
     )
     later = next_stages(workspace, plan, configuration)
+    say_other_network(options, configuration.network.name)
     with sole_writer(folder):
         remove_leftovers(folder, ("run.json", METRICS, "progress.png", PRETRAINED))
         run = agree_with_existing(folder, run, options)
@@ -127,12 +135,22 @@ def train_fold(
             save_json(run, folder / "run.json")
         elif run.finished is None:
             run = train_to_the_end(
-                folder, run, configuration, prepared, device, options, priors, fingerprint.annotated(), team
+                folder,
+                run,
+                configuration,
+                prepared,
+                device,
+                options,
+                priors,
+                fingerprint.annotated(),
+                team,
+                median_frequency_weights(fingerprint, plan.labels),
             )
         else:
             print(
-                f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}); to train "
-                "longer give more --epochs, or --extend 1h"
+                f"{folder} is trained already ({describe_length(run.recipe)}, finished {run.finished}"
+                f"{'' if run.ended is None else f', ended early: {run.ended}'}); to train longer give more --epochs, "
+                "or --extend 1h"
             )
         if validated(folder):
             summary = load_json(Summary, folder / "validation" / SUMMARY)
@@ -159,20 +177,36 @@ def train_to_the_end(
     priors: Mapping[str, Path] | None,
     annotated: Mapping[str, Sequence[str]],
     team: Team = ALONE,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Run:
     """Train what is left of `run`; returns it finished. Raises Stopped when a signal asked for the end."""
-    parts = make_parts(run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours)
+    parts = make_parts(
+        run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours, class_weights
+    )
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:  # it begins
-        run = replace(run, recipe=for_length(run.recipe, options, device.type, tuning.seconds_a_step))
-    parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
+        run = replace(run, recipe=for_time(run.recipe, configuration.batch_size, team.size, tuning.seconds_a_step))
+        # A step of a smaller batch takes so much less.
+        part = (run.recipe.batch_size or configuration.batch_size) / configuration.batch_size
+        timed = None if tuning.seconds_a_step is None else tuning.seconds_a_step * part
+        run = replace(run, recipe=for_length(run.recipe, options, device.type, timed))
+    batch = run.recipe.batch_size or configuration.batch_size
+    parts = replace(
+        parts,
+        tuning=tuning,
+        recipe=run.recipe,
+        training=replace(parts.training, batch_size=batch),
+        validation=replace(parts.validation, batch_size=batch),
+    )
+    run = replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
     # The leader's weights are given to all: nobody else needs those to begin with.
-    give_order("train", replace(run, pretrained=None), folder, prepared, priors, team, annotated=annotated)
+    order = replace(run, pretrained=None)
+    give_order("train", order, folder, prepared, priors, team, annotated=annotated, class_weights=class_weights)
     try:
         with heeded() as requests:
-            train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
+            done = train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
     except Stopped as stop:
         extended = "" if options.extend_seconds is None else ", without --extend,"
         print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
@@ -180,7 +214,9 @@ def train_to_the_end(
     forget_validation(folder)
     if run.fold != "all":
         forget_later(folder, run.configuration)
-    run = replace(run, finished=now(), validation_seconds=0.0)
+    over = is_over(run.recipe, step=done.step, seconds=done.seconds, recent=(), closing=0.0)
+    ended = None if over else early_stop(run.recipe, done.moment(run.recipe))
+    run = replace(run, finished=now(), ended=ended, validation_seconds=0.0)
     save_json(run, folder / "run.json")
     return run
 
@@ -264,15 +300,23 @@ def make_parts(
     annotated: Mapping[str, Sequence[str]],
     team: Team = ALONE,
     neighbours: int = 1,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Parts:
     """Everything the training loop needs, with the network's weights drawn from the run's seed.
 
     priors: case -> label map of the stage before, in a cascade. annotated: case -> classes, where not all were.
-    neighbours: see `TrainOptions`.
+    neighbours: see `TrainOptions`. class_weights: background first, for losses that take them from the fingerprint.
     """
     plan, recipe = run.plan, run.recipe
     torch.manual_seed(int(generator(recipe.seed, Stream.WEIGHTS, 0).integers(2**62)))
     network = build(configuration.network, plan.in_channels(configuration), plan.labels.heads)
+    asks = getattr(network, "takes_position", False)
+    if asks and configuration.mirror_axes is None:
+        raise AutosegError(
+            f"the network {configuration.network.name} learns what differs from place to place, and in a mirror image "
+            "places differ otherwise; say in the plan that there are none, with plan_and_preprocess --set "
+            f"'configurations.{configuration.name}.mirror_axes=[]', or name the axes along which there may be some"
+        )
     # A checkpoint holds what became of them.
     if run.pretrained is not None and not checkpoints(folder):
         begin_with(network, run, configuration, folder)
@@ -293,7 +337,7 @@ def make_parts(
             cases=cases,
             case_names=tuple(names),
             patch=configuration.patch,
-            batch_size=configuration.batch_size,
+            batch_size=recipe.batch_size or configuration.batch_size,
             foreground_fraction=recipe.foreground_fraction,
             augmentation=make_augmentation(
                 augmentation,
@@ -301,11 +345,13 @@ def make_parts(
                 dimension=configuration.dimension,
                 masked=masked,
                 flips=plan.flips(configuration),
+                context=configuration.context,
             ),
             seed=recipe.seed,
             stream=stream,
             prior=prior(corrupted),
             annotated=flags,
+            positions=asks,
             team=team,
         )
 
@@ -316,7 +362,13 @@ def make_parts(
         recipe=recipe,
         labels=plan.labels,
         scales=output_scales(network, configuration.network),
-        batch_dice=configuration.batch_dice,
+        loss=make_loss(
+            recipe.loss,
+            labels=plan.labels,
+            batch_dice=configuration.batch_dice,
+            weights=class_weights,
+            dimension=configuration.dimension,
+        ),
         device=device,
         folder=folder,
         tuning=safe_base(device),

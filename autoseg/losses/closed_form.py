@@ -1,19 +1,12 @@
-"""Losses of segmentation: cross-entropy, soft Dice, and their sum; deep supervision over decoder scales.
+"""Cross-entropy, soft Dice, and their sum, the default: the losses whose gradient is written down.
 
-Both losses are one function of the class probabilities whose gradient is known in closed form. Writing that gradient
-down needs one buffer of the size of the logits in each direction; automatic differentiation of the textbook
-formulas, with one-hot targets, needs five or more, which at a hundred classes is most of a GPU. Regions have a sigmoid
-each and the binary cross-entropy.
-
-Ignored voxels are in no sum, and their gradient is zero. A class that was not annotated in a case is in no mean there;
-where classes exclude each other its probability counts as background, since that is what its voxels are labelled as
-(the marginal loss of Shi et al., Medical Image Analysis 2021). Where nothing is left the loss is zero.
-Sources: soft Dice after Drozdzal et al. (DLMIA 2016), the sum and the scales after nnU-Net (Isensee et al., 2021).
+Both are one function of the class probabilities whose gradient is known in closed form. Writing that gradient down
+needs one buffer of the size of the logits in each direction; automatic differentiation of the textbook formulas, with
+one-hot targets, needs five or more, which at a hundred classes is most of a GPU. Regions have a sigmoid each and the
+binary cross-entropy. What counts where is as `basis` says.
+Sources: soft Dice after Drozdzal et al. (DLMIA 2016), the sum after nnU-Net (Isensee et al., 2021).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,30 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autoseg.labels import Labels
-
-SMOOTH = 1e-5
-"""Added to numerator and denominator of Dice: a class absent from target and prediction scores 1."""
-
-
-def _as_it_is(values: Tensor) -> Tensor:
-    return values
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What part of a batch the samples at hand are, where several processes have one each.
-
-    Losses give this part's contribution to the loss of the whole batch, which is the sum over all parts; the gradient
-    is that of the whole by the logits at hand.
-    """
-
-    share: float = 1.0
-    """Of the samples of the whole batch."""
-    total: Callable[[Tensor], Tensor] = _as_it_is
-    """Sums a tensor over all parts."""
-
-
-WHOLE = Part()
+from autoseg.losses.basis import SMOOTH, WHOLE, Part, merge_logits, merge_target, refuse_misfit, table
 
 
 class _DiceCrossEntropy(torch.autograd.Function):
@@ -109,7 +79,7 @@ class _DiceCrossEntropy(torch.autograd.Function):
 
 
 class _DiceBinaryCrossEntropy(torch.autograd.Function):
-    """As `_DiceCrossEntropy` for regions: head k is true where `table[k]` (K, indices) holds at the target's index."""
+    """As `_DiceCrossEntropy` for regions: head k is true where `inside[k]` (K, indices) holds at the target's index."""
 
     @staticmethod
     def forward(
@@ -118,7 +88,7 @@ class _DiceBinaryCrossEntropy(torch.autograd.Function):
         target: Tensor,
         ignored: Tensor | None,
         counted: Tensor | None,
-        table: Tensor,
+        inside: Tensor,
         dice_share: float,
         ce_share: float,
         batch_dice: bool,
@@ -128,7 +98,7 @@ class _DiceBinaryCrossEntropy(torch.autograd.Function):
         kind = torch.promote_types(logits.dtype, torch.float32)
         surprise, expected, hit, present = logits.new_zeros(4, samples, regions, dtype=kind)
         for k in range(regions):
-            logit, truth = logits[:, k].to(kind), table[k][target]
+            logit, truth = logits[:, k].to(kind), inside[k][target]
             terms = F.binary_cross_entropy_with_logits(logit, truth.to(kind), reduction="none")
             share = logit.sigmoid()
             if ignored is not None:
@@ -145,17 +115,17 @@ class _DiceBinaryCrossEntropy(torch.autograd.Function):
             voxels -= ignored.flatten(1).sum(1, keepdim=True)
         entries = torch.ones_like(surprise) if counted is None else counted
         by_term = entries / part.total((entries * voxels).sum()).clamp_(min=1)
-        ctx.save_for_backward(logits, target, ignored, table, by_expected, by_hit, ce_share * by_term)
+        ctx.save_for_backward(logits, target, ignored, inside, by_expected, by_hit, ce_share * by_term)
         return ce_share * (by_term * surprise).sum() - dice_share * mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, ignored, table, *parts = ctx.saved_tensors
+        logits, target, ignored, inside, *parts = ctx.saved_tensors
         by_expected, by_hit, by_term = ((outer * part).expand(logits.shape[:2])[..., None, None] for part in parts)
         gradient = torch.sigmoid(logits.to(by_expected.dtype))
         for k in range(logits.shape[1]):
-            share, truth = gradient[:, k], table[k][target]
+            share, truth = gradient[:, k], inside[k][target]
             of_dice = (by_expected[:, k] + by_hit[:, k] * truth) * (1 - share) * share
             share.sub_(truth.to(share.dtype)).mul_(by_term[:, k]).add_(of_dice)
         if ignored is not None:
@@ -214,26 +184,6 @@ def _sum_by_class(values: Tensor, target: Tensor, classes: int) -> Tensor:
     return bins.scatter_add_(1, target, values).sum(2)
 
 
-@lru_cache(maxsize=16)
-def _table(members: tuple[tuple[int, ...], ...], indices: int, device: torch.device) -> Tensor:
-    """Whether an index of a label map belongs to a region, bool (regions, indices)."""
-    return torch.tensor([[index in own for index in range(indices)] for own in members], device=device)
-
-
-def _merge(logits: Tensor, target: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
-    """Put classes that are not `annotated`, (B, K-1), to the background: in logits (B, K, R, X), target (B, R, X).
-
-    log(exp(a) + exp(b)) of the logits is the logit of the sum of two shares; a class that is merged has share 0.
-    """
-    merged = F.pad(~annotated, (1, 1), value=False)  # as many columns as a label map can have indices, ignored too
-    apart = F.pad(annotated, (1, 0), value=False)[..., None, None]
-    whole = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    first = whole.masked_fill(apart, -torch.inf).logsumexp(1, keepdim=True)
-    others = whole.masked_fill(merged[:, :-1, None, None], -torch.inf)[:, 1:]
-    hidden = merged.gather(1, target.flatten(1)).view_as(target)
-    return torch.cat([first, others], 1), target.masked_fill(hidden, 0)
-
-
 def _loss(
     logits: Tensor,
     target: Tensor,
@@ -244,10 +194,7 @@ def _loss(
     annotated: Tensor | None,
     part: Part,
 ) -> Tensor:
-    if logits.shape[2:] != target.shape[1:] or len(logits) != len(target):
-        raise ValueError(
-            f"logits (B, K, *s) and target (B, *s) do not fit: {tuple(logits.shape)}, {tuple(target.shape)}"
-        )
+    refuse_misfit(logits, target)
     exclusive = labels is None or labels.exclusive
     rows = target.long().reshape(len(target), -1, target.shape[-1])
     shaped = logits.reshape(*logits.shape[:2], *rows.shape[1:])
@@ -263,11 +210,11 @@ def _loss(
             counted *= ~ignored.flatten(1).all(1, keepdim=True)
     if exclusive:
         if annotated is not None:
-            shaped, rows = _merge(shaped, rows, annotated)
+            shaped, rows = merge_logits(shaped, annotated), merge_target(rows, annotated)
         return _DiceCrossEntropy.apply(shaped, rows, ignored, counted, dice_share, ce_share, batch_dice, part)
     assert labels is not None
-    table = _table(labels.members, len(labels.known), logits.device)
-    return _DiceBinaryCrossEntropy.apply(shaped, rows, ignored, counted, table, dice_share, ce_share, batch_dice, part)
+    inside = table(labels.members, len(labels.known), logits.device)
+    return _DiceBinaryCrossEntropy.apply(shaped, rows, ignored, counted, inside, dice_share, ce_share, batch_dice, part)
 
 
 def dice_ce(
@@ -303,7 +250,7 @@ def dice(
     annotated: Tensor | None = None,
     part: Part = WHOLE,
 ) -> Tensor:
-    """Minus soft Dice, from -1 (perfect) to 0; arguments as in `dice_ce`."""
+    """Minus soft Dice: from -1 (perfect) to 0. Arguments as in `dice_ce`."""
     return _loss(logits, target, 1.0, 0.0, batch_dice, labels, annotated, part)
 
 
@@ -316,42 +263,8 @@ def cross_entropy(
     annotated: Tensor | None = None,
     part: Part = WHOLE,
 ) -> Tensor:
-    """Mean cross-entropy over voxels; arguments as in `dice_ce`, of which `batch_dice` changes nothing here."""
+    """Mean cross-entropy over voxels (and regions): from 0 (perfect) up.
+
+    Arguments as in `dice_ce`, of which `batch_dice` changes nothing here.
+    """
     return _loss(logits, target, 0.0, 1.0, batch_dice, labels, annotated, part)
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = {"dice_ce": dice_ce, "dice": dice, "ce": cross_entropy}
-
-
-def scale_weights(scales: int) -> tuple[float, ...]:
-    """Weight of each decoder scale, highest resolution first: 1, 1/2, 1/4, ..., the last 0; they sum to 1.
-
-    The lowest resolution is left out, unless it is the only one.
-    """
-    weights = [0.5**scale for scale in range(scales)]
-    if scales > 1:
-        weights[-1] = 0.0
-    return tuple(weight / sum(weights) for weight in weights)
-
-
-def deep_supervision(
-    loss: Callable[[Tensor, Tensor], Tensor], logits_list: Sequence[Tensor], target_list: Sequence[Tensor]
-) -> Tensor:
-    """Weighted sum of `loss` over the scales of a decoder, highest resolution first.
-
-    A network may give fewer scales than there are targets. Scales of weight 0 are not computed at all.
-    """
-    if not 0 < len(logits_list) <= len(target_list):
-        raise ValueError(f"{len(logits_list)} scales of logits do not fit {len(target_list)} scales of targets")
-    weighted = zip(scale_weights(len(logits_list)), logits_list, target_list)
-    terms = [weight * loss(logits, target) for weight, logits, target in weighted if weight > 0]
-    return torch.stack(terms).sum()
-
-
-def scale_targets(target: Tensor, scales: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Target (B, *s) at the resolution of each of a network's outputs, which are `scales` times smaller.
-
-    Each voxel takes the label at its centre, that is nearest-exact interpolation, which for whole factors f is every
-    f-th voxel from f // 2.
-    """
-    return [target[(slice(None), *(slice(f // 2, None, f) for f in factors))] for factors in scales]

@@ -1,0 +1,194 @@
+"""Losses of segmentation by name, sums of them, and deep supervision over decoder scales.
+
+`make_loss("dice+focal(gamma=2)", ...)` reads what a recipe says: terms joined by +, each with a factor in front if
+need be (`0.5*ce+tversky(alpha=0.3,beta=0.7)`). A term is a key of LOSSES or a loss of your own, `package.module:Name`:
+a function that is called as `dice_ce` is, with options of its own as keywords with defaults, which are set the same
+way. For one called `weights` the weights of classes by median frequency are filled in, unless they are given. Naming a
+module imports it: a recipe that does so is as trustworthy as the code beside it.
+
+`dice_ce` is the default, and the fastest and smallest: its gradient is written down. The others leave theirs to
+automatic differentiation. Soft Dice runs from -1 (perfect), boundary loss has no fixed end, all others run from 0
+(perfect) up. A new loss: a function over `basis.prepare` in the module of its family, an entry here, values worked by
+hand in the tests.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoseg.labels import Labels
+from autoseg.losses.basis import WHOLE, Given, Part
+from autoseg.losses.closed_form import cross_entropy, dice, dice_ce
+from autoseg.losses.distance import boundary, hausdorff
+from autoseg.losses.overlap import dice_squared, focal_tversky, tversky
+from autoseg.losses.scales import deep_supervision, scale_targets, scale_weights
+from autoseg.losses.skeleton import cldice
+from autoseg.losses.unified import unified_focal
+from autoseg.losses.voxelwise import bce, categorical_focal, focal, topk_ce, weighted_ce
+from autoseg.records import AutosegError
+from autoseg.settings import parse_sum
+
+__all__ = [
+    "LOSSES",
+    "WHOLE",
+    "Loss",
+    "Part",
+    "check_loss",
+    "cross_entropy",
+    "deep_supervision",
+    "describe_losses",
+    "dice",
+    "dice_ce",
+    "make_loss",
+    "scale_targets",
+    "scale_weights",
+]
+
+Loss = Callable[..., Tensor]
+"""Logits (B, K, *s) and target (B, *s) -> scalar; by keyword what `Given` says, and options."""
+
+LOSSES: dict[str, Loss] = {
+    "dice_ce": dice_ce,
+    "dice": dice,
+    "dice_squared": dice_squared,
+    "ce": cross_entropy,
+    "bce": bce,
+    "weighted_ce": weighted_ce,
+    "topk_ce": topk_ce,
+    "focal": focal,
+    "categorical_focal": categorical_focal,
+    "unified_focal": unified_focal,
+    "tversky": tversky,
+    "focal_tversky": focal_tversky,
+    "boundary": boundary,
+    "hausdorff": hausdorff,
+    "cldice": cldice,
+}
+
+WEIGHTS = "weights"
+"""The option that is filled in from the data."""
+
+
+def make_loss(
+    text: str,
+    *,
+    labels: Labels,
+    batch_dice: bool,
+    weights: Sequence[float] | None = None,
+    dimension: int = 3,
+) -> Loss:
+    """The loss that `text` describes, a function of logits and target and, by keyword, `annotated` and `part`.
+
+    weights: of the classes, background first, for losses that take them from the data; None: they are not known.
+    dimension: of the patches, 2 or 3. The loss is tried on a few voxels. Raises AutosegError for what `check_loss`
+    refuses, for options out of their range, for weights that nobody knows, and for a loss that gives no single number.
+    """
+    terms = []
+    for factor, name, function, options in _terms(text):
+        if WEIGHTS in _options(function) and options.get(WEIGHTS) is None:
+            if weights is None:
+                raise AutosegError(
+                    f"loss {text!r}: {name} takes its weights from the frequencies of the classes, which this "
+                    "fingerprint, of an earlier version, does not have: run autoseg plan_and_preprocess again, or give "
+                    f"them, background first: {name}(weights=[1, 2, 5])"
+                )
+            options = options | {WEIGHTS: tuple(weights)}
+        loss = partial(function, batch_dice=batch_dice, labels=labels, **options)
+        _try(f"loss {text!r}: {name}", loss, labels, dimension)
+        terms.append((factor, loss))
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+
+    def weighted_sum(logits: Tensor, target: Tensor, **given: Any) -> Tensor:
+        return torch.stack([factor * loss(logits, target, **given) for factor, loss in terms]).sum()
+
+    return weighted_sum
+
+
+def check_loss(text: str) -> None:
+    """AutosegError for text of another form, a loss that is not known or cannot be called so, and unknown options."""
+    _terms(text)
+
+
+def describe_losses() -> list[str]:
+    """One line a loss: its name, its options with their defaults, and what it is."""
+    calls = {name: f"{name}({said})" if (said := _said(loss)) else name for name, loss in LOSSES.items()}
+    width = max(map(len, calls.values()))
+    return [f"{call:{width}}  {(LOSSES[name].__doc__ or '').splitlines()[0]}" for name, call in calls.items()]
+
+
+def _terms(text: str) -> list[tuple[float, str, Loss, dict[str, Any]]]:
+    """Factor, name, function and options of each term."""
+    found = []
+    for factor, name, options in parse_sum(text):
+        function = LOSSES[name] if name in LOSSES else _own(name)
+        known = _options(function)
+        for key, value in options.items():
+            if key not in known:
+                raise AutosegError(
+                    f"loss {text!r}: {name} has no option {key!r}; "
+                    + (f"it has {_said(function)}" if known else "it has none")
+                )
+            if isinstance(known[key], int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise AutosegError(f"loss {text!r}: {name}: {key} must be a number, not {value!r}")
+        found.append((factor, name, function, options))
+    return found
+
+
+def _options(function: Loss) -> dict[str, Any]:
+    """Option -> default of a loss: its keywords beside those that every loss is called with."""
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    keywords = [p for p in parameters if p.kind in kinds and p.default is not p.empty]
+    return {p.name: p.default for p in keywords if p.name not in Given.__annotations__}
+
+
+def _said(function: Loss) -> str:
+    """Options with their defaults, in words."""
+    said = {
+        name: f"{value:.3g}" if isinstance(value, float) else "from the data" if value is None else repr(value)
+        for name, value in _options(function).items()
+    }
+    return ", ".join(f"{name}={value}" for name, value in said.items())
+
+
+def _own(name: str) -> Loss:
+    if ":" not in name:
+        known = ", ".join(LOSSES)
+        raise AutosegError(f"unknown loss {name!r}; choose one of {known}, or name your own as package.module:Name")
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise AutosegError(
+            f"the loss {name!r} cannot be imported ({error}); is its folder on PYTHONPATH, its package installed?"
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise AutosegError(f"the module {module_name!r} has no function {attribute!r}")
+    try:
+        inspect.signature(found).bind(None, None, **dict.fromkeys(Given.__annotations__))
+    except TypeError as error:
+        raise AutosegError(
+            f"the loss {name} must take {', '.join(Given.__annotations__)} by keyword, as autoseg.losses.dice_ce does, "
+            f"and have a default for each option of its own ({error})"
+        ) from error
+    return found
+
+
+def _try(what: str, loss: Loss, labels: Labels, dimension: int) -> None:
+    """AutosegError unless the loss of a few voxels is a single number that has a gradient."""
+    shape = (2, 3, 5)[:dimension]
+    logits = torch.zeros(2, labels.heads, *shape, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            value = loss(logits, torch.ones(2, *shape, dtype=torch.int64), annotated=None, part=WHOLE)
+    except (ValueError, TypeError) as error:
+        raise AutosegError(f"{what}: {error}") from error
+    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        raise AutosegError(f"{what} must give a tensor of a single number that depends on the logits")

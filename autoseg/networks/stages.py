@@ -1,0 +1,71 @@
+"""Specifications of encoders whose first stage strides: what they must be, and strides that become dilation.
+
+In ResNets and their kin the stem strides already, unlike in U-Nets. What a specification states is checked here, since
+it may come with a file of unknown origin: neither a stride nor a dilation shows in the shape of any tensor.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal
+
+from autoseg.schema import NetworkSpec
+
+LARGEST_STRIDE = 4
+"""Of one stage along one axis."""
+LARGEST_TOTAL = 256
+"""Of all stages along one axis: an image is padded to a multiple of it."""
+OutputStride = Literal[4, 8, 16, 32]
+Strides = tuple[tuple[int, ...], ...]
+
+
+def check_stages(spec: NetworkSpec, *, levels: int) -> None:
+    """Raise ValueError, with all problems, unless `spec` has three stages or more that such an encoder can be built of.
+
+    levels: how many entries `decoder_blocks` has.
+    """
+    count, problems = len(spec.features), []
+    if count < 3:
+        problems.append(f"features: three or more stages are needed, found {count}")
+    expected = {"strides": count, "kernels": count, "encoder_blocks": count, "decoder_blocks": levels}
+    for field, entries in expected.items():
+        if len(getattr(spec, field)) != entries:
+            problems.append(f"{field}: {entries} entries are needed, found {getattr(spec, field)}")
+    for field in ("features", "encoder_blocks", "decoder_blocks"):
+        if min(getattr(spec, field), default=1) < 1:
+            problems.append(f"{field}: every entry must be 1 or more, found {getattr(spec, field)}")
+    for field in ("strides", "kernels"):
+        for entry in getattr(spec, field):
+            if len(entry) != spec.dimension or min(entry) < 1:
+                problems.append(f"{field}: {spec.dimension} positive numbers a stage are needed, found {entry}")
+    if any(edge % 2 == 0 for kernel in spec.kernels for edge in kernel):
+        problems.append(f"kernels: sizes must be odd, found {spec.kernels}")
+    if any(step > LARGEST_STRIDE for stride in spec.strides for step in stride):
+        problems.append(f"strides: at most {LARGEST_STRIDE} in one stage, found {spec.strides}")
+    elif max((prod(steps) for steps in zip(*spec.strides)), default=1) > LARGEST_TOTAL:
+        problems.append(f"strides: at most {LARGEST_TOTAL} in all along one axis, found {spec.strides}")
+    if problems:
+        raise ValueError(f"the network specification {spec.name!r} is wrong:\n  " + "\n  ".join(problems))
+
+
+def total(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Product of all strides, axis by axis."""
+    return tuple(prod(steps) for steps in zip(*strides))
+
+
+def hold_resolution(strides: Strides, output_stride: int) -> tuple[Strides, Strides]:
+    """(strides, dilations) of stages that shrink by no more than `output_stride` along any axis (Chen et al., 2018).
+
+    Where a stage would, it keeps its resolution, and whatever follows is dilated by the stride that was left out.
+    """
+    steps, gaps = [], []
+    done, gap = [1] * len(strides[0]), [1] * len(strides[0])
+    for stride in strides:
+        taken = []
+        for axis, step in enumerate(stride):
+            fits = done[axis] * step <= output_stride
+            taken.append(step if fits else 1)
+            done[axis] *= taken[-1]
+            gap[axis] *= 1 if fits else step
+        steps.append(tuple(taken))
+        gaps.append(tuple(gap))
+    return tuple(steps), tuple(gaps)

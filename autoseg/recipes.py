@@ -1,0 +1,148 @@
+"""Recipes of published or described works by name, for `--recipe NAME`.
+
+An entry changes fields of the default recipe; what the work did not state keeps its default, or is named as chosen
+here. The network, the patch and the batch belong to the plan: an entry says which network it was made for, and in words
+what the data were like. The length is that of the work; `--epochs` and `--budget` overrule it as in every recipe.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedRecipe:
+    """One entry of RECIPES."""
+
+    network: str
+    """The name of the network that it was made for."""
+    source: str
+    beside: str
+    """What the work used that a recipe cannot set, in words."""
+    chosen: str = ""
+    """What the work leaves open and was chosen here."""
+    changes: Mapping[str, Any]
+    """Recipe field -> value."""
+
+
+ADAM: dict[str, Any] = {"optimizer": "adam", "weight_decay": 0.0}
+DESAI = "Desai et al., Technical considerations for semantic segmentation in MRI using CNNs (arXiv:1902.01977)"
+DESAI_BESIDE = "2D slices of 288 x 288, z-score of the volume, batch {batch}; 100 more epochs refined the weights"
+DESAI_FIELDS: dict[str, Any] = {
+    **ADAM,
+    "loss": "dice",
+    "deep_supervision": False,
+    "augmentation": "none",
+    "foreground_fraction": 0.0,
+    "epochs": 100,
+    "weights": "best",
+}
+KNEE = "a students' comparison of 2D and 3D networks for knee cartilage (Imperial College London)"
+KNEE_FIELDS: dict[str, Any] = {
+    **ADAM,
+    "loss": "dice",
+    "deep_supervision": False,
+    "learning_rate": 5e-5,
+    "schedule": "step(factor=0.9, period=3)",
+    "epochs": 50,
+}
+VESSELS = "a students' project on blood vessels, trained on synthetic level sets (University of Cambridge)"
+VESSELS_BESIDE = "2D slices of any size; synthetic images before real ones (`autoseg dataset make vessels`)"
+VESSELS_FIELDS: dict[str, Any] = {
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "learning_rate": 1e-3,
+    "schedule": "plateau(factor=0.1, patience=5)",
+    "stop_patience": 15,
+    "weights": "best",
+}
+
+RECIPES: dict[str, NamedRecipe] = {
+    "desai_unet": NamedRecipe(
+        network="unet_vanilla",
+        source=DESAI,
+        beside=DESAI_BESIDE.format(batch=35) + "; six levels of 32 to 1024 channels",
+        changes={**DESAI_FIELDS, "learning_rate": 1e-2, "schedule": "step(factor=0.8, period=1)"},
+    ),
+    "desai_segnet": NamedRecipe(
+        network="segnet",
+        source=DESAI,
+        beside=DESAI_BESIDE.format(batch=15),
+        changes={**DESAI_FIELDS, "learning_rate": 1e-3, "schedule": "constant"},
+    ),
+    "desai_deeplab": NamedRecipe(
+        network="deeplabv3plus",
+        source=DESAI,
+        beside=DESAI_BESIDE.format(batch=12),
+        changes={**DESAI_FIELDS, "learning_rate": 1e-4, "schedule": "constant"},
+    ),
+    "knee_vnet": NamedRecipe(
+        network="vnet",
+        source=KNEE,
+        beside="volumes cropped to 160 x 288 x 288, patches of 160 x 160 x 160 around a normally drawn centre, batch 1",
+        changes=KNEE_FIELDS,
+    ),
+    "knee_unet3d": NamedRecipe(
+        network="unet3d",
+        source=KNEE,
+        beside="as knee_vnet; also without skip connections and with the position of the patch",
+        changes=KNEE_FIELDS,
+    ),
+    "atrium_unet": NamedRecipe(
+        network="unet_vanilla",
+        source="a course's notebook on the left atrium (Medical Segmentation Decathlon, Task02), Dice 0.93",
+        beside="2D slices, 32 voxels cut off each border, z-score of the volume and then 0 to 1",
+        chosen="optimizer, rate, loss and length: the notebook is not quoted on them",
+        changes={
+            **ADAM,
+            "loss": "dice",
+            "deep_supervision": False,
+            "learning_rate": 1e-4,
+            "schedule": "constant",
+            "epochs": 75,
+            "weights": "best",
+        },
+    ),
+    "vessels_unet": NamedRecipe(
+        network="unet",
+        source=VESSELS + ", a later state of it",
+        beside=VESSELS_BESIDE,
+        chosen="rate, both patiences and the loss, since all that is said is that focal Tversky was given up",
+        changes={**VESSELS_FIELDS, "loss": "dice_ce"},
+    ),
+    "tiramisu": NamedRecipe(
+        network="fc_densenet103",
+        source="Jegou et al., The One Hundred Layers Tiramisu (CVPR workshops 2017)",
+        beside="crops of 224 x 224, then whole pictures at rate 1e-4; batch 3",
+        changes={
+            "loss": "ce",
+            "deep_supervision": False,
+            "optimizer": "rmsprop",
+            "weight_decay": 1e-4,
+            "learning_rate": 1e-3,
+            "schedule": "step(factor=0.995, period=1)",
+            "stop_patience": 100,
+            "weights": "best",
+        },
+    ),
+}
+
+
+def table() -> str:
+    """All recipes: what each sets, and under it where it comes from and what belongs to it."""
+    heads = ("name", "network", "optimizer", "rate", "schedule", "loss", "epochs", "weights")
+    keys = ("optimizer", "learning_rate", "schedule", "loss", "epochs", "weights")
+    rows = [
+        (name, entry.network, *(str(entry.changes.get(key, "default")) for key in keys))
+        for name, entry in RECIPES.items()
+    ]
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+
+    def line(row: tuple[str, ...]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+
+    lines = [line(heads), "-" * sum(widths, 2 * len(widths) - 2)]
+    for row, entry in zip(rows, RECIPES.values()):
+        lines += [line(row), f"    source: {entry.source}", f"    beside: {entry.beside}"]
+        lines += [f"    chosen here: {entry.chosen}"] if entry.chosen else []
+    return "\n".join(lines)

@@ -1,0 +1,311 @@
+"""ResNet34 U-Net, FCN-ResNets and DeepLabV3+: sizes of the literature, any image, resolution that is held."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from network_contract import (
+    anisotropic,
+    check_contract,
+    check_file,
+    check_gradients,
+    check_he,
+    check_names,
+    check_onnx,
+    check_padding,
+    check_shapes,
+    fresh,
+    on_meta,
+    parameters,
+)
+from torch import nn
+from toys import ball
+
+from autoseg.losses import deep_supervision, scale_targets
+from autoseg.networks import NETWORKS, build
+from autoseg.networks.stages import hold_resolution
+
+NAMES = ("resnet34_unet", "fcn_resnet50", "fcn_resnet101", "deeplabv3plus")
+
+
+def small(name, dimension=2, **options):
+    """The network of its paper with one block where it has many, and a few channels."""
+    full = NETWORKS[name].spec(dimension, **options)
+    changes = {"options": dict(full.options), "features": (4, 16, 18, 20, 24)}
+    if name == "resnet34_unet":
+        changes["options"]["decoder_features"] = (3, 4, 5, 6, 7)
+        changes |= {"encoder_blocks": (1, 2, 1, 1, 1), "decoder_blocks": (1, 2, 1, 1, 1)}
+    elif name == "deeplabv3plus":
+        changes["options"] |= {"head_features": 5, "skip_features": 3}
+        xception = changes["options"]["backbone"] == "xception65"
+        changes["encoder_blocks"] = (2, 1, 1, 2, 2) if xception else (1, 1, 1, 2, 2)
+    else:
+        changes["encoder_blocks"] = (1, 1, 1, 2, 2)
+    return replace(full, **changes)
+
+
+# Where the deepest map has one voxel, a batch norm of two samples leaves no gradient to speak of.
+@pytest.mark.parametrize(
+    ("name", "dimension", "size", "options"),
+    [
+        ("resnet34_unet", 2, (37, 70), {}),
+        ("resnet34_unet", 3, (9, 33, 20), {"norm": "instance"}),
+        ("fcn_resnet50", 2, (37, 70), {"dropout": 0.0, "output_stride": 32}),
+        ("deeplabv3plus", 2, (37, 70), {"dropout": 0.0, "output_stride": 32}),
+    ],
+)
+def test_any_size_any_edit_gradients_and_files(name, dimension, size, options):
+    check_contract(name, dimension, spec=small(name, dimension, **options), size=size, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "dimension", "size", "options"),
+    [
+        ("resnet34_unet", 2, (37, 70), {"norm": "none", "activation": "elu"}),
+        ("fcn_resnet50", 2, (13, 22), {}),
+        ("fcn_resnet101", 3, (5, 11, 14), {"norm": "group", "activation": "leaky_relu"}),
+        ("deeplabv3plus", 2, (13, 22), {}),
+        ("deeplabv3plus", 3, (5, 11, 20), {"output_stride": 8, "rates": (1, 2)}),
+        ("deeplabv3plus", 2, (13, 22), {"backbone": "resnet50"}),
+    ],
+)
+def test_any_size_where_resolution_is_held(name, dimension, size, options):
+    spec = small(name, dimension, **{"dropout": 0.0, **options})
+    check_names(spec)
+    for one in (spec, anisotropic(spec)):
+        check_shapes(one, size)
+        check_gradients(one, size)
+    check_padding(spec, size)
+    check_file(spec, size)
+
+
+def resnet_parameters(blocks, bottleneck):
+    """Of torchvision's ResNets without their last layer: 21 797 672 - 513 000, 25 557 032 - 2 049 000, ..."""
+    inner = (64, 128, 256, 512)
+    expansion = 4 if bottleneck else 1
+    count, channels = 3 * 64 * 49 + 2 * 64, 64
+    for width, repeats in zip(inner, blocks):
+        out = width * expansion
+        for place in range(repeats):
+            if bottleneck:
+                count += channels * width + 9 * width**2 + width * out + 2 * (2 * width + out)
+            else:
+                count += 9 * width * (channels + width) + 4 * width
+            if place == 0 and channels != out:
+                count += channels * out + 2 * out
+            channels = out
+    return count
+
+
+def test_the_resnet34_u_net_has_the_published_size():
+    """24 436 369 parameters with one class in the common implementation (segmentation_models.pytorch).
+
+    That has a head of 3 x 3 x 16 weights and a bias; here there are pointwise heads on all five levels.
+    """
+    network = on_meta(NETWORKS["resnet34_unet"].spec(2), 3, 1)
+    assert parameters(network.encoder) == resnet_parameters((3, 4, 6, 3), bottleneck=False) == 21_284_672
+    assert parameters(network.heads) == (16 + 32 + 64 + 128 + 256) + 5
+    assert parameters(network) - parameters(network.heads) + 9 * 16 + 1 == 24_436_369
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "count"),
+    [("fcn_resnet50", (3, 4, 6, 3), 35_322_218), ("fcn_resnet101", (3, 4, 23, 3), 54_314_346)],
+)
+def test_fcn_resnets_have_the_published_size(name, blocks, count):
+    """With 21 classes and the auxiliary head; torchvision states these numbers."""
+    network = on_meta(NETWORKS[name].spec(2), 3, 21)
+    assert parameters(network.encoder) == resnet_parameters(blocks, bottleneck=True)
+    heads = [9 * wide * wide // 4 + 2 * wide // 4 + 21 * wide // 4 + 21 for wide in (2048, 1024)]
+    assert parameters(network.classifier) == heads[0]
+    assert parameters(network) == parameters(network.encoder) + sum(heads) == count
+    assert on_meta(NETWORKS[name].spec(2, auxiliary=False), 3, 21).aux_classifier is None
+
+
+def test_deeplab_has_the_published_size():
+    """41 258 213 numbers in the common Keras version, which counts the running statistics of its norms too."""
+    network = on_meta(NETWORKS["deeplabv3plus"].spec(2), 3, 21)
+    statistics = sum(buffer.numel() for buffer in network.buffers() if buffer.ndim)
+    assert parameters(network) + statistics == 41_258_213
+    assert parameters(network) == 41_055_413
+    middle = network.encoder.stages[2][1]  # three separable convolutions of 728 channels, norms after each half
+    assert parameters(middle) == 3 * (728 * 9 + 728**2 + 4 * 728)
+    assert len(network.encoder.stages[2]) == 17
+
+
+def test_the_keys_of_the_encoder_are_those_of_torchvision():
+    names = set(on_meta(NETWORKS["fcn_resnet50"].spec(2), 3, 21).state_dict())
+    for name in (
+        "encoder.conv1.weight", "encoder.bn1.running_mean", "encoder.layer1.0.downsample.0.weight",
+        "encoder.layer1.0.downsample.1.weight", "encoder.layer3.5.conv3.weight", "encoder.layer4.2.bn3.bias",
+        "classifier.0.weight", "classifier.1.running_var", "classifier.4.bias", "aux_classifier.4.weight",
+    ):  # fmt: skip
+        assert name in names
+    # A stem of 6 tensors, 16 blocks of 18, 4 projections of 6, two heads of 8.
+    assert len(names) == 6 + 16 * 18 + 4 * 6 + 2 * 8
+
+
+def test_resolution_is_held_and_dilation_takes_over():
+    strides = ((2, 2), (1, 2), (2, 2), (2, 2), (2, 2))
+    assert hold_resolution(strides, 8) == (
+        ((2, 2), (1, 2), (2, 2), (2, 1), (1, 1)),
+        ((1, 1), (1, 1), (1, 1), (1, 2), (2, 4)),
+    )
+    assert hold_resolution(strides, 32) == (strides, ((1, 1),) * 5)
+
+
+def dilations(network):
+    return {
+        name: part.dilation[0]
+        for name, part in network.named_modules()
+        if isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1
+    }
+
+
+def test_fcn_dilates_as_torchvision_does():
+    """The first block of a stage that was not allowed to stride still sees its neighbours as they are."""
+    network = on_meta(NETWORKS["fcn_resnet50"].spec(2))
+    found = dilations(network)
+    assert [found[f"encoder.layer3.{block}.conv2"] for block in range(6)] == [1, 2, 2, 2, 2, 2]
+    assert [found[f"encoder.layer4.{block}.conv2"] for block in range(3)] == [2, 4, 4]
+    maps = network.encoder(torch.empty(2, 2, 64, 96, device="meta"))
+    assert [tuple(one.shape[1:]) for one in maps] == [
+        (64, 32, 48), (256, 16, 24), (512, 8, 12), (1024, 8, 12), (2048, 8, 12),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "rates", "middle", "last"), [(16, (6, 12, 18), 1, 2), (8, (12, 24, 36), 2, 4)]
+)
+def test_deeplab_rates_and_output_stride(output_stride, rates, middle, last):
+    network = on_meta(NETWORKS["deeplabv3plus"].spec(2, output_stride=output_stride))
+    found = dilations(network)
+    assert found["encoder.stages.2.5.units.0.1.0"] == middle
+    assert found["encoder.stages.3.1.units.2.1.0"] == last
+    assert tuple(found[f"pyramid.branches.{n}.1.0"] for n in (1, 2, 3)) == rates
+    assert network.divisor == (output_stride,) * 2
+    early, deep = (network.encoder(torch.empty(2, 2, 64, 96, device="meta"))[n] for n in (1, -1))
+    assert early.shape[1:] == (256, 16, 24)
+    assert deep.shape[1:] == (2048, 64 // output_stride, 96 // output_stride)
+
+
+def test_deeplab_takes_rates_and_has_no_transposed_convolution():
+    network = on_meta(NETWORKS["deeplabv3plus"].spec(2, rates=[2, 4, 6], dropout=0.5))
+    assert tuple(dilations(network)[f"pyramid.branches.{n}.1.0"] for n in (1, 2, 3)) == (2, 4, 6)
+    assert network.pyramid.project[1].p == 0.5
+    kinds = {type(part).__name__ for part in network.modules()}
+    assert not any("Transpose" in kind for kind in kinds)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_have_the_size_of_a_lopsided_grey_image(name):
+    network = build(small(name), 1, 5).eval()
+    with torch.no_grad():
+        assert network(torch.randn(1, 1, 97, 131)).shape == (1, 5, 97, 131)
+
+
+def test_one_sample_trains_and_the_mean_of_the_pyramid_learns():
+    """A batch norm of one number would be refused; the mean of a sample is spread before it."""
+    network = fresh(small("deeplabv3plus"))
+    network(torch.randn(1, 2, 32, 48)).square().mean().backward()
+    assert network.pyramid.mean.weight.grad is not None
+    statistics = network.pyramid.mean_norm[0].running_mean
+    network(torch.randn(3, 2, 32, 48))
+    assert not torch.equal(statistics, torch.zeros_like(statistics))
+
+
+def test_deep_supervision_gives_the_auxiliary_head_half_the_weight():
+    """As torchvision's training does, scaled to a sum of 1; the last output, before enlarging, counts nothing."""
+    network, image = fresh(small("fcn_resnet50", dropout=0.0)), torch.randn(2, 2, 24, 40)
+    logits, auxiliary, coarse = network(image, all_scales=True)
+    assert logits.shape == auxiliary.shape
+    torch.testing.assert_close(F.interpolate(coarse, (24, 40), mode="bilinear"), logits)
+    targets = scale_targets(torch.zeros(2, 24, 40), network.scales)
+    found = deep_supervision(lambda given, target: given.square().mean(), (logits, auxiliary, coarse), targets)
+    torch.testing.assert_close(found, (2 * logits.square().mean() + auxiliary.square().mean()) / 3)
+
+
+def test_one_output_without_the_auxiliary_head():
+    network = fresh(small("fcn_resnet50", auxiliary=False))
+    assert network.scales == ((1, 1),)
+    assert [tuple(one.shape) for one in network(torch.randn(2, 2, 9, 17), all_scales=True)] == [(2, 3, 9, 17)]
+
+
+def test_convolutions_start_as_he_says():
+    assert check_he(fresh(replace(small("resnet34_unet"), features=(4, 5, 6, 40, 60)))) >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("resnet34_unet", {"features": (4, 5)}, "three or more"),
+        ("resnet34_unet", {"kernels": ((7, 7),) * 4}, "kernels: 5 entries"),
+        ("resnet34_unet", {"decoder_blocks": (1, 1, 1, 1)}, "decoder_blocks: 5 entries"),
+        ("resnet34_unet", {"options": {"decoder_features": (3, 4)}}, "decoder_features needs 5"),
+        ("fcn_resnet50", {"decoder_blocks": (10**9,)}, "decoder_blocks: 0 entries"),
+        ("fcn_resnet50", {"encoder_blocks": (1, 1, 0, 1, 1)}, "1 or more"),
+        ("fcn_resnet50", {"kernels": ((4, 4), *((3, 3),) * 4)}, "odd"),
+        ("fcn_resnet50", {"strides": ((2,), *((2, 2),) * 4)}, "2 positive numbers"),
+        ("fcn_resnet50", {"strides": ((2, 10**6), *((2, 2),) * 4)}, "at most 4"),
+        ("fcn_resnet50", {"strides": ((4, 4),) * 5}, "at most 256"),
+        ("fcn_resnet50", {"options": {"output_stride": 0}}, "output_stride"),
+        ("fcn_resnet50", {"options": {"dropout": 1.5}}, "dropout"),
+        ("fcn_resnet50", {"options": {"auxiliary": 3}}, "auxiliary"),
+        ("fcn_resnet50", {"options": {"norm": "bach"}}, "norm: choose one of batch"),
+        ("fcn_resnet50", {"options": {"width": 3}}, "width"),
+        ("deeplabv3plus", {"options": {"rates": (6, 10**9)}}, "rates"),
+        ("deeplabv3plus", {"options": {"rates": (1,) * 9}}, "rates"),
+        ("deeplabv3plus", {"options": {"backbone": "vgg"}}, "xception65"),
+        ("deeplabv3plus", {"options": {"skip_features": 0}}, "skip_features"),
+        ("deeplabv3plus", {"encoder_blocks": (2, 1, 1, 2, 1)}, "the exit has two blocks"),
+    ],
+)
+def test_a_wrong_specification_is_refused(name, change, said):
+    with pytest.raises(ValueError, match=said):
+        build(replace(small(name), **change), 1, 2)
+
+
+def test_an_unknown_backbone_is_refused_by_name():
+    with pytest.raises(ValueError, match="resnet101"):
+        NETWORKS["deeplabv3plus"].spec(2, backbone="vgg16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet34_unet", "fcn_resnet50", "deeplabv3plus"])
+def test_onnx_gives_the_same_logits(name):
+    check_onnx(small(name, dropout=0.0), (37, 70))
+
+
+def discs(count, seed):
+    """Noisy images (count, 1, 40, 56) of a bright disc beside a dim one, and the disc (count, 40, 56)."""
+    random = np.random.default_rng(seed)
+    bright, dim = (
+        np.stack([ball((40, 56), random.uniform((8, 8), (32, 48)), 9) for _ in range(count)]) for _ in range(2)
+    )
+    image = bright * 1.5 + (dim & ~bright) * 0.7 + random.normal(0, 0.3, bright.shape)
+    return torch.from_numpy(image[:, None]).float(), torch.from_numpy(bright).long()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet34_unet", "fcn_resnet50", "deeplabv3plus"])
+def test_it_learns_a_disc_to_a_dice_of_0_9(name):
+    torch.manual_seed(17)
+    options = {"rates": (1, 2)} if name == "deeplabv3plus" else {}  # its last maps are 3 x 4 voxels here
+    spec = small(name, **options)
+    wider = {"head_features": 16, "skip_features": 8} if options else {}
+    network = build(replace(spec, features=(16, 24, 32, 40, 48), options={**spec.options, **wider}), 1, 2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for step in range(200):
+        image, mask = discs(8, step)
+        outputs = network(image, all_scales=True)
+        targets = scale_targets(mask, network.scales)
+        loss = deep_supervision(F.cross_entropy, outputs, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    image, mask = discs(24, 10_000)
+    with torch.no_grad():
+        found = network.eval()(image).argmax(1)
+    assert (2 * (found * mask).sum() / (found.sum() + mask.sum())).item() >= 0.9

@@ -1,0 +1,75 @@
+"""Recipes by name: each is possible, says what its source says, and yields to --set."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from autoseg.cli import app
+from autoseg.pipeline.recipe import TrainOptions, for_length, make_recipe, say_other_network
+from autoseg.recipes import RECIPES
+from autoseg.records import AutosegError
+from autoseg.schema import Recipe
+
+
+def named(name, **changes):
+    return TrainOptions(recipe=Path(name), changes=changes)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_named_recipe_is_possible_and_kept_by_short_runs(name, capsys):
+    recipe = make_recipe(named(name))
+    entry = RECIPES[name]
+    assert entry.changes.keys() <= {field.name for field in fields(Recipe)}
+    assert all(getattr(recipe, key) == value for key, value in entry.changes.items())
+    assert entry.source
+    assert entry.beside
+    assert for_length(recipe, named(name), "cpu", None) == recipe
+    assert capsys.readouterr().out == ""
+
+
+def test_rates_and_schedules_of_the_knee_study():
+    made = [make_recipe(named(f"desai_{network}")) for network in ("unet", "segnet", "deeplab")]
+    assert [(r.optimizer, r.learning_rate, r.schedule, r.epochs) for r in made] == [
+        ("adam", 1e-2, "step(factor=0.8, period=1)", 100),
+        ("adam", 1e-3, "constant", 100),
+        ("adam", 1e-4, "constant", 100),
+    ]
+    assert {(r.loss, r.augmentation, r.weights) for r in made} == {("dice", "none", "best")}
+
+
+def test_set_and_files_with_a_base_beat_the_recipe(tmp_path):
+    assert make_recipe(named("desai_unet", learning_rate=0.5)).learning_rate == 0.5
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "desai_unet"\nlearning_rate = 0.02\n')
+    mine = make_recipe(TrainOptions(recipe=file))
+    assert (mine.learning_rate, mine.optimizer, mine.epochs) == (0.02, "adam", 100)
+    assert make_recipe(TrainOptions(recipe=file, epochs=3)).epochs == 3
+    file.write_text('base = "desai"\n')
+    with pytest.raises(AutosegError, match="none of desai_unet, desai_segnet"):
+        make_recipe(TrainOptions(recipe=file))
+    with pytest.raises(AutosegError, match="neither a file nor one of desai_unet"):
+        make_recipe(named("desai"))
+    with pytest.raises(AutosegError, match=r"missing\.toml does not exist"):
+        make_recipe(TrainOptions(recipe=tmp_path / "missing.toml"))
+
+
+def test_another_network_than_that_of_the_recipe_is_said(capsys, tmp_path):
+    say_other_network(named("desai_segnet"), "unet")
+    assert "made for the network segnet, this plan has unet" in capsys.readouterr().out
+    for options in (named("desai_segnet"), TrainOptions(), TrainOptions(recipe=tmp_path / "file.toml")):
+        say_other_network(options, "segnet")
+    assert capsys.readouterr().out == ""
+
+
+def test_schedules_are_listed_with_their_options():
+    said = CliRunner().invoke(app, ["train", "1", "2d", "0", "--help-fields"]).output
+    assert "\nstep(factor=0.9, period=3) " in said
+    assert "\nwsd(decay=0.2) " in said
+
+
+def test_the_list_names_all():
+    said = CliRunner().invoke(app, ["recipes"]).output
+    assert all(f"\n{name} " in said for name in RECIPES)
+    assert "step(factor=0.8, period=1)" in said
