@@ -23,11 +23,17 @@ SHAPES: dict[int, tuple[tuple[tuple[int, ...], int, float], ...]] = {
     2: (((256, 192), 3, 1.0), ((320, 320), 2, 0.5), ((128, 160), 12, 0.5)),
     3: (((48, 64, 80), 1, 0.5), ((96, 80, 64), 2, 0.25), ((32, 96, 96), 2, 0.25)),
 }
-"""Dimension -> (patch, batch, share of the paper's features) of each case."""
+"""Dimension -> (patch, batch, share of the features) of the cases of `NARROWED`."""
+NARROWED = ("unet", "resenc")
+OTHERS: dict[int, tuple[tuple[tuple[int, ...], int, float], ...]] = {
+    2: (((192, 160), 2, 1.0),),
+    3: (((32, 64, 48), 1, 1.0),),
+}
+"""The cases of all other networks, as wide as in their sources."""
 
 
 def every_case(names: list[str]) -> list[dict[str, Any]]:
-    """What to measure: every network in two or three sizes a dimension."""
+    """What to measure: every network, two of them in several sizes."""
     from autoseg.networks import NETWORKS
 
     return [
@@ -35,7 +41,7 @@ def every_case(names: list[str]) -> list[dict[str, Any]]:
         for name, architecture in NETWORKS.items()
         if name in names or not names
         for dimension in architecture.dimensions
-        for channels, (patch, batch, share) in enumerate(SHAPES[dimension], 1)
+        for channels, (patch, batch, share) in enumerate((SHAPES if name in NARROWED else OTHERS)[dimension], 1)
     ]
 
 
@@ -47,11 +53,16 @@ def spec_of(case: dict[str, Any]) -> Any:
     return replace(spec, features=tuple(max(2, int(width * case["share"])) for width in spec.features))
 
 
+def channels_of(case: dict[str, Any]) -> int:
+    """Input channels: of each image channel as many as the network sees slices."""
+    return int(case["in_channels"]) * int(spec_of(case).slices)
+
+
 def counted(case: dict[str, Any], device: Any, precision: Any, optimizer: Any) -> Any:
     """The footprint of a case."""
     from autoseg.networks.footprint import footprint
 
-    sizes = {key: case[key] for key in ("batch", "in_channels", "heads")}
+    sizes = {"batch": case["batch"], "in_channels": channels_of(case), "heads": case["heads"]}
     return footprint(
         spec_of(case), patch=tuple(case["patch"]), device=device, precision=precision, optimizer=optimizer, **sizes
     )
@@ -96,7 +107,7 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
 
     spec, heads, unused = spec_of(case), case["heads"], None
     place = torch.device(device)
-    network = build(spec, case["in_channels"], heads).to(place).train()
+    network = build(spec, channels_of(case), heads).to(place).train()
     parts = Parts(
         network=network,
         training=unused,  # type: ignore[arg-type]
@@ -111,7 +122,7 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
     )
     optimizing, loss_scaler = make_optimizer(network, parts.recipe), scaler(parts.tuning, place)
     # As patches come out of the sampler: made where they are used, so that nothing else holds them.
-    image = torch.randn(case["batch"], case["in_channels"], *case["patch"], device=place)
+    image = torch.randn(case["batch"], channels_of(case), *case["patch"], device=place)
     batch = Batch(
         step=0,
         patches=(unused,) * case["batch"],  # type: ignore[arg-type]

@@ -84,6 +84,7 @@ def fit_asked(
         batch_size=batch_size,
         batch_dice=False,
         network=shape.network,
+        context=shape.network.slices,
         prepared=name,
     )
     counted = f"{gib(step_bytes(batch_size))} {needs.counted}".strip()

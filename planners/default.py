@@ -81,6 +81,8 @@ def plan(
     if dimensions == (3,) and median[0] == 1:
         raise AutosegError(f"{needs.name if needs else ''} is a 3D network, and the images are slices; choose another")
     configurations, reasons = _configurations(spacing, median, len(fingerprint.cases), fitted, rules, dimensions)
+    if needs and median[0] == 1 and any(configuration.context > 1 for configuration in configurations):
+        raise AutosegError(f"{needs.name} sees neighbouring slices, and the images have a single one; choose another")
     return Plan(
         name=name,
         dataset=fingerprint.dataset,

@@ -104,7 +104,7 @@ def asked(text: str) -> tuple[str, Architecture | None, dict[str, Any]]:
     """
     name, options = parse_call(text)
     found = architecture(name)
-    own = [] if found is None else [*inspect.signature(found.spec).parameters][1:]
+    own = [] if found is None else [key for key in [*inspect.signature(found.spec).parameters][1:] if key != "name"]
     if odd := [option for option in options if option not in own]:
         raise AutosegError(f"the network {name} has no option {odd[0]!r}; it has {', '.join(own) or 'none'}")
     return name, found, options

@@ -211,6 +211,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bfloat16") -> NetworkNeeds:
     """What a planner must know of a network asked for as `name(key=value, ...)` or `package.module:Name`.
 
+    in_channels: of the images; a network that sees several slices has each so many times.
     Bytes are those of a step on a GPU in autocast of `precision`, with AdamW, which keeps more than SGD.
     Raises AutosegError for an unknown network, and for options that it does not have.
     """
@@ -219,7 +220,8 @@ def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bf
 
     def forecast(spec: NetworkSpec) -> Forecast:
         if repr(spec) not in known:
-            known[repr(spec)] = Forecast(Step(spec, in_channels, heads, precision, "adamw", "cuda"))
+            channels = in_channels * spec.slices
+            known[repr(spec)] = Forecast(Step(spec, channels, heads, precision, "adamw", "cuda"))
         return known[repr(spec)]
 
     return NetworkNeeds(

@@ -49,7 +49,7 @@ def show_networks(sizes: Sizes, precision: Precision, timed: bool, device: str =
             if patch is None:
                 continue
             spec = spec_of(name, 2 if dimension == 2 else 3)
-            step = Step(spec, sizes.channels, sizes.classes, precision, "sgd", "cuda")
+            step = Step(spec, sizes.channels * spec.slices, sizes.classes, precision, "sgd", "cuda")
             weights = f"{sum(parameter.numel() for parameter in step.network.parameters()):,}"
             try:
                 memory = f"{step.count(patch, sizes.batch)[0].total / 2**30:.2f} GiB"
@@ -67,9 +67,10 @@ def show_networks(sizes: Sizes, precision: Precision, timed: bool, device: str =
 def seconds_a_step(spec: NetworkSpec, sizes: Sizes, patch: tuple[int, ...], device_text: str) -> float:
     """Median seconds of a training step in float32 on random data, after one that is not counted."""
     device = choose_device(device_text)
-    network = build(spec, sizes.channels, sizes.classes).to(device).train()
+    channels = sizes.channels * spec.slices
+    network = build(spec, channels, sizes.classes).to(device).train()
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True)
-    image = torch.randn(sizes.batch, sizes.channels, *patch, device=device)
+    image = torch.randn(sizes.batch, channels, *patch, device=device)
     labels = torch.randint(sizes.classes, (sizes.batch, *patch), device=device)
     targets = scale_targets(labels, output_scales(network, spec))
     taken = []
@@ -100,7 +101,8 @@ def describe_networks(names: Sequence[str], folder: Path, sizes: Sizes, compare:
         for dimension in dimensions:
             own: Dimension = 2 if dimension == 2 else 3
             patch = sizes.patch or USUAL[own]
-            made = describe(spec_of(text, own), patch, sizes.channels, sizes.classes)
+            spec = spec_of(text, own)
+            made = describe(spec, patch, sizes.channels * spec.slices, sizes.classes)
             stem = f"{name}_{own}d"
             print(layer_table(replace(made, layers=())).strip() if compare else layer_table(made))
             for ending, content in (("txt", layer_table(made)), ("csv", table_csv(made)), ("svg", diagram(made))):
