@@ -100,6 +100,7 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
 
     from autoseg.computing import safe_base, scaler
     from autoseg.labels import Labels
+    from autoseg.losses import make_loss
     from autoseg.networks import build, output_scales
     from autoseg.sampling import Batch
     from autoseg.schema import Recipe
@@ -107,15 +108,16 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
 
     spec, heads, unused = spec_of(case), case["heads"], None
     place = torch.device(device)
+    labels = Labels(names=tuple(f"class {i}" for i in range(heads)), values=tuple(range(heads)))
     network = build(spec, channels_of(case), heads).to(place).train()
     parts = Parts(
         network=network,
         training=unused,  # type: ignore[arg-type]
         validation=unused,  # type: ignore[arg-type]
         recipe=Recipe(optimizer=optimizer),
-        labels=Labels(names=tuple(f"class {i}" for i in range(heads)), values=tuple(range(heads))),
+        labels=labels,
         scales=output_scales(network, spec),
-        batch_dice=True,
+        loss=make_loss("dice_ce", labels=labels, batch_dice=True),
         device=place,
         folder=Path(),
         tuning=replace(safe_base(place), precision=precision),

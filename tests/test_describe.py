@@ -1,6 +1,7 @@
 """Networks described: layers whose parameters add up, parts with the skip connections they have, a drawing of them."""
 
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_the_drawing_names_every_part_once_and_none_lies_on_another():
     boxes = [group for group in root if group.tag.endswith("}g")]
     assert [box[0].text.split(":")[0] for box in boxes] == [part.name for part in UNET.parts]
     corners = [(float(box[1].get("x")), float(box[1].get("width"))) for box in boxes]
-    assert all(x + width < later for (x, width), (later, _) in zip(corners, corners[1:]))
+    assert all(x + width < later for (x, width), (later, _) in pairwise(corners))
     down = {part.name: float(box[1].get("y")) for part, box in zip(UNET.parts, boxes)}
     assert down["encoder.0"] == down["heads.0"] < down["encoder.1"] < down["encoder.2"]
     arrows = [path for path in root.iter() if path.get("marker-end")]

@@ -15,6 +15,7 @@ from torch import nn
 from autoseg.networks import NETWORKS, build
 from autoseg.networks.footprint import footprint, needs_of
 from autoseg.networks.meta import Living
+from autoseg.planners.asked import adapted
 from autoseg.records import AutosegError
 
 SIZES = {"in_channels": 1, "heads": 3}
@@ -76,16 +77,13 @@ def test_nothing_is_counted_twice_and_nothing_that_is_gone():
 
 
 def small(name, dimension):
-    """A network of the table with features of a few channels."""
+    """A U-Net with features of a few channels."""
     spec = NETWORKS[name].spec(dimension)
     return replace(spec, features=tuple(2 + stage for stage in range(len(spec.features))))
 
 
-TABLE = [(name, dimension) for name, entry in NETWORKS.items() for dimension in entry.dimensions]
-
-
-@pytest.mark.parametrize(("name", "dimension"), TABLE)
-def test_weights_and_activations_of_every_network(name, dimension):
+@pytest.mark.parametrize(("name", "dimension"), [("unet", 2), ("unet", 3), ("resenc", 3)])
+def test_parts_grow_with_the_batch_and_shrink_with_the_precision(name, dimension):
     spec, patch = small(name, dimension), (64,) * dimension
     made = footprint(spec, patch=patch, batch=2, **SIZES)
     weights = sum(p.numel() for p in build(spec, 1, 3).parameters())
@@ -94,6 +92,15 @@ def test_weights_and_activations_of_every_network(name, dimension):
     twice = footprint(spec, patch=patch, batch=4, **SIZES)
     assert 1.9 < twice.activations / made.activations < 2.1
     assert footprint(spec, patch=patch, batch=2, precision="bfloat16", **SIZES).activations < 0.85 * made.activations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dimension"), [(n, d) for n, entry in NETWORKS.items() for d in entry.dimensions])
+def test_every_network_of_the_table_can_be_planned(name, dimension):
+    needs = needs_of(name, 1, 3)
+    spec = adapted(needs.spec(dimension), (3.6, 0.6, 0.6)[-dimension:], (20, 320, 320)[-dimension:], 4)
+    patch = tuple(4 * edge for edge in needs.smallest(spec))
+    assert 1.2 < needs.bytes(spec, patch, 9) / needs.bytes(spec, patch, 3) < 3.1
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

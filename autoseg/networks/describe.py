@@ -68,14 +68,18 @@ def describe(spec: NetworkSpec, patch: tuple[int, ...], in_channels: int, heads:
     """Layers and parts of a network on a patch of `patch` voxels. Raises what it raises for sizes it cannot take."""
     network = on_meta(spec, in_channels, heads).eval()
     names = {module: name for name, module in network.named_modules()}
-    leaves = [module for module in network.modules() if not [*module.children()]]
-    sizes = _sizes(network, leaves, patch, in_channels)
-    layers = tuple(_layer(names[module], module, *sizes[module][-1]) for module in leaves if module in sizes)
+    sizes = _sizes(network, patch, in_channels)
+    layers = []
+    for module, name in names.items():
+        if [*module.parameters(recurse=False)] or (module in sizes and not [*module.children()]):
+            # One whose weights are used without calling it gives what it is a part of gives.
+            above = next(other for other in _upwards(network, name) if other in sizes)
+            layers.append(_layer(name, module, *sizes[above][-1]))
     chosen = [part for child in network.children() for part in _parts(child, sizes)]
     parts = _follow(network, chosen, names, patch, in_channels)
     count = sum(parameter.numel() for parameter in network.parameters())
     title = f"{spec.name}, {spec.dimension}D: {in_channels} x {_by(patch)} to {heads} classes, {count:,} parameters"
-    return Description(title=title, layers=layers, parts=parts, parameters=count)
+    return Description(title=title, layers=tuple(layers), parts=parts, parameters=count)
 
 
 def table(description: Description) -> str:
@@ -141,21 +145,29 @@ def diagram(description: Description) -> str:
 
 
 def _sizes(
-    network: nn.Module, leaves: Iterable[nn.Module], patch: tuple[int, ...], in_channels: int
+    network: nn.Module, patch: tuple[int, ...], in_channels: int
 ) -> dict[nn.Module, list[tuple[int, tuple[int, ...]]]]:
-    """Channels and size of every output of every leaf that is called."""
+    """Channels and size of what every module gives each time it is called."""
     found: dict[nn.Module, list[tuple[int, tuple[int, ...]]]] = {}
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value.ndim > 1]
         found.setdefault(module, []).extend((tensor.shape[1], tuple(tensor.shape[2:])) for tensor in tensors[:1])
 
-    hooks = [module.register_forward_hook(note) for module in leaves]
+    hooks = [module.register_forward_hook(note) for module in network.modules()]
     with torch.no_grad():
         network(torch.empty(2, in_channels, *patch, device="meta"), all_scales=True)
     for hook in hooks:
         hook.remove()
     return {module: sizes for module, sizes in found.items() if sizes}
+
+
+def _upwards(network: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The module of that name, and those that it is a part of, up to the whole."""
+    while name:
+        yield network.get_submodule(name)
+        name = name.rpartition(".")[0]
+    yield network
 
 
 def _layer(name: str, module: nn.Module, channels: int, size: tuple[int, ...]) -> Layer:
@@ -172,7 +184,7 @@ def _layer(name: str, module: nn.Module, channels: int, size: tuple[int, ...]) -
         size=size,
         kernel=numbers("kernel_size"),
         stride=numbers("stride"),
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        parameters=sum(parameter.numel() for parameter in module.parameters(recurse=False)),
     )
 
 

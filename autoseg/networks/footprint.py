@@ -104,10 +104,12 @@ class Step:
             for parameter in self.network.parameters()
         ]
         self.network.zero_grad(set_to_none=True)
-        with living, self.mode:
-            held = self._go(patch, batch, living)
-        for hook in hooks:
-            hook.remove()
+        try:
+            with living, self.mode:
+                held = self._go(patch, batch, living)
+        finally:
+            for hook in hooks:
+                hook.remove()
         course = np.array([*living.course, held + self.stepping]) + (self.weights + self.buffers + self.states)
         found = Footprint(
             weights=self.weights + self.buffers,
@@ -143,19 +145,19 @@ class Step:
             ) from error
         return held
 
-    def smallest(self) -> tuple[tuple[int, ...], np.ndarray]:
+    def smallest(self) -> tuple[int, ...]:
         """The first of 1, 2, 4 times the divisors that a batch of 2 can be trained on: norms want several voxels.
 
-        With its course. Raises AutosegError if it is none of them.
+        Raises AutosegError if it is none of them.
         """
         for times in (1, 2, 4):
             patch = tuple(times * divisor for divisor in self.divisors)
             try:
-                _, course = self.count(patch, 2)
+                self.count(patch, 2)
             except (ValueError, RuntimeError) as error:
                 reason = error
             else:
-                return patch, course
+                return patch
         raise AutosegError(f"the network {self.spec.name} takes no patch of {patch} voxels: {reason}")
 
 
@@ -169,13 +171,15 @@ class Forecast:
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self.smallest, first = step.smallest()
+        self.smallest = step.smallest()
         self.counted: dict[tuple[tuple[int, ...], int], int] = {}
-        self.start, self.slope = first, np.zeros(1)
-        sizes = [tuple(times * edge for edge in self.smallest) for times in (1, 2, 3)]
+        # Not the smallest itself: a network may pass over what is a single voxel.
+        sizes = [tuple(times * edge for edge in self.smallest) for times in (2, 3, 4)]
         voxels = [math.prod(patch) * batch for batch, patch in enumerate(sizes, 2)]
+        _, first = step.count(sizes[0], 2)
         _, second = step.count(sizes[1], 3)
         third, _ = step.count(sizes[2], 4)
+        self.start, self.slope = first, np.zeros(1)
         self.straight = len(first) == len(second)
         if self.straight:
             self.slope = (second - first) / (voxels[1] - voxels[0])
