@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 dataset_app = typer.Typer(no_args_is_help=True, help="Make raw datasets.", rich_markup_mode=None)
 app.add_typer(dataset_app, name="dataset")
+augment_app = typer.Typer(no_args_is_help=True, help="See what augmentations do.", rich_markup_mode=None)
+app.add_typer(augment_app, name="augment")
 
 DatasetOption = Annotated[
     str, typer.Option("-d", "--dataset", help="1, 001, Dataset001_Name, or the path of a raw dataset folder.")
@@ -649,6 +651,36 @@ def plan_name(plan: str | None, network: str | None) -> str:
     from autoseg.settings import parse_call
 
     return plan or ("default" if network is None else parse_call(network)[0].rpartition(":")[2])
+
+
+@augment_app.callback()
+def augment_top() -> None:
+    """Keeps `preview` a word of its own, though there is no other yet."""
+
+
+@augment_app.command("preview")
+def preview_verb(
+    dataset: DatasetOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The picture to draw, FILE.png.")],
+    configuration: Annotated[
+        str | None, typer.Option("-c", "--configuration", help="Whose patches [3d_fullres, else 2d].")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Augmentation, as in --set augmentation=NAME.")] = "default",
+    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Augmented samples to draw.")] = 8,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="Instead: each transform of the policy, alone and after all before it.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another patch and other samples.")] = 0,
+    plan: PlanOption = "default",
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Draw a page of one patch and what an augmentation makes of it, with the masks outlined. Changes nothing."""
+    from autoseg.pipeline.preview import PreviewOptions, preview
+
+    options = PreviewOptions(
+        configuration=configuration, policy=policy, samples=samples, chain=chain, seed=seed, plan=plan
+    )
+    preview(Workspace.find(workspace), dataset, output, options)
 
 
 def parse_names(text: str | None) -> tuple[str, ...]:

@@ -157,7 +157,10 @@ class Configuration:
             raise ValueError(f"context is for 2D networks; {self.name} is 3D and sees its neighbouring slices anyway")
         # A network that treats slices in a way of its own has to be told how many there are.
         if (told := self.network.options.get("context", self.context)) != self.context:
-            raise ValueError(f"the network is told of {told} slices in its options, and context is {self.context}")
+            raise ValueError(
+                f"the network is told of {told} slices in its options, and context is {self.context}; "
+                "--context sets both"
+            )
 
 
 @record
@@ -282,7 +285,12 @@ class Recipe:
     clip_norm: float = 12.0
     foreground_fraction: float = 0.33
     augmentation: str = "default"
-    """`default`, `none`, `batchgenerators`, or `package.module:name` of a transform of your own."""
+    """`default`, `none`, `desai`, `strong`, `mr_artefacts`, `batchgenerators`, or `package.module:name` of a transform
+    of your own. Held-out patches are never changed."""
+    offline_copies: NonNegativeInt = 0
+    """How many fixed augmented copies there are of each case beside the case itself; 0: it is drawn anew each time."""
+    match_steps: bool = True
+    """Whether copies leave the number of steps as it is; otherwise epochs are as many times longer as the data are."""
     loader_threads: int = 2
     tune: bool = True
     """Whether probes at the start may choose precision, layout and compilation; without them float32, eager."""

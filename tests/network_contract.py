@@ -170,7 +170,10 @@ def check_file(spec: NetworkSpec, size: Sequence[int]) -> None:
             path = Path(folder) / "weights.safetensors"
             save_weights(network, path)
             again = network_in_file(plan, configuration, path).eval()
-            assert torch.equal(again(image), expected)
+            tensors = again.state_dict()
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in network.state_dict().items())
+            # Kernels may round otherwise where a tensor begins at another place in memory.
+            torch.testing.assert_close(again(image), expected, rtol=1e-4, atol=1e-4)
 
 
 def check_onnx(spec: NetworkSpec, size: Sequence[int]) -> None:

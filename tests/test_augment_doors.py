@@ -164,7 +164,7 @@ def test_what_a_callable_returns_is_checked(transform, message, monkeypatch):
     [
         (
             "defualt",
-            "unknown augmentation 'defualt'; choose one of default, none, batchgenerators, or package.module:name",
+            "unknown augmentation 'defualt'; choose one of default, .*, batchgenerators, or package.module:name",
         ),
         ("no_such_module_anywhere:f", "no module 'no_such_module_anywhere'"),
         ("math:no_such_function", "math has no callable 'no_such_function'"),

@@ -14,8 +14,9 @@ from toys import plan as toy_plan
 import autoseg
 from autoseg.augment import make_augmentation
 from autoseg.augment.classic import _mirrors
-from autoseg.augment.default import DEFAULT, DefaultAugmentation, rotation_limit_rad
+from autoseg.augment.default import DefaultAugmentation, rotation_limit_rad
 from autoseg.augment.geometry import rename
+from autoseg.augment.policy import DEFAULT
 from autoseg.inference import Swap, count_views, predict_logits
 from autoseg.labels import UNSEEN, Labels
 from autoseg.mirroring import ALL_AXES, Flips, Mirroring

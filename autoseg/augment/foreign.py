@@ -60,7 +60,7 @@ class ForeignAugmentation:
     patch: tuple[int, ...]
     masked: tuple[bool, ...]
 
-    def draw(self, rng: np.random.Generator, batch: int, channels: int) -> SeedDraw:
+    def draw(self, rng: np.random.Generator, batch: int, channels: int, cases: Sequence[str] = ()) -> SeedDraw:
         """Draw the seed of one batch."""
         return SeedDraw(box=self.box, seed=int(rng.integers(2**63 - 1)))
 
