@@ -96,6 +96,12 @@ class NetworkSpec:
     options: dict[str, Option] = field(default_factory=dict)
     """What the architecture has beside these, by name; none in the U-Nets of the presets."""
 
+    @property
+    def slices(self) -> int:
+        """How many slices of an image it sees side by side; a 2D network that treats them apart says so itself."""
+        told = self.options.get("context", 1)
+        return told if isinstance(told, int) else 1
+
 
 @record
 class Resampling:
@@ -172,6 +178,8 @@ class Plan:
     name: str = "default"
     dataset: str
     preset: str
+    network: str | None = None
+    """What was asked for by --network; None: the network of the preset."""
     gpu_memory_gb: float | None
     """What a training step was planned to fill; None if the plan was made elsewhere."""
     dimension: Dimension

@@ -17,6 +17,7 @@ ROWS = [
         "labels",
         "mirroring",
         "schema",
+        "needs",
         "progress",
         "parallel",
         "workspace",
