@@ -26,5 +26,7 @@ class NetworkNeeds:
     """The smallest patch that it can be trained on."""
     bytes: Callable[[NetworkSpec, tuple[int, ...], int], int]
     """(spec, patch, batch) -> bytes that a training step needs."""
+    told_place: Callable[[NetworkSpec], bool] = lambda spec: False
+    """Whether it is told where a patch lies, which mirror images would contradict."""
     counted: str = ""
     """How the bytes were counted, in words."""

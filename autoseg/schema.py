@@ -157,10 +157,7 @@ class Configuration:
             raise ValueError(f"context is for 2D networks; {self.name} is 3D and sees its neighbouring slices anyway")
         # A network that treats slices in a way of its own has to be told how many there are.
         if (told := self.network.options.get("context", self.context)) != self.context:
-            raise ValueError(
-                f"the network is told of {told} slices in its options, and context is {self.context}; "
-                "--context sets both"
-            )
+            raise ValueError(f"the network is told of {told} slices in its options, and context is {self.context}")
 
 
 @record

@@ -75,6 +75,7 @@ def fit_asked(
     by_memory = largest_batch(step_bytes, allowed, budget.must_fit, most)
     batch_size = max(min(by_memory, most), rules.min_batch)
 
+    told_place = needs.told_place(shape.network)
     configuration = Configuration(
         name=name,
         dimension=shape.network.dimension,
@@ -85,7 +86,15 @@ def fit_asked(
         batch_dice=False,
         network=shape.network,
         context=shape.network.slices,
+        mirror_axes=() if told_place else None,
         prepared=name,
+    )
+    places = Reason(
+        decision=f"{name}: mirror images",
+        rule="a network that is told where a patch lies learns what differs from place to place, and in a mirror image "
+        "places differ otherwise",
+        inputs=needs.name,
+        outcome="none, in training and prediction",
     )
     counted = f"{gib(step_bytes(batch_size))} {needs.counted}".strip()
     reasons = (
@@ -113,6 +122,7 @@ def fit_asked(
             f"{rules.coverage:.0%} of the dataset is {by_coverage} patches",
             outcome=f"{batch_size}, with which a step needs {counted}",
         ),
+        *((places,) if told_place else ()),
     )
     return configuration, reasons
 

@@ -22,6 +22,7 @@ ROWS = [
         "parallel",
         "workspace",
         "settings",
+        "own",
         "recipes",
         "signals",
         "supervise",

@@ -108,3 +108,10 @@ def test_what_can_never_fit_is_refused_with_its_number():
 def test_the_largest_batch_that_fits(allowed, batch):
     # 20 bytes, and 25 a sample; a little more than in proportion.
     assert largest_batch(lambda samples: 20 + 25 * samples + (samples > 3) * 0, allowed, 2, 50) == batch
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_network_that_is_told_its_place_sees_no_mirror_images(told):
+    made = planned(needs(told_place=lambda spec: told))
+    assert {one.mirror_axes for one in made.configurations} == {() if told else None}
+    assert ("3d_fullres: mirror images" in {reason.decision for reason in made.reasons}) == told

@@ -267,7 +267,7 @@ def test_weights_come_from_the_data_unless_they_are_given():
         ("focal(batch_dice=true)", "no option 'batch_dice'; it has gamma=2"),
         ("focal(gamma=much)", "gamma must be a number, not 'much'"),
         ("no_such_module_here:loss", "cannot be imported"),
-        ("math:no_such_loss", "the module 'math' has no function 'no_such_loss'"),
+        ("math:no_such_loss", "no class or function 'no_such_loss'"),
         ("math:sqrt", "must take batch_dice, labels, annotated, part by keyword"),
     ],
 )

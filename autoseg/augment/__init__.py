@@ -25,6 +25,7 @@ from autoseg.augment.default import DefaultAugmentation, Source
 from autoseg.augment.foreign import Transform
 from autoseg.augment.policy import POLICIES, Policy
 from autoseg.mirroring import ALL_AXES, Flips
+from autoseg.own import own
 from autoseg.records import AutosegError
 from autoseg.schema import Dimension
 
@@ -127,7 +128,7 @@ def make_augmentation(
         )
     if ":" in name:
         return foreign.ForeignAugmentation(
-            name=name, transform=foreign.load(name), box=patch, patch=patch, masked=masked
+            name=name, transform=own(name, "augmentation"), box=patch, patch=patch, masked=masked
         )
     made = AUGMENTATIONS[name](patch, dimension, masked, flips)
     return replace(made, context=context) if isinstance(made, DefaultAugmentation) else made

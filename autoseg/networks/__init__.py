@@ -10,8 +10,6 @@ Naming a module imports it: a plan that does so is as trustworthy as the code be
 """
 
 import inspect
-from collections.abc import Callable
-from importlib import import_module
 from itertools import accumulate
 from typing import Any
 
@@ -34,6 +32,7 @@ from autoseg.networks.unet3d import RELATIVE_UNET3D, SLICE_UNET3D, UNET3D, UNET3
 from autoseg.networks.unet_vanilla import UNET_VANILLA
 from autoseg.networks.unetpp import UNETPP
 from autoseg.networks.vnet import RELATIVE_VNET, SLICE_VNET, VNET
+from autoseg.own import own
 from autoseg.records import AutosegError
 from autoseg.schema import Dimension, NetworkSpec
 from autoseg.settings import parse_call
@@ -77,7 +76,7 @@ def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
     """
     if (known := architecture(spec.name)) is not None:
         return known.build(spec, in_channels, heads)
-    network = _own(spec.name)(spec, in_channels, heads)
+    network = own(spec.name, "network")(spec, in_channels, heads)
     if not isinstance(network, nn.Module):
         raise AutosegError(f"{spec.name} gave a {type(network).__name__}; it must give a torch.nn.Module")
     parameters = inspect.signature(network.forward).parameters.values()
@@ -104,9 +103,9 @@ def asked(text: str) -> tuple[str, Architecture | None, dict[str, Any]]:
     """
     name, options = parse_call(text)
     found = architecture(name)
-    own = [] if found is None else [key for key in [*inspect.signature(found.spec).parameters][1:] if key != "name"]
-    if odd := [option for option in options if option not in own]:
-        raise AutosegError(f"the network {name} has no option {odd[0]!r}; it has {', '.join(own) or 'none'}")
+    there = [] if found is None else [key for key in [*inspect.signature(found.spec).parameters][1:] if key != "name"]
+    if odd := [option for option in options if option not in there]:
+        raise AutosegError(f"the network {name} has no option {odd[0]!r}; it has {', '.join(there) or 'none'}")
     return name, found, options
 
 
@@ -136,17 +135,3 @@ def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...
         return stated
     steps = accumulate(spec.strides[:-1], lambda total, stride: tuple(t * s for t, s in zip(total, stride)))
     return tuple(steps)
-
-
-def _own(name: str) -> Callable[[NetworkSpec, int, int], object]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise AutosegError(
-            f"the network {name!r} cannot be imported ({error}); is its folder on PYTHONPATH, its package installed?"
-        ) from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise AutosegError(f"the module {module_name!r} has no class or function {attribute!r}")
-    return found

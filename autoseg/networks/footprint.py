@@ -236,5 +236,6 @@ def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bf
         divisors=lambda spec: forecast(spec).step.divisors,
         smallest=lambda spec: forecast(spec).smallest,
         bytes=lambda spec, patch, batch: forecast(spec).total(patch, batch),
+        told_place=lambda spec: getattr(forecast(spec).step.network, "takes_position", False),
         counted=f"(counted for a GPU, {precision} where autocast allows, AdamW)",
     )
