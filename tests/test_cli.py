@@ -21,7 +21,7 @@ OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
         "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
-        "context", "discard_edits", "workers", "workspace", "set_", "help_fields",
+        "context", "discard_edits", "workers", "workspace", "set_", "help_fields", "network",
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
@@ -31,6 +31,7 @@ OPTIONS = {
     "fit": {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
         "test_fraction", "seed", "loss", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
+        "network",
     },
     "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {
@@ -46,6 +47,8 @@ OPTIONS = {
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
     "recipes": set(),
+    "networks": {"patch", "batch", "channels", "classes", "precision", "timed", "device"},
+    "describe": {"names", "output", "patch", "channels", "classes", "compare"},
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""
 
