@@ -49,9 +49,9 @@ def bars(values: Mapping[str, float], what: str, path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     drawn = axes.barh([*values], [*values.values()], color="#6baed6")
-    axes.bar_label(drawn, [f"{value:,.6g}" for value in values.values()], padding=3)
+    axes.bar_label(drawn, [f"{value:,.3g}" for value in values.values()], padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.set_xlim(right=1.15 * max(values.values(), default=1.0))
     axes.set_xlabel(what)
     with atomic_write(path, "wb") as file:
         canvas.print_png(file)

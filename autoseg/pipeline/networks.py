@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -92,7 +92,7 @@ def describe_networks(names: Sequence[str], folder: Path, sizes: Sizes, compare:
     Raises AutosegError for a name that is not known, or a network without that dimension.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parameters: dict[str, int] = {}
+    millions: dict[str, float] = {}
     for text in names:
         name, architecture, _ = asked(text)
         if architecture is None:
@@ -104,12 +104,12 @@ def describe_networks(names: Sequence[str], folder: Path, sizes: Sizes, compare:
             spec = spec_of(text, own)
             made = describe(spec, patch, sizes.channels * spec.slices, sizes.classes)
             stem = f"{name}_{own}d"
-            print(layer_table(replace(made, layers=())).strip() if compare else layer_table(made))
+            print(made.title if compare else layer_table(made))
             for ending, content in (("txt", layer_table(made)), ("csv", table_csv(made)), ("svg", diagram(made))):
                 with atomic_write(folder / f"{stem}.{ending}") as file:
                     file.write(content)
-            parameters[f"{text} {own}D"] = made.parameters
+            millions[f"{text} {own}D"] = made.parameters / 1e6
     if compare:
-        bars(parameters, "parameters", folder / "parameters.png")
+        bars(millions, "million parameters", folder / "parameters.png")
         print(f"Parameters: {folder / 'parameters.png'}")
     print(f"Layers and diagrams: {folder}")
