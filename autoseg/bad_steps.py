@@ -24,8 +24,8 @@ def refuse_many(bad: Sequence[Batch], most: int, folder: Path) -> None:
     """AutosegError that names the cases if as many as `most` batches in a row were bad."""
     if len(bad) >= most:
         raise AutosegError(
-            f"the loss was not finite in {len(bad)} steps in a row (step {bad[-1].step}); cases involved: "
-            f"{culprits(bad)}. Look at them (`autoseg check`; {folder / BAD_STEPS} has the patches), "
+            f"the loss or its gradient was not finite in {len(bad)} steps in a row (step {bad[-1].step}); cases "
+            f"involved: {culprits(bad)}. Look at them (`autoseg check`; {folder / BAD_STEPS} has the patches), "
             "or lower the rate in a new run: --run NAME --set learning_rate=0.001"
         )
 

@@ -44,5 +44,9 @@ def average(kept: nn.Module, network: nn.Module, step: int, decay: float) -> Non
     share = 1 - min(decay, (1 + step) / (10 + step))
     for mean, present in zip(kept.parameters(), network.parameters(), strict=True):
         mean.lerp_(present, share)
-    for copied, buffer in zip(kept.buffers(), network.buffers(), strict=True):
-        copied.copy_(buffer)
+    for counted, buffer in zip(kept.buffers(), network.buffers(), strict=True):
+        # Running statistics belong to the weights that they were counted with.
+        if counted.is_floating_point():
+            counted.lerp_(buffer, share)
+        else:
+            counted.copy_(buffer)

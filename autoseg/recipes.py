@@ -48,7 +48,7 @@ KNEE_FIELDS: dict[str, Any] = {
     "loss": "dice",
     "deep_supervision": False,
     "learning_rate": 5e-5,
-    "schedule": "step(factor=0.9, period=3)",
+    "schedule": "step(factor=0.9,period=3)",
     "epochs": 50,
 }
 VESSELS = "a students' project on blood vessels, trained on synthetic level sets (University of Cambridge)"
@@ -57,7 +57,7 @@ VESSELS_FIELDS: dict[str, Any] = {
     "optimizer": "adamw",
     "weight_decay": 0.01,
     "learning_rate": 1e-3,
-    "schedule": "plateau(factor=0.1, patience=5)",
+    "schedule": "plateau(factor=0.1,patience=5)",
     "stop_patience": 15,
     "weights": "best",
 }
@@ -67,7 +67,7 @@ RECIPES: dict[str, NamedRecipe] = {
         network="unet_vanilla(stages=6, width=32, norm=batch, norm_once=true, up_kernel=3, dropout=0)",
         source=DESAI,
         beside=DESAI_BESIDE.format(batch=35),
-        changes={**DESAI_FIELDS, "learning_rate": 1e-2, "schedule": "step(factor=0.8, period=1)"},
+        changes={**DESAI_FIELDS, "learning_rate": 1e-2, "schedule": "step(factor=0.8,period=1)"},
     ),
     "desai_segnet": NamedRecipe(
         network="segnet",
@@ -119,7 +119,7 @@ RECIPES: dict[str, NamedRecipe] = {
             "deep_supervision": False,
             "batch_size": 16,
             "learning_rate": 1e-4,
-            "schedule": "subtract(amount=1e-6, floor=1e-6)",
+            "schedule": "subtract(amount=1e-6,floor=1e-6)",
             "epochs": 100,
             "stop_patience": 20,
             "weights": "best",
@@ -149,7 +149,7 @@ RECIPES: dict[str, NamedRecipe] = {
             "optimizer": "rmsprop",
             "weight_decay": 1e-4,
             "learning_rate": 1e-3,
-            "schedule": "step(factor=0.995, period=1)",
+            "schedule": "step(factor=0.995,period=1)",
             "stop_patience": 100,
             "weights": "best",
         },

@@ -128,6 +128,15 @@ class Team:
 
         return finish
 
+    def agree(self, network: nn.Module) -> None:
+        """Give all processes the mean of what each has counted of its own samples: running statistics of norms."""
+        counted = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        if self.size == 1 or not counted:
+            return
+        mean = self.total(torch.cat([buffer.flatten() for buffer in counted])) / self.size
+        for buffer, part in zip(counted, mean.split([buffer.numel() for buffer in counted])):
+            buffer.copy_(part.view_as(buffer))
+
 
 ALONE = Team()
 

@@ -101,9 +101,13 @@ def training_step(
     gathered: waits for the gradients of other processes, see `Team.share`.
     """
     optimizer.zero_grad(set_to_none=True)
+    # Norms take a batch into their running statistics before anybody knows that it is a bad one.
+    before = [buffer.clone() for buffer in parts.network.buffers()]
     loss, _ = batch_loss(parts, batch)
     value = parts.team.total(loss.detach()).item()
     if not math.isfinite(value):
+        for buffer, old in zip(parts.network.buffers(), before):
+            buffer.copy_(old)
         return None
     scaler.scale(loss).backward()
     gathered()
@@ -264,8 +268,9 @@ def train(
             set_rate(optimizer, rate)
             hold_encoder(network, recipe, state.epoch)
             # Dropout draws from torch's global generator: seeded anew, a step that is gone on with is the same one.
-            torch.manual_seed(int(generator(recipe.seed, Stream.DROPOUT, batch.step).integers(2**62)))
+            torch.manual_seed(int(generator(recipe.seed, Stream.DROPOUT, batch.step).integers(2**62)) + team.rank)
             loss = training_step(parts, optimizer, loss_scaler, batch, gathered)
+            team.agree(network)
             if loss is None:
                 bad.append(batch)
                 if team.leads:

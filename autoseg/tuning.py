@@ -65,6 +65,26 @@ def tune(
         return _Probes(work, clock, budget_seconds).run(steps, seconds)
 
 
+def time_step(work: Workload, budget_seconds: float, clock: Callable[[], float] = time.perf_counter) -> float | None:
+    """Seconds of a step in the safe base, before anything is probed; the second one counts, unless time is short.
+
+    budget_seconds: of the whole training. None if the step needs more memory than there is in that base. The random
+    state is left as it was.
+    """
+    with torch.random.fork_rng([torch.cuda.current_device()] if work.device.type == "cuda" else []):
+        torch.manual_seed(SEED)
+        probes = _Probes(work, clock, budget_seconds)
+        probes.settle(probes.best)
+        step = work.step_of(apply(work.make_network(), probes.best, work.device), probes.best)
+        try:
+            seconds = probes.timed(step)
+            # The first one is slower: memory is new, and a GPU is not warm.
+            return seconds if seconds > SHARE * budget_seconds and work.device.type == "cpu" else probes.timed(step)
+        except torch.OutOfMemoryError:
+            probes.free()
+            return None
+
+
 class _Probes:
     """The probes of one call of `tune`: the best setting so far, its step, what is left of the budget."""
 

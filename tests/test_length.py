@@ -10,6 +10,7 @@ import sys
 import time
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -314,3 +315,30 @@ def test_an_early_stop_finishes_the_run_and_its_record_says_why(prepared, capsys
     train(prepared, "early", replace(options, epochs=done.epoch + 1))
     assert read_progress(folder).epoch == done.epoch + 1
     assert load_json(Run, folder / "run.json").ended is None
+
+
+def test_a_run_that_was_made_longer_keeps_its_length_under_a_named_recipe():
+    named = TrainOptions(recipe=Path("desai_unet"))
+    assert make_recipe(named).epochs == 100
+    longer = make_recipe(replace(named, epochs=150), make_recipe(named))
+    assert make_recipe(named, longer) == longer
+
+
+def test_blanks_in_a_schedule_make_no_other_recipe():
+    a, b = (
+        make_recipe(TrainOptions(changes={"schedule": text}))
+        for text in ("step(factor=0.8,period=1)", " step( factor=0.8, period=1 )")
+    )
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"freeze_encoder_epochs": 3}, "leaves the encoder as it is"),
+        ({"offline_copies": 2, "augmentation": "none"}, "augmented copies"),
+    ],
+)
+def test_fields_that_could_do_nothing_are_refused(changes, said):
+    with pytest.raises(AutosegError, match=said):
+        make_recipe(TrainOptions(epochs=3, changes=changes))

@@ -39,7 +39,7 @@ def test_every_named_recipe_is_possible_and_kept_by_short_runs(name, capsys):
 def test_rates_and_schedules_of_the_knee_study():
     made = [make_recipe(named(f"desai_{network}")) for network in ("unet", "segnet", "deeplab")]
     assert [(r.optimizer, r.learning_rate, r.schedule, r.epochs) for r in made] == [
-        ("adam", 1e-2, "step(factor=0.8, period=1)", 100),
+        ("adam", 1e-2, "step(factor=0.8,period=1)", 100),
         ("adam", 1e-3, "constant", 100),
         ("adam", 1e-4, "constant", 100),
     ]
@@ -53,7 +53,7 @@ def test_decay_and_losses_of_the_bones_and_of_the_vessels():
     assert learning_rate(bones, Moment(epoch=30)) == pytest.approx(7e-5)
     assert (fcn.loss, unet.loss) == ("focal_tversky", "dice_ce")
     for made in (fcn, unet):
-        assert (made.optimizer, made.schedule) == ("adamw", "plateau(factor=0.1, patience=5)")
+        assert (made.optimizer, made.schedule) == ("adamw", "plateau(factor=0.1,patience=5)")
         assert made.stop_patience > 5
 
 
@@ -90,4 +90,4 @@ def test_schedules_are_listed_with_their_options():
 def test_the_list_names_all():
     said = CliRunner().invoke(app, ["recipes"]).output
     assert all(f"\n{name} " in said for name in RECIPES)
-    assert "step(factor=0.8, period=1)" in said
+    assert "step(factor=0.8,period=1)" in said

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_pipeline import NAME, PLAN
 from test_training import parts, write_cases
+from torch import nn
 from toys import balls_dataset
 
 from autoseg.checkpoint import read_progress
@@ -148,6 +149,21 @@ def test_a_batch_too_small_to_share_is_refused_with_the_cure():
     refuse_small_batch("2d", 2, Team(rank=0, size=2))
     with pytest.raises(AutosegError, match="batches of 2, too few to be shared by 3 processes; train one fold on each"):
         refuse_small_batch("2d", 2, Team(rank=0, size=3))
+
+
+def test_running_statistics_become_the_mean_of_all_processes():
+    """The other process has counted a mean of 5 and a variance of 3 where this one has 1 and 2."""
+
+    class Pair(Team):
+        def total(self, values):
+            return values + torch.tensor([5.0, 3.0])
+
+    norm = nn.BatchNorm2d(1)
+    norm.running_mean.fill_(1.0)
+    norm.running_var.fill_(2.0)
+    Pair(rank=0, size=2).agree(norm)
+    assert (norm.running_mean.item(), norm.running_var.item(), norm.num_batches_tracked.item()) == (3.0, 2.5, 0)
+    Team(rank=0, size=2).agree(nn.Conv2d(1, 1, 1))  # nothing to agree on, nobody to wait for
 
 
 def test_a_device_for_each_process():

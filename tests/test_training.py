@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from toys import LABELS, ball, configuration, grid, network, plan
 
 from autoseg.augment import make_augmentation
@@ -222,6 +223,17 @@ def test_losses_that_stay_non_finite_end_the_run_and_name_the_case(tmp_path):
     recorded = [json.loads(line) for line in (made.folder / BAD_STEPS).read_text().splitlines()]
     assert all("b" in [patch["case"] for patch in line["patches"]] for line in recorded)
     assert torch.isfinite(weights(made)).all()
+
+
+def test_a_bad_batch_leaves_no_trace_in_the_statistics_of_norms(tmp_path):
+    write_cases(tmp_path / "cases", spoil="b")
+    made = parts(tmp_path, augmentation="none", max_bad_steps=50)
+    network = nn.Sequential(nn.BatchNorm3d(1), nn.Conv3d(1, LABELS.heads, 1))
+    made = replace(made, network=network, scales=((1, 1, 1),), recipe=replace(made.recipe, deep_supervision=False))
+    state = train(made)
+    assert 0 < state.skipped_steps < state.step
+    assert all(torch.isfinite(tensor).all() for tensor in made.network.state_dict().values())
+    assert network[0].running_mean.abs().sum() > 0
 
 
 def test_a_broken_case_ends_the_run(place):

@@ -17,7 +17,7 @@ from autoseg.computing import apply, autocast, describe, fits, safe_base, scaler
 from autoseg.networks import build
 from autoseg.records import load_json, save_json
 from autoseg.schema import Tuning
-from autoseg.tuning import tune
+from autoseg.tuning import time_step, tune
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 12)
@@ -378,3 +378,19 @@ def test_settle_sets_the_threads():
 def test_only_one_length_of_training_is_taken():
     with pytest.raises(ValueError, match="either"):
         tune(work(Machine(cost_of())))
+
+
+def test_a_step_is_timed_before_its_batch_is_chosen():
+    machine = Machine(cost_of())
+    assert time_step(work(machine), 10.0, machine.clock) == 1
+    assert len(machine.ran) == 1, "a second one would take more than 2 % of the budget"
+    assert time_step(work(machine), 1e4, machine.clock) == 1
+    assert len(machine.ran) == 3
+
+
+def test_a_step_without_room_has_no_time():
+    def full(setting):
+        raise torch.OutOfMemoryError("no room")
+
+    machine = Machine(full)
+    assert time_step(work(machine), 1e4, machine.clock) is None

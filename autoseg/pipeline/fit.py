@@ -29,7 +29,7 @@ from autoseg.pipeline.cascade import refuse_incomplete
 from autoseg.pipeline.crossval import cross_validate, validated
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.folds import Fold, train_side_by_side
-from autoseg.pipeline.recipe import CHOSEN, states
+from autoseg.pipeline.recipe import CHOSEN, batch_size, states
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json
 from autoseg.schema import Configuration, Plan, Run
@@ -190,8 +190,10 @@ def with_common_choices(train: TrainOptions, tasks: Sequence[Task], task: Task) 
     if not begun or task.folder in begun:
         return train
     recipe = load_json(Run, begun[0] / "run.json").recipe
-    names = [name for group in CHOSEN if not states(train, group) for name in group]
-    return replace(train, changes={**(train.changes or {}), **{name: getattr(recipe, name) for name in names}})
+    common = {name: getattr(recipe, name) for group in CHOSEN if not states(train, group) for name in group}
+    if "batch_size" in common:
+        common["batch_size"] = batch_size(recipe, task.configuration)
+    return replace(train, changes={**(train.changes or {}), **common})
 
 
 def side_by_side(

@@ -17,7 +17,8 @@ from autoseg.losses import check_loss
 from autoseg.rates import learning_rate, make_schedule, next_leg, refuse_schedule
 from autoseg.recipes import RECIPES
 from autoseg.records import AutosegError
-from autoseg.schema import Recipe, Run
+from autoseg.schedule import EPOCHS_IN_BUDGET
+from autoseg.schema import Configuration, Recipe, Run
 from autoseg.settings import say_duration
 
 RECIPE_OPTIONS = {"epochs": "--epochs", "budget_seconds": "--budget", "seed": "--seed", "loss": "--loss"}
@@ -73,9 +74,12 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     if len(lengths) - list(lengths.values()).count(None) > 1:
         raise AutosegError(f"{', '.join(lengths)} say how long to train; give one of them")
     kept = [*LENGTH, *(name for group in CHOSEN if not states(options, group) for name in group)]
+    # A named recipe states a length too, but nobody edits it: a run that has been made longer keeps its own.
+    fixed = existing is not None and str(options.recipe) in RECIPES
     recipe = Recipe() if existing is None else replace(Recipe(), **{name: getattr(existing, name) for name in kept})
     if options.recipe is not None:
-        recipe = settings.change(recipe, read_recipe(options.recipe), where=str(options.recipe))
+        stated = {name: value for name, value in read_recipe(options.recipe).items() if not fixed or name not in LENGTH}
+        recipe = settings.change(recipe, stated, where=str(options.recipe))
     recipe = settings.change(recipe, options.changes or {}, taken=RECIPE_OPTIONS)
     given = {
         "epochs": options.epochs,
@@ -91,7 +95,25 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
         recipe = replace(recipe, steps_per_epoch=recipe.steps_per_epoch * (recipe.offline_copies + 1))
     check_loss(recipe.loss)
     refuse_schedule(recipe)
-    return replace(recipe, loss="".join(recipe.loss.split()))
+    refuse_idle(recipe)
+    return replace(recipe, loss="".join(recipe.loss.split()), schedule="".join(recipe.schedule.split()))
+
+
+def refuse_idle(recipe: Recipe) -> None:
+    """AutosegError for fields that could do nothing, or would leave nothing to do."""
+    epochs = recipe.epochs if recipe.budget_seconds is None else EPOCHS_IN_BUDGET
+    if recipe.freeze_encoder_epochs >= epochs:
+        raise AutosegError(
+            f"freeze_encoder_epochs={recipe.freeze_encoder_epochs} leaves the encoder as it is in all of the about "
+            f"{epochs} epochs; make it smaller, or the training longer"
+        )
+    if recipe.offline_copies and recipe.augmentation == "none":
+        raise AutosegError("offline_copies are augmented copies, and augmentation=none leaves them as the case is")
+
+
+def batch_size(recipe: Recipe, configuration: Configuration) -> int:
+    """Patches a step: as the recipe says, else as planned."""
+    return recipe.batch_size or configuration.batch_size
 
 
 def read_recipe(place: Path) -> dict[str, Any]:
@@ -227,7 +249,7 @@ def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -
             f"{folder}: {done.epoch} epochs are trained already, {say_duration(done.seconds)} in all; asked for were "
             f"{describe_length(recipe)}. Ask for more than is there, or for --extend 1h"
         )
-    before = old.recipe.learning_rate if done.rate is None else done.rate
+    before = learning_rate(old.recipe, done.moment(old.recipe)) if done.rate is None else done.rate
     after = learning_rate(recipe, replace(now, leg=next_leg(recipe, now, done.rate)))
     schedule = f"the schedule goes on at learning rate {after:.2g}"
     if make_schedule(recipe.schedule).ends:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 import autoseg
+from autoseg.agreement import Workload
 from autoseg.augment import Augmentation, FixedCopies, make_augmentation
 from autoseg.bundle import printable
 from autoseg.checkpoint import checkpoints
@@ -34,6 +35,7 @@ from autoseg.pipeline.orders import give_order, refuse_small_batch
 from autoseg.pipeline.recipe import (
     LENGTH,
     TrainOptions,
+    batch_size,
     describe_length,
     for_length,
     for_new_run,
@@ -55,7 +57,7 @@ from autoseg.store import StoredArray
 from autoseg.team import ALONE, Team
 from autoseg.training import Parts, train, workload
 from autoseg.transfer import differences, open_source, tensor_table, transfer
-from autoseg.tuning import tune
+from autoseg.tuning import time_step, tune
 from autoseg.workspace import Workspace
 
 PRETRAINED = "pretrained.txt"
@@ -104,8 +106,6 @@ def train_fold(
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, f"{dataset_text}{workspace.option}")
     refuse_never_annotated(fold, cases, plan, fingerprint)
-    recipe = make_recipe(options)
-    refuse_small_batch(configuration_name, recipe.batch_size or configuration.batch_size, team)
     device = choose_device(options.device)
 
     run = Run(
@@ -117,7 +117,7 @@ def train_fold(
         fold=fold,
         cases=cases,
         plan=plan,
-        recipe=recipe,
+        recipe=make_recipe(options),
         data_hash=fingerprint.data_hash(),
         pretrained=None if options.pretrained is None else str(options.pretrained.absolute()),
         device=str(device),
@@ -128,6 +128,8 @@ def train_fold(
     with sole_writer(folder):
         remove_leftovers(folder, ("run.json", METRICS, "progress.png", PRETRAINED))
         run = agree_with_existing(folder, run, options)
+        if run.finished is None and not options.validate_only:
+            refuse_small_batch(configuration_name, batch_size(run.recipe, configuration), team)
         priors = find_priors(workspace, plan, configuration, options.run, cases, splits, device)
         if options.validate_only:
             run = replace(open_run(folder), validation_seconds=0.0)
@@ -183,23 +185,18 @@ def train_to_the_end(
     parts = make_parts(
         run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours, class_weights
     )
+    budget = run.recipe.budget_seconds
+    if run.tuning is None and run.recipe.tune and run.recipe.batch_size is None and budget is not None:  # it begins
+        seconds = time_step(probed(run, parts, configuration), budget)
+        run = replace(run, recipe=for_time(run.recipe, configuration.batch_size, team.size, seconds))
+        batch = batch_size(run.recipe, configuration)
+        training, validation = (replace(each, batch_size=batch) for each in (parts.training, parts.validation))
+        parts = replace(parts, recipe=run.recipe, training=training, validation=validation)
     say_start(run, parts)
     tuning = choose_tuning(run, parts, configuration)
-    if run.tuning is None:  # it begins
-        run = replace(run, recipe=for_time(run.recipe, configuration.batch_size, team.size, tuning.seconds_a_step))
-        # A step of a smaller batch takes so much less.
-        part = (run.recipe.batch_size or configuration.batch_size) / configuration.batch_size
-        timed = None if tuning.seconds_a_step is None else tuning.seconds_a_step * part
-        run = replace(run, recipe=for_length(run.recipe, options, device.type, timed))
-    batch = run.recipe.batch_size or configuration.batch_size
-    parts = replace(
-        parts,
-        tuning=tuning,
-        recipe=run.recipe,
-        training=replace(parts.training, batch_size=batch),
-        validation=replace(parts.validation, batch_size=batch),
-    )
-    run = replace(run, tuning=tuning)
+    if run.tuning is None:
+        run = replace(run, recipe=for_length(run.recipe, options, device.type, tuning.seconds_a_step))
+    parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
     # The leader's weights are given to all: nobody else needs those to begin with.
     order = replace(run, pretrained=None)
@@ -347,7 +344,7 @@ def make_parts(
             cases=cases,
             case_names=tuple(names),
             patch=configuration.patch,
-            batch_size=recipe.batch_size or configuration.batch_size,
+            batch_size=batch_size(recipe, configuration),
             foreground_fraction=recipe.foreground_fraction,
             augmentation=augmentation,
             seed=recipe.seed,
@@ -409,13 +406,18 @@ def choose_tuning(run: Run, parts: Parts, configuration: Configuration) -> Tunin
     if not recipe.tune:
         chosen = untuned(parts.device, "tune=false")
     else:
-        fresh = partial(build, configuration.network, run.plan.in_channels(configuration), run.plan.labels.heads)
-        work = workload(parts, fresh)
+        work = probed(run, parts, configuration)
         steps = recipe.epochs * recipe.steps_per_epoch
         chosen = tune(work, seconds=recipe.budget_seconds, steps=None if recipe.budget_seconds else steps)
     again = "" if run.tuning is None else f" (probed again, since it was chosen on {run.tuning.device})"
     print(f"Computing{again}: {describe(chosen)}", flush=True)
     return chosen
+
+
+def probed(run: Run, parts: Parts, configuration: Configuration) -> Workload:
+    """What probes time: the step of the run."""
+    fresh = partial(build, configuration.network, run.plan.in_channels(configuration), run.plan.labels.heads)
+    return workload(parts, fresh)
 
 
 def say_start(run: Run, parts: Parts) -> None:
