@@ -27,7 +27,7 @@ ROWS = [
     },
     {"volume", "resample", "readers"},
     {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
-    {"networks", "losses", "augment", "devices", "schedule", "rates", "history", "team"},
+    {"networks", "losses", "augment", "placement", "devices", "schedule", "rates", "history", "team"},
     {
         "sampling",
         "bad_steps",
@@ -70,6 +70,7 @@ WITHOUT_TORCH = {
     "fingerprint",
     "store",
     "splits",
+    "placement",
     "evaluation",
     "postprocess",
     "bundle",

@@ -43,6 +43,7 @@ from autoseg.pipeline.recipe import (
     with_length,
 )
 from autoseg.pipeline.validation import forget_later, forget_validation, validate_fold
+from autoseg.placement import USUAL, Placement
 from autoseg.planners import difference
 from autoseg.rates import early_stop
 from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
@@ -332,7 +333,9 @@ def make_parts(
             maps=lambda name: StoredArray(priors[name]), foreground=tuple(plan.labels.foreground), corrupted=corrupted
         )
 
-    def sampler(names: Iterable[str], stream: Stream, augmentation: str, corrupted: bool) -> Sampler:
+    def sampler(
+        names: Iterable[str], stream: Stream, augmentation: str, corrupted: bool, placement: Placement = USUAL
+    ) -> Sampler:
         return Sampler(
             cases=cases,
             case_names=tuple(names),
@@ -352,12 +355,19 @@ def make_parts(
             prior=prior(corrupted),
             annotated=flags,
             positions=asks,
+            placement=placement,
             team=team,
         )
 
     return Parts(
         network=network,
-        training=sampler(run.cases.train, Stream.TRAINING, recipe.augmentation, corrupted=True),
+        training=sampler(
+            run.cases.train,
+            Stream.TRAINING,
+            recipe.augmentation,
+            corrupted=True,
+            placement=Placement.of(recipe, plan.labels),
+        ),
         validation=sampler(run.cases.val, Stream.VALIDATION, "none", corrupted=False),
         recipe=recipe,
         labels=plan.labels,
