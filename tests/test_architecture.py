@@ -31,6 +31,7 @@ ROWS = [
     {
         "sampling",
         "bad_steps",
+        "watchdog",
         "optimizers",
         "parameter_groups",
         "checkpoint",
