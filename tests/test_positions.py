@@ -6,19 +6,25 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import kstest
-from toys import LABELS, ball, configuration, grid, plan
+from toys import LABELS, ball, configuration, grid, network, plan
 
 from autoseg.augment import make_augmentation
+from autoseg.computing import safe_base
+from autoseg.inference import predict_logits
 from autoseg.labels import Labels
+from autoseg.losses import make_loss
+from autoseg.networks import build, output_scales
 from autoseg.pipeline.recipe import TrainOptions, make_recipe
-from autoseg.placement import POSITIONS, Placement, choose_patch, find_components, shows_foreground
+from autoseg.placement import POSITIONS, USUAL, Placement, choose_patch, find_components, shows_foreground
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import PreparedCases, Sampler, Stream
 from autoseg.schema import Recipe
 from autoseg.store import stored_classes, write_case
 from autoseg.team import Team
+from autoseg.training import Parts, train
 from autoseg.volume import Volume
 
 SHAPE, PATCH = (9, 21, 34), (4, 6, 8)
@@ -260,3 +266,64 @@ def test_what_cannot_be_is_refused_and_the_defaults_are_as_ever():
     assert Placement.of(mixed, LABELS).position.by_component
     for name in POSITIONS:
         make_recipe(TrainOptions(changes={"patch_position": name}))
+
+
+# A target of 3 voxels radius.
+
+
+SMALL = Labels.from_dataset({"background": 0, "lesion": 1})
+WIDE = (128, 128, 128)
+
+
+def noisy_ball(name, seed):
+    """A bright ball of radius 3, 123 voxels, somewhere in two million voxels of noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros(WIDE, np.int16)
+    labels[ball(WIDE, rng.integers(6, 122, 3), 3)] = 1
+    image = (3.0 * labels + rng.standard_normal(WIDE)).astype(np.float32)
+    here, cubic = grid(WIDE, (1.0, 1.0, 1.0)), configuration(spacing_mm=(1.0, 1.0, 1.0))
+    return prepare(name, Volume(array=image[None], grid=here), labels, here, replace(plan(), labels=SMALL), cubic)
+
+
+def dice_after(folder, position, steps=150):
+    """Of an unseen case, after so many steps of two patches."""
+    recipe = Recipe(
+        epochs=1, steps_per_epoch=steps, validation_steps=1, optimizer="adamw", learning_rate=0.01, warmup_steps=5,
+        patch_position=position,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    spec = network(features=(8, 16))
+    learner, cpu = build(spec, 1, SMALL.heads), torch.device("cpu")
+
+    def sampler(stream, placement=USUAL):
+        return Sampler(
+            cases=PreparedCases(folder, 1 << 30), case_names=("a", "b", "c"), patch=(24, 24, 24), batch_size=2,
+            foreground_fraction=0.33, seed=0, stream=stream, placement=placement,
+            augmentation=make_augmentation("none", patch=(24, 24, 24), dimension=3, masked=(False,)),
+        )  # fmt: skip
+
+    parts = Parts(
+        network=learner,
+        training=sampler(Stream.TRAINING, Placement.of(recipe, SMALL)),
+        validation=sampler(Stream.VALIDATION),
+        recipe=recipe,
+        labels=SMALL,
+        scales=output_scales(learner, spec),
+        loss=make_loss(recipe.loss, labels=SMALL, batch_dice=False),
+        device=cpu,
+        folder=folder.with_name(position),
+        tuning=safe_base(cpu),
+    )
+    train(parts)
+    unseen = noisy_ball("unseen", 9)
+    logits = predict_logits([learner.eval()], torch.from_numpy(unseen.image), patch=(64, 64, 64), heads=2, step=1.0)
+    found, true = logits.argmax(0).numpy() == 1, unseen.labels == 1
+    return 2 * (found & true).sum() / (found.sum() + true.sum())
+
+
+@pytest.mark.slow
+def test_a_target_of_3_voxels_radius_in_128_cubed_is_learnt_where_it_is_sought(tmp_path):
+    for seed, name in enumerate("abc"):
+        write_case(tmp_path / "cases", noisy_ball(name, seed), key=name)
+    assert dice_after(tmp_path / "cases", "components") > 0.6
+    assert dice_after(tmp_path / "cases", "uniform") < 0.1
