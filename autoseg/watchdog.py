@@ -135,8 +135,8 @@ def watch(
         oftener = OFTENER.get(recipe.patch_position, "--set patch_position=balanced or components")
         why = CAUSES[cause].format(skipped=skipped, steps=steps, cases=cases, loss=recipe.loss, oftener=oftener)
         said = (
-            f"class {name} was not predicted in the last {PATIENCE} epochs; {patches} of {shown.patches} training "
-            f"patches so far held it, {share:.2g} of all voxels: {why}"
+            f"class {name} was not found in the last {PATIENCE} epochs (pseudo-Dice 0 or undefined); {patches} of "
+            f"{shown.patches} training patches so far held it, {share:.2g} of all voxels: {why}"
         )
         found.append({"name": name, "cause": cause, "said": said})
     return found

@@ -103,7 +103,7 @@ def test_the_cause_that_the_counts_tell_and_its_cure(cause, cure, more):
     (one,) = said(**more)
     assert (one["name"], one["cause"]) == ("lesion", cause)
     assert cure in one["said"]
-    assert "class lesion was not predicted in the last 5 epochs" in one["said"]
+    assert "class lesion was not found in the last 5 epochs" in one["said"]
 
 
 def test_the_line_has_the_numbers():
