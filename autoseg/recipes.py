@@ -15,7 +15,7 @@ class NamedRecipe:
     """One entry of RECIPES."""
 
     network: str
-    """The name of the network that it was made for."""
+    """The network that it was made for, as `--network` takes it."""
     source: str
     beside: str
     """What the work used that a recipe cannot set, in words."""
@@ -23,6 +23,11 @@ class NamedRecipe:
     """What the work leaves open and was chosen here."""
     changes: Mapping[str, Any]
     """Recipe field -> value."""
+
+    @property
+    def network_name(self) -> str:
+        """The network without its options."""
+        return self.network.partition("(")[0]
 
 
 ADAM: dict[str, Any] = {"optimizer": "adam", "weight_decay": 0.0}
@@ -60,9 +65,9 @@ VESSELS_FIELDS: dict[str, Any] = {
 
 RECIPES: dict[str, NamedRecipe] = {
     "desai_unet": NamedRecipe(
-        network="unet_vanilla",
+        network="unet_vanilla(stages=6, width=32, norm=batch, norm_once=true, up_kernel=3, dropout=0)",
         source=DESAI,
-        beside=DESAI_BESIDE.format(batch=35) + "; six levels of 32 to 1024 channels",
+        beside=DESAI_BESIDE.format(batch=35),
         changes={**DESAI_FIELDS, "learning_rate": 1e-2, "schedule": "step(factor=0.8, period=1)"},
     ),
     "desai_segnet": NamedRecipe(
@@ -72,19 +77,19 @@ RECIPES: dict[str, NamedRecipe] = {
         changes={**DESAI_FIELDS, "learning_rate": 1e-3, "schedule": "constant"},
     ),
     "desai_deeplab": NamedRecipe(
-        network="deeplabv3plus",
+        network="deeplabv3plus(rates=[2, 4, 6], dropout=0.5)",
         source=DESAI,
         beside=DESAI_BESIDE.format(batch=12),
         changes={**DESAI_FIELDS, "learning_rate": 1e-4, "schedule": "constant"},
     ),
     "knee_vnet": NamedRecipe(
-        network="vnet",
+        network="vnet(size=small)",
         source=KNEE,
         beside="volumes cropped to 160 x 288 x 288, patches of 160 x 160 x 160, batch 1",
         changes=KNEE_FIELDS,
     ),
     "knee_unet3d": NamedRecipe(
-        network="unet3d",
+        network="unet3d(size=small)",
         source=KNEE,
         beside="as knee_vnet; also without skip connections and with the position of the patch",
         changes=KNEE_FIELDS,
@@ -103,6 +108,30 @@ RECIPES: dict[str, NamedRecipe] = {
             "epochs": 75,
             "weights": "best",
         },
+    ),
+    "auckland_resnet34": NamedRecipe(
+        network="resnet34_unet",
+        source="a pipeline for bones of the lower limb in MR images of children (University of Auckland)",
+        beside="2D slices, encoder with weights from ImageNet",
+        chosen="subtraction as the reading of a decay of 1e-6 an epoch, its floor, gamma, patience and length",
+        changes={
+            **ADAM,
+            "loss": "dice+categorical_focal(gamma=2)",
+            "deep_supervision": False,
+            "batch_size": 16,
+            "learning_rate": 1e-4,
+            "schedule": "subtract(amount=1e-6, floor=1e-6)",
+            "epochs": 100,
+            "stop_patience": 20,
+            "weights": "best",
+        },
+    ),
+    "vessels_fcn": NamedRecipe(
+        network="fcn_resnet50",
+        source=VESSELS,
+        beside=VESSELS_BESIDE,
+        chosen="rate, both patiences, and the options of the loss (its authors')",
+        changes={**VESSELS_FIELDS, "loss": "focal_tversky", "deep_supervision": False},
     ),
     "vessels_unet": NamedRecipe(
         network="unet",
@@ -134,7 +163,7 @@ def table() -> str:
     heads = ("name", "network", "optimizer", "rate", "schedule", "loss", "epochs", "weights")
     keys = ("optimizer", "learning_rate", "schedule", "loss", "epochs", "weights")
     rows = [
-        (name, entry.network, *(str(entry.changes.get(key, "default")) for key in keys))
+        (name, entry.network_name, *(str(entry.changes.get(key, "default")) for key in keys))
         for name, entry in RECIPES.items()
     ]
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
@@ -145,5 +174,6 @@ def table() -> str:
     lines = [line(heads), "-" * sum(widths, 2 * len(widths) - 2)]
     for row, entry in zip(rows, RECIPES.values()):
         lines += [line(row), f"    source: {entry.source}", f"    beside: {entry.beside}"]
+        lines += [f"    network: {entry.network}"] if entry.network != entry.network_name else []
         lines += [f"    chosen here: {entry.chosen}"] if entry.chosen else []
     return "\n".join(lines)

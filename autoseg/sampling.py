@@ -248,21 +248,24 @@ class Sampler:
         position = self.placement.position
         share = self.foreground_fraction if position.share is None else position.share
         forced = forced_foreground(self.batch_size, share)
+        names: list[str] = [self.case_names[index] for index in chosen]
+        wanted: list[int | None] = [None] * self.batch_size
+        if position.balanced and self.holding:
+            for place in range(forced.count(False), self.batch_size):  # the forced ones come last
+                index = list(self.holding)[int(rng.integers(len(self.holding)))]
+                held = self.holding[index]
+                wanted[place], names[place] = index, held[int(rng.integers(len(held)))]
         patches, arrays, priors, positions = [], [], [], []
         draws: Drawn | None = None
         own = range(self.batch_size)[self.own]
-        for sample, (index, foreground) in enumerate(zip(chosen, forced)):
-            name, wanted = self.case_names[index], None
-            if foreground and position.balanced and self.holding:
-                wanted = list(self.holding)[int(rng.integers(len(self.holding)))]
-                name = self.holding[wanted][int(rng.integers(len(self.holding[wanted])))]
+        for sample, (name, foreground) in enumerate(zip(names, forced)):
             try:
                 case = self.cases[name]
-                box = self.place(case, foreground, wanted, rng)
+                box = self.place(case, foreground, wanted[sample], rng)
                 if draws is None:
                     # A child stream: how much the patches draw does not move what the transforms draw.
                     child = generator(self.seed, self.stream, step).spawn(1)[0]
-                    draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0])
+                    draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0], names)
                 shape = draws.source_shape(sample)
                 source = grow(box, shape)
                 if sample in own:

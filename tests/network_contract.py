@@ -136,7 +136,9 @@ def check_shapes(spec: NetworkSpec, size: Sequence[int]) -> None:
 def check_gradients(spec: NetworkSpec, size: Sequence[int]) -> None:
     """Every parameter has a gradient, and a weight none that is zero; a norm takes away what a bias before it adds."""
     network = fresh(spec, seed=1)
-    weighted = [(one * torch.randn_like(one)).sum() for one in network(torch.randn(2, IN_CHANNELS, *size), True)]
+    where = {"position": 0.5 - torch.rand(2, spec.dimension)} if network.takes_position else {}
+    outputs = network(torch.randn(2, IN_CHANNELS, *size), True, **where)
+    weighted = [(one * torch.randn_like(one)).sum() for one in outputs]
     torch.stack(weighted).sum().backward()
     idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
     assert not idle, f"no gradient at all: {idle}"
@@ -170,7 +172,10 @@ def check_file(spec: NetworkSpec, size: Sequence[int]) -> None:
             path = Path(folder) / "weights.safetensors"
             save_weights(network, path)
             again = network_in_file(plan, configuration, path).eval()
-            assert torch.equal(again(image), expected)
+            tensors = again.state_dict()
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in network.state_dict().items())
+            # Kernels may round otherwise where a tensor begins at another place in memory.
+            torch.testing.assert_close(again(image), expected, rtol=1e-4, atol=1e-4)
 
 
 def check_onnx(spec: NetworkSpec, size: Sequence[int]) -> None:

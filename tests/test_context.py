@@ -13,13 +13,14 @@ from toys import LABELS, balls_dataset, configuration, grid, plan
 from typer.testing import CliRunner
 
 from autoseg.augment import make_augmentation
-from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation
+from autoseg.augment.default import DefaultAugmentation
+from autoseg.augment.policy import DEFAULT, NONE
 from autoseg.cli import app
 from autoseg.inference import Swap, predict_logits
 from autoseg.labels import UNSEEN
 from autoseg.mirroring import Flips
 from autoseg.model import Model, open_model
-from autoseg.networks import build
+from autoseg.networks import NETWORKS, build
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.planners import PLANNERS, explain, with_context
@@ -213,10 +214,12 @@ def test_a_network_sees_each_neighbour_and_zeros_beyond_the_ends():
     torch.testing.assert_close(logits, expected, atol=2e-6, rtol=1e-6)
 
 
-def test_a_slice_is_predicted_from_its_nearest_neighbours_only():
+@pytest.mark.parametrize("name", ["unet", "slice_unet3d"])
+def test_a_slice_is_predicted_from_its_nearest_neighbours_only(name):
     torch.manual_seed(0)
-    here = flat(context=5)
-    network = build(here.network, 5, 3).eval()
+    spec = flat().network if name == "unet" else NETWORKS[name].spec(2, context=5, stages=2, width=2)
+    here = flat(context=5) if name == "unet" else replace(flat(context=5), network=spec)
+    network = build(here.network, plan(here).in_channels(here), 3).eval()
     image = image_of(1, 9, 7, 11)
 
     def predicted(given):
@@ -392,8 +395,8 @@ def test_a_network_that_is_told_of_its_slices_is_told_the_right_number():
         replace(flat(3), network=spec)
     made = fresh_plan()
     told = replace(flat(5), network=spec)
-    changed = with_context(replace(made, configurations=(told,)), 3).configurations[0]
-    assert changed.context == 3 and changed.network.options == {"context": 3}
+    with pytest.raises(AutosegError, match=r"ask for the network unet\(context=3\)"):
+        with_context(replace(made, configurations=(told,)), 3)
 
 
 NAME = "Dataset007_Balls"

@@ -105,6 +105,14 @@ def test_convolutions_start_with_the_variance_of_he(name):
     assert check_he(build(spec, 1, 2)) >= 3
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_can_be_frozen_as_the_encoder_reads_the_image_and_gives_no_logits(name):
+    network = on_meta(small(name, 2))
+    assert network.first_weight.startswith(network.encoder_prefixes)
+    frozen = [tensor for tensor in network.state_dict() if tensor.startswith(network.encoder_prefixes)]
+    assert not any(tensor.startswith((*network.heads_prefixes, "decoder.", "ups.", "up.")) for tensor in frozen)
+
+
 # --- unet_vanilla
 
 

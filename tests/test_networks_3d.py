@@ -14,6 +14,7 @@ from network_contract import (
     check_file,
     check_gradients,
     check_he,
+    check_onnx,
     check_padding,
     check_shapes,
     fresh,
@@ -22,6 +23,7 @@ from network_contract import (
     parameters,
 )
 
+from autoseg.inference import predict_logits
 from autoseg.networks import NETWORKS, build
 from autoseg.networks.vnet import Stage
 
@@ -38,9 +40,14 @@ def meta(name, in_channels=1, heads=2, dimension=3, **options):
 
 
 @pytest.mark.parametrize("dimension", [2, 3])
-@pytest.mark.parametrize("name", ["unet3d", "unet3d_nohighway", "vnet", "relative_unet3d", "relative_vnet"])
+@pytest.mark.parametrize("name", ["unet3d", "unet3d_nohighway", "relative_unet3d", "vnet", "relative_vnet"])
 def test_every_promise_is_kept(name, dimension):
     check_contract(name, dimension)
+
+
+@pytest.mark.parametrize("name", ["relative_unet3d", "vnet"])
+def test_onnx_gives_the_same(name):
+    check_onnx(narrow(paper(name)), (5, 11, 14))
 
 
 @pytest.mark.parametrize("name", ["slice_unet3d", "slice_vnet"])
@@ -77,7 +84,7 @@ def test_options_of_the_papers_can_be_others(name, options):
         ("unet3d", {"dropout": 1.5}, "dropout"),
         ("unet3d", {"first_kernel": 4}, "odd"),
         ("relative_unet3d", {"position": "here"}, "position"),
-        ("relative_unet3d", {"norm": "instance"}, "would not notice its place"),
+        ("relative_unet3d", {"position": "add", "norm": "instance"}, "would not notice its place"),
         ("vnet", {"noise": -1.0}, "noise"),
         ("vnet", {"down_activation": "tanh"}, "down_activation: choose one of"),
         ("slice_vnet", {"context": 4}, "odd"),
@@ -353,6 +360,27 @@ def test_logits_of_the_slices_become_those_of_one(reduce):
         each = network.inner(image[:, None])
         expected = {"mean": each.mean(2), "sum": each.sum(2), "centre": each[:, :, 2]}[reduce]
         torch.testing.assert_close(network(image), expected)
+
+
+def test_each_slice_of_an_image_is_predicted_from_its_neighbours():
+    network = build(narrow(paper("slice_unet3d", 2, context=3)), 2 * 3, HEADS).eval()
+    image = torch.randn(2, 4, 8, 12)
+    logits = predict_logits([network], image, patch=(8, 12), heads=HEADS, context=3)
+    beyond = F.pad(image, (0, 0, 0, 0, 1, 1))  # zeros before the first slice and after the last
+    with torch.no_grad():
+        expected = torch.cat([network(beyond[:, k : k + 3].flatten(0, 1)[None]) for k in range(4)])
+    torch.testing.assert_close(logits, expected.transpose(0, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_each_window_of_an_image_is_told_its_place():
+    network = fresh(narrow(paper("relative_vnet", 2, position="film"))).eval()
+    image = torch.randn(IN_CHANNELS, 1, 8, 24)
+    logits = predict_logits([network], image, patch=(8, 12), heads=HEADS, step=1.0)
+    left, right = image[:, 0, :, :12], image[:, 0, :, 12:]
+    with torch.no_grad():
+        # The windows lie side by side and do not overlap.
+        expected = network(torch.stack((left, right)), position=torch.tensor([[0.0, -1.0], [0.0, 1.0]]))
+    torch.testing.assert_close(logits[:, 0], torch.cat((expected[0], expected[1]), 2), atol=1e-5, rtol=1e-4)
 
 
 def test_channels_that_are_no_slices_are_refused():

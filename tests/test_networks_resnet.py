@@ -176,6 +176,55 @@ def test_fcn_dilates_as_torchvision_does():
     ]  # fmt: skip
 
 
+def by_definition(tensors, x, strides, dilations):
+    """The last map of a ResNet in evaluation, computed from its tensors alone; strides and dilations of its layers.
+
+    Its blocks have two convolutions, or three of which the middle one strides; the first of a layer has the dilation
+    of the layer before.
+    """
+
+    def layer(x, conv, norm, stride=1, dilation=1):
+        weight = tensors[f"{conv}.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
+        mean, variance, scale, shift = (
+            tensors[f"{norm}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / torch.sqrt(variance + 1e-5) * scale + shift
+
+    x = F.max_pool2d(layer(x, "conv1", "bn1", 2).relu(), 3, 2, 1)
+    for number, (stride, dilation) in enumerate(zip(strides, dilations), 1):
+        block = 0
+        while (name := f"layer{number}.{block}") + ".conv1.weight" in tensors:
+            first = block == 0
+            gap = (1, *dilations)[number - 1] if first else dilation
+            step, short = stride if first else 1, x
+            if f"{name}.downsample.0.weight" in tensors:
+                short = layer(x, f"{name}.downsample.0", f"{name}.downsample.1", step)
+            parts = [1, 2, 3] if f"{name}.conv3.weight" in tensors else [1, 2]
+            for part in parts:
+                strided = part == (2 if len(parts) == 3 else 1)
+                wide = tensors[f"{name}.conv{part}.weight"].shape[-1] > 1
+                x = layer(x, f"{name}.conv{part}", f"{name}.bn{part}", step if strided else 1, gap if wide else 1)
+                x = (x + short).relu() if part == parts[-1] else x.relu()
+            block += 1
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "strides", "dilations"),
+    [("resnet34_unet", (1, 2, 2, 2), (1, 1, 1, 1)), ("fcn_resnet50", (1, 2, 1, 1), (1, 1, 2, 4))],
+)
+@torch.no_grad()
+def test_encoders_compute_what_a_resnet_is_defined_to(name, strides, dilations):
+    spec = replace(small(name), encoder_blocks=(1, 2, 3, 2, 3))
+    network = fresh(spec)
+    network(torch.randn(4, 2, 64, 96))  # so that running statistics are not those of a new network
+    encoder, image = network.encoder.double().eval(), torch.randn(1, 2, 64, 96, dtype=torch.float64)
+    expected = by_definition(encoder.state_dict(), image, strides, dilations)
+    torch.testing.assert_close(encoder(image)[-1], expected)
+    assert expected.shape[2:] == (64 // (4 * np.prod(strides)), 96 // (4 * np.prod(strides)))
+
+
 @pytest.mark.parametrize(
     ("output_stride", "rates", "middle", "last"), [(16, (6, 12, 18), 1, 2), (8, (12, 24, 36), 2, 4)]
 )

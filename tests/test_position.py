@@ -10,16 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_training import PATCH, parts, write_cases
 from torch import nn
-from toys import grid
+from toys import grid, network
 
 from autoseg.augment import make_augmentation
-from autoseg.augment.default import NONE
+from autoseg.augment.policy import NONE
 from autoseg.evaluation import Summary
 from autoseg.inference import predict_logits
+from autoseg.networks import NETWORKS
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.readers import write_image, write_labels
-from autoseg.records import AutosegError, load_json
+from autoseg.records import AutosegError, load_json, to_json
 from autoseg.sampling import position_of
 from autoseg.team import Team
 from autoseg.training import batch_loss, train
@@ -146,14 +147,12 @@ class Blind(Placed):
 @pytest.mark.parametrize("deep_supervision", [True, False])
 def test_training_and_its_validation_tell_the_network(cases, deep_supervision):
     made = parts(cases, epochs=1, steps_per_epoch=2, validation_steps=1, deep_supervision=deep_supervision)
-    network = Placed(None, 1, made.labels.heads)
-    made = replace(
-        made, network=network, scales=network.scales, training=told(made.training), validation=told(made.validation)
-    )
+    toy = Placed(None, 1, made.labels.heads)
+    made = replace(made, network=toy, scales=toy.scales, training=told(made.training), validation=told(made.validation))
     train(made)
     expected = [made.training.assemble(made.training.sources(step), CPU).position for step in range(2)]
     expected.append(made.validation.assemble(made.validation.sources(0), CPU).position)
-    assert torch.equal(torch.cat(network.told), torch.cat(expected))
+    assert torch.equal(torch.cat(toy.told), torch.cat(expected))
     # Whoever calls it with an image alone means the middle.
     batch = made.training.assemble(made.training.sources(0), CPU)
     middle = batch_loss(made, replace(batch, position=torch.zeros(2, 3)))[1]
@@ -209,9 +208,9 @@ def test_a_mirrored_view_is_told_its_place_in_the_mirror_image(axes):
 
 
 def test_an_image_within_one_window_and_networks_that_do_not_ask():
-    network = Placed(None, 1, 2).eval()
-    predict_logits([network], torch.zeros(1, 3, 6, 9), patch=(4, 6, 8), heads=2, step=1.0)
-    assert torch.cat(network.told).tolist() == [[0, 0, -1], [0, 0, 1]]
+    placed = Placed(None, 1, 2).eval()
+    predict_logits([placed], torch.zeros(1, 3, 6, 9), patch=(4, 6, 8), heads=2, step=1.0)
+    assert torch.cat(placed.told).tolist() == [[0, 0, -1], [0, 0, 1]]
 
     def deaf(x):
         return x.clone()
@@ -245,12 +244,16 @@ def write_phantom(raw):
     (raw / "splits_final.json").write_text(json.dumps(folds))
 
 
-def trained(workspace, name, network, mirror_axes, steps=150):
+def toy(name):
+    return replace(network(), name=f"test_position:{name}")
+
+
+def trained(workspace, name, spec, mirror_axes, steps=150):
     """Mean Dice of the held-out case."""
     changes = {
         "configurations.3d_fullres.patch": list(WINDOW),
         "configurations.3d_fullres.batch_size": 4,
-        "configurations.3d_fullres.network.name": f"test_position:{network}",
+        "configurations.3d_fullres.network": json.loads(to_json(spec)),
         "configurations.3d_fullres.mirror_axes": mirror_axes,
     }
     plan_and_preprocess(workspace, NAME, PlanOptions(configurations=("3d_fullres",), changes=changes, name=name))
@@ -265,16 +268,23 @@ def test_a_network_that_asks_needs_a_plan_that_says_which_mirror_images_there_ar
     workspace = Workspace(tmp_path)
     write_phantom(workspace.raw(NAME))
     with pytest.raises(AutosegError, match=r"configurations.3d_fullres.mirror_axes=\[\]"):
-        trained(workspace, "default", "Placed", None)
-    assert trained(workspace, "none", "Placed", [], steps=2) is not None
+        trained(workspace, "default", toy("Placed"), None)
+    assert trained(workspace, "none", toy("Placed"), [], steps=2) is not None
 
 
 @pytest.mark.slow
-def test_a_phantom_that_only_the_position_tells_apart(tmp_path):
+@pytest.mark.parametrize("kind", ["toy", "unet3d"])
+def test_a_phantom_that_only_the_position_tells_apart(tmp_path, kind):
     workspace = Workspace(tmp_path)
     write_phantom(workspace.raw(NAME))
-    assert trained(workspace, "told", "Placed", []) > 0.9
+    small = {"stages": 3, "width": 4}
+    if kind == "toy":
+        told, blind = toy("Placed"), toy("Blind")
+    else:
+        told = NETWORKS["relative_unet3d"].spec(3, position="film", **small)
+        blind = NETWORKS["unet3d"].spec(3, **small)
+    assert trained(workspace, "told", told, []) > 0.9
     # Never told, one answer is as good as the other for every cube.
-    assert trained(workspace, "blind", "Blind", []) < 0.6
+    assert trained(workspace, "blind", blind, []) < 0.6
     # Shown a mirror image beside the image, either label is right at every place.
-    assert trained(workspace, "mirrored", "Placed", [0, 1, 2]) < 0.6
+    assert trained(workspace, "mirrored", told, [0, 1, 2]) < 0.6

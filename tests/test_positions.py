@@ -194,6 +194,24 @@ def test_positions_that_are_not_the_default_repeat_step_by_step_in_every_team(ra
         assert [len(half.arrays) for half in halves] == [2, 1]
 
 
+def test_transforms_are_told_the_cases_that_are_shown(rare):
+    class Told:
+        """A policy that notes of which cases its samples are."""
+
+        def __init__(self, policy):
+            self.policy, self.cases = policy, ()
+
+        def draw(self, rng, batch, channels, cases=()):
+            self.cases = tuple(cases)
+            return self.policy.draw(rng, batch, channels, cases)
+
+    one = sampler(rare, RARE, "balanced", foreground_fraction=1.0)
+    told = Told(one.augmentation)
+    for step in range(5):
+        patches = replace(one, augmentation=told).sources(step).patches
+        assert told.cases == tuple(patch.case for patch in patches)
+
+
 def test_what_a_case_holds_is_known_without_reading_it(rare):
     assert stored_classes(rare, "c03") == (1, 2)
     assert stored_classes(rare, "c10") == ()

@@ -14,7 +14,7 @@ from toys import configuration, plan
 
 from autoseg.history import read_metrics
 from autoseg.labels import Labels
-from autoseg.networks import build, output_scales
+from autoseg.networks import NETWORKS, build, output_scales
 from autoseg.parameter_groups import RATE_FACTOR, hold_encoder
 from autoseg.pipeline.train import PRETRAINED, begin_with
 from autoseg.published import ADDRESS
@@ -309,3 +309,20 @@ def test_checkpoints_of_runs_without_these_options_still_load(place):
 def test_a_network_without_an_encoder_says_so(change):
     with pytest.raises(AutosegError, match="has no encoder"):
         make_optimizer(nn.Conv2d(1, 2, 1), Recipe(**change))
+
+
+DEEPER = ("fcn_resnet101", "fc_densenet67", "fc_densenet103")
+"""They differ from others in depth alone."""
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in DEEPER])
+def test_every_network_names_an_encoder_that_reads_the_image_and_has_no_head(name):
+    architecture = NETWORKS[name]
+    with torch.device("meta"):
+        network = build(architecture.spec(architecture.dimensions[0]), 5, 2)
+    # Networks of slices are volumetric inside, and have no such tensor for a plane.
+    assert not network.first_weight or network.first_weight.startswith(network.encoder_prefixes)
+    names = [one for one, _ in network.named_parameters()]
+    encoder = {one for one in names if one.startswith(network.encoder_prefixes)}
+    assert not any(one.startswith(network.heads_prefixes) for one in encoder)
+    assert len(names) / 10 < len(encoder) < len(names)

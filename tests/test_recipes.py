@@ -7,10 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from autoseg.cli import app
+from autoseg.networks import NETWORKS
 from autoseg.pipeline.recipe import TrainOptions, for_length, make_recipe, say_other_network
+from autoseg.rates import Moment, learning_rate
 from autoseg.recipes import RECIPES
 from autoseg.records import AutosegError
 from autoseg.schema import Recipe
+from autoseg.settings import parse_call
 
 
 def named(name, **changes):
@@ -25,6 +28,10 @@ def test_every_named_recipe_is_possible_and_kept_by_short_runs(name, capsys):
     assert all(getattr(recipe, key) == value for key, value in entry.changes.items())
     assert entry.source
     assert entry.beside
+    network, choices = parse_call(entry.network)
+    assert network == entry.network_name
+    architecture = NETWORKS[network]
+    assert architecture.spec(architecture.dimensions[0], **choices).name == network
     assert for_length(recipe, named(name), "cpu", None) == recipe
     assert capsys.readouterr().out == ""
 
@@ -37,6 +44,17 @@ def test_rates_and_schedules_of_the_knee_study():
         ("adam", 1e-4, "constant", 100),
     ]
     assert {(r.loss, r.augmentation, r.weights) for r in made} == {("dice", "none", "best")}
+
+
+def test_decay_and_losses_of_the_bones_and_of_the_vessels():
+    bones, fcn, unet = (make_recipe(named(name)) for name in ("auckland_resnet34", "vessels_fcn", "vessels_unet"))
+    assert (bones.optimizer, bones.learning_rate, bones.batch_size) == ("adam", 1e-4, 16)
+    assert (bones.loss, bones.weights) == ("dice+categorical_focal(gamma=2)", "best")
+    assert learning_rate(bones, Moment(epoch=30)) == pytest.approx(7e-5)
+    assert (fcn.loss, unet.loss) == ("focal_tversky", "dice_ce")
+    for made in (fcn, unet):
+        assert (made.optimizer, made.schedule) == ("adamw", "plateau(factor=0.1, patience=5)")
+        assert made.stop_patience > 5
 
 
 def test_set_and_files_with_a_base_beat_the_recipe(tmp_path):

@@ -65,6 +65,8 @@ class FCDenseNet(Network):
     Raises ValueError for a specification that does not fit.
     """
 
+    encoder_prefixes = ("first.", "encoder.", "down.")
+
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
         super().__init__()
         check_spec(spec)

@@ -85,6 +85,7 @@ class MedNeXt(Network):
     """Stages of blocks, a strided block between each two, and the way back, for (B, C, Z, Y, X) or (B, C, Y, X)."""
 
     first_weight = "stem.weight"
+    encoder_prefixes = ("stem.", "encoder.", "down.")
 
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
         super().__init__()

@@ -155,6 +155,7 @@ class Primus(Network):
 
     first_weight = "stages.0.0.first.conv.weight"
     heads_prefixes = ("head.",)
+    encoder_prefixes = ("stages.", "to_tokens.", "projection", "places", "blocks.", "norm.")
 
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The U-Net with a ResNet34 encoder: skips at every scale, a decoder that interpolates (seeds of transfer learning).
+"""The U-Net with a ResNet34 encoder: skips at every scale, a decoder that interpolates.
 
 The encoder is that of He et al. (CVPR 2016), the decoder a U-Net's (Ronneberger et al., MICCAI 2015): at each level
 nearest-neighbour enlargement, the map of the encoder beside it, two convolutions. The stem strides, so there is a last

@@ -1,9 +1,11 @@
 """The 3D U-Net (Cicek et al., MICCAI 2016), and its variants without skips, told of its place, and of few slices.
 
 Pooling instead of strides, batch norm, ReLU; the last convolution before a pooling doubles the features, so that the
-highest resolution has few; the up-convolution keeps them. `size` gives the small members of the knee-cartilage study of
-Imperial College (without skips: its "highwayless" one), `unet3d(stages=6, width=16, widen=false)` the one of Desai et
-al. (Radiology: Artificial Intelligence 2021) with five poolings and 16 to 512 features.
+highest resolution has few; the up-convolution keeps them. Convolutions are padded, where the paper's are not.
+
+`size` gives the members of the knee-cartilage study of Imperial College (without skips: its "highwayless" network),
+`unet3d(stages=6, width=16, widen=false)` the network of Desai et al. (arXiv:1902.01977) with five poolings and 16 to
+512 features.
 """
 
 from functools import partial
@@ -164,7 +166,7 @@ UNET3D_NOHIGHWAY = Architecture(
 )
 RELATIVE_UNET3D = Architecture(
     build=partial(unet3d, relative=True),
-    spec=variant(unet3d_spec, "relative_unet3d", position="add"),
+    spec=variant(unet3d_spec, "relative_unet3d", position="film"),
     source=f"{SOURCE}, with the position of {KNEE}",
 )
 SLICE_UNET3D = Architecture(

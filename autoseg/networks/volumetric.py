@@ -40,7 +40,7 @@ FirstKernel = Annotated[int, Field(ge=0, le=15), AfterValidator(_odd)]
 class RelativeOptions:
     """What networks have that are told of their place; see `position`."""
 
-    position: Mode = "add"
+    position: Mode = "film"
 
 
 @record
@@ -130,6 +130,7 @@ class Slices(Network):
         self.divisor = inner.divisor[1:]
         self.scales = tuple(scale[1:] for scale in inner.scales)
         self.heads_prefixes = tuple(f"inner.{prefix}" for prefix in inner.heads_prefixes)
+        self.encoder_prefixes = tuple(f"inner.{prefix}" for prefix in inner.encoder_prefixes)
         # The tensor that reads the image has an entry a channel, not one a slice: its channels have no names.
         self.first_weight = ""
 

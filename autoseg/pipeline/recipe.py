@@ -88,6 +88,8 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     if options.epochs is not None:
         changes["budget_seconds"] = None
     recipe = settings.change(recipe, changes, where="option")
+    if not recipe.match_steps:  # of the stated length of an epoch: whoever repeats the command gets the same
+        recipe = replace(recipe, steps_per_epoch=recipe.steps_per_epoch * (recipe.offline_copies + 1))
     check_loss(recipe.loss)
     refuse_schedule(recipe)
     check_placement(recipe)
@@ -113,10 +115,10 @@ def read_recipe(place: Path) -> dict[str, Any]:
 def say_other_network(options: TrainOptions, network: str) -> None:
     """A line where the named recipe of `options` was made for another network than the plan has."""
     named = RECIPES.get(str(options.recipe))
-    if named is not None and named.network != network:
+    if named is not None and named.network_name != network:
         print(
-            f"recipe {options.recipe} was made for the network {named.network}, this plan has {network}; "
-            f"autoseg plan_and_preprocess --network {named.network} --plan NAME plans it",
+            f"recipe {options.recipe} was made for the network {named.network_name}, this plan has {network}; "
+            f"plan_and_preprocess --network '{named.network}' plans it",
             flush=True,
         )
 
