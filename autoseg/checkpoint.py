@@ -21,6 +21,7 @@ from autoseg.rates import Leg, Moment
 from autoseg.records import AutosegError, load_json, record, save_json, sync
 from autoseg.schedule import Rhythm, progress
 from autoseg.schema import Recipe
+from autoseg.watchdog import Shown
 
 PREFIX = "checkpoint_"
 KEPT = "kept.safetensors"
@@ -50,6 +51,8 @@ class Progressed:
     """Learning rate of the last step."""
     validation_losses: tuple[float | None, ...] = ()
     """Of each complete epoch; None where it was not finite."""
+    shown: Shown = Shown()
+    """What training has shown of each class; of the steps since, in runs begun by versions that did not count."""
     leg: Leg | None = None
     """None before the first step, and in checkpoints of versions that knew of none."""
 

@@ -242,12 +242,14 @@ def train_verb(
 
     if help_fields:
         from autoseg.losses import describe_losses
+        from autoseg.placement import describe_positions
         from autoseg.rates import describe_schedules
         from autoseg.schema import Recipe
 
         print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
         print("\nFor --loss, or loss in a file:\n" + "\n".join(describe_losses()))
         print("\nFor schedule:\n" + "\n".join(describe_schedules()))
+        print("\nFor patch_position:\n" + "\n".join(describe_positions()))
         return
     from autoseg.pipeline.recipe import TrainOptions
     from autoseg.pipeline.together import train_together

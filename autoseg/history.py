@@ -28,6 +28,8 @@ class Epoch:
     smooth_pseudo_dice: float | None
     skipped_steps: int
     seconds: float
+    silent: tuple[dict[str, str], ...] = ()
+    """Classes that are not predicted, and why; see `autoseg.watchdog`."""
 
 
 def append_metrics(folder: Path, epoch: Epoch) -> None:

@@ -49,6 +49,7 @@ KNEE_FIELDS: dict[str, Any] = {
     "deep_supervision": False,
     "learning_rate": 5e-5,
     "schedule": "step(factor=0.9,period=3)",
+    "patch_position": "normal",
     "epochs": 50,
 }
 VESSELS = "a students' project on blood vessels, trained on synthetic level sets (University of Cambridge)"
@@ -84,7 +85,7 @@ RECIPES: dict[str, NamedRecipe] = {
     "knee_vnet": NamedRecipe(
         network="vnet(size=small)",
         source=KNEE,
-        beside="volumes cropped to 160 x 288 x 288, patches of 160 x 160 x 160 around a normally drawn centre, batch 1",
+        beside="volumes cropped to 160 x 288 x 288, patches of 160 x 160 x 160, batch 1",
         changes=KNEE_FIELDS,
     ),
     "knee_unet3d": NamedRecipe(

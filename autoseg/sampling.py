@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from autoseg.augment import Augmentation, Drawn
 from autoseg.augment.prior import PriorDraws, corrupt, draw_prior, to_masks
-from autoseg.labels import UNSEEN
+from autoseg.labels import UNSEEN, Labels
+from autoseg.placement import USUAL, Components, Placement, choose_patch, find_components, shows_foreground
 from autoseg.preprocess import ANNOTATED, PreparedCase
 from autoseg.records import AutosegError
-from autoseg.store import load_case, read_case
+from autoseg.store import load_case, read_case, stored_classes
 from autoseg.team import ALONE, Team
 from autoseg.volume import Box, cut, relative_place
 
@@ -51,6 +53,7 @@ class PreparedCases:
     def __init__(self, folder: Path, memory: int) -> None:
         self.folder, self.left = folder, memory
         self._cases: dict[str, PreparedCase] = {}
+        self._components: dict[str, Components] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> PreparedCase:
@@ -65,6 +68,20 @@ class PreparedCases:
         if fits:
             case = load_case(self.folder, name)
         return self._cases.setdefault(name, case)
+
+    def components(self, name: str, labels: Labels) -> Components:
+        """See `find_components`; found when a case is first asked for, and kept."""
+        if name not in self._components:
+            self._components[name] = find_components(np.asarray(self[name].labels[...]), labels)
+        return self._components[name]
+
+    def holding(self, names: Iterable[str]) -> dict[int, tuple[str, ...]]:
+        """Class number, from 1 -> those of the cases `names` that hold it; only classes that some case holds."""
+        found: dict[int, list[str]] = {}
+        for name in names:
+            for index in stored_classes(self.folder, name):
+                found.setdefault(index, []).append(name)
+        return {index: tuple(found[index]) for index in sorted(found.keys() - {ANNOTATED})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,38 +133,6 @@ class Batch:
     def cases(self) -> tuple[str, ...]:
         """Names of the cases, one a patch."""
         return tuple(patch.case for patch in self.patches)
-
-
-def place_axis(size: int, patch: int, wanted: int | None, rng: np.random.Generator) -> int:
-    """Where a patch starts on one axis: around voxel `wanted`, or anywhere for None.
-
-    The patch stays inside the image wherever it can (at the far border too); a short axis is centred in the patch.
-    """
-    if size <= patch:
-        return -((patch - size) // 2)
-    if wanted is None:
-        return int(rng.integers(0, size - patch + 1))
-    return int(np.clip(wanted - patch // 2, 0, size - patch))
-
-
-def choose_patch(case: PreparedCase, patch: Sequence[int], foreground: bool, rng: np.random.Generator) -> Box:
-    """Choose one patch of a case (2D patches: one slice): anywhere, or centred on a voxel of a random class.
-
-    With `foreground` a class is drawn uniformly among those that the case holds, then one of its stored voxels; a
-    case without foreground gives a random patch. Where a case has ignored voxels, a random patch is centred on one of
-    the others: otherwise it might show nothing to learn from.
-    """
-    shape = case.labels.shape
-    edges = (1,) * (3 - len(patch)) + tuple(patch)
-    wanted: Sequence[int | None] = (None, None, None)
-    classes = sorted(case.locations.keys() - {ANNOTATED}) if foreground else []
-    voxels = case.locations.get(ANNOTATED)
-    if classes:
-        voxels = case.locations[classes[int(rng.integers(len(classes)))]]
-    if voxels is not None:
-        wanted = [int(v) for v in voxels[int(rng.integers(len(voxels)))]]
-    start = tuple(place_axis(n, edge, want, rng) for n, edge, want in zip(shape, edges, wanted))
-    return Box(start=start, stop=tuple(a + edge for a, edge in zip(start, edges)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -221,6 +206,7 @@ class Sampler:
     """Case -> which classes were annotated, background apart; None where no case lacks any."""
     positions: bool = False
     """Whether the network asks where its patches lie."""
+    placement: Placement = USUAL
     team: Team = ALONE
     """Every process draws the whole batch, as one alone would, and reads and assembles its own samples."""
 
@@ -229,24 +215,57 @@ class Sampler:
         """Which samples of a batch are this process's."""
         return self.team.own(self.batch_size)
 
+    @cached_property
+    def holding(self) -> dict[int, tuple[str, ...]]:
+        """Class number, from 1 -> the cases that hold it."""
+        return self.cases.holding(self.case_names)
+
+    def place(self, case: PreparedCase, foreground: bool, wanted: int | None, rng: np.random.Generator) -> Box:
+        """One patch of a case; drawn again as often as the placement says while it shows no foreground.
+
+        Every process looks at the patches of the whole batch, since what is drawn next depends on it.
+        """
+        chosen, labels = self.placement, self.placement.labels
+
+        def components() -> Components:
+            assert labels is not None
+            return self.cases.components(case.case, labels)
+
+        draw = partial(choose_patch, case, self.patch, foreground, rng)
+        draw = partial(draw, position=chosen.position, wanted=wanted, components=components)
+        box = draw()
+        if labels is not None and case.locations.keys() - {ANNOTATED}:
+            for _ in range(chosen.redraw_empty):
+                if shows_foreground(case, box, labels):
+                    break
+                box = draw()
+        return box
+
     def sources(self, step: int) -> Sources:
         """Everything of step `step`, read from the cases. Raises AutosegError that names the case it failed on."""
         rng = generator(self.seed, self.stream, step)
         chosen = rng.integers(len(self.case_names), size=self.batch_size)
-        forced = forced_foreground(self.batch_size, self.foreground_fraction)
+        position = self.placement.position
+        share = self.foreground_fraction if position.share is None else position.share
+        forced = forced_foreground(self.batch_size, share)
+        names: list[str] = [self.case_names[index] for index in chosen]
+        wanted: list[int | None] = [None] * self.batch_size
+        if position.balanced and self.holding:
+            for place in range(forced.count(False), self.batch_size):  # the forced ones come last
+                index = list(self.holding)[int(rng.integers(len(self.holding)))]
+                held = self.holding[index]
+                wanted[place], names[place] = index, held[int(rng.integers(len(held)))]
         patches, arrays, priors, positions = [], [], [], []
         draws: Drawn | None = None
         own = range(self.batch_size)[self.own]
-        for sample, (index, foreground) in enumerate(zip(chosen, forced)):
-            name = self.case_names[index]
+        for sample, (name, foreground) in enumerate(zip(names, forced)):
             try:
                 case = self.cases[name]
-                box = choose_patch(case, self.patch, foreground, rng)
+                box = self.place(case, foreground, wanted[sample], rng)
                 if draws is None:
                     # A child stream: how much the patches draw does not move what the transforms draw.
                     child = generator(self.seed, self.stream, step).spawn(1)[0]
-                    cases = [self.case_names[index] for index in chosen]
-                    draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0], cases)
+                    draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0], names)
                 shape = draws.source_shape(sample)
                 source = grow(box, shape)
                 if sample in own:

@@ -280,7 +280,12 @@ class Recipe:
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Of `ema` only: the average is over about 1 / (1 - ema_decay) steps."""
     clip_norm: float = 12.0
+    patch_position: str = "default"
+    """Where patches of training lie, a key of `placement.POSITIONS`; those of the pseudo-validation as by default."""
     foreground_fraction: float = 0.33
+    """Share of a batch's patches that are centred on foreground, where the position mixes them with others."""
+    redraw_empty: NonNegativeInt = 0
+    """How often at most a patch of training without foreground is drawn again, within a case that has some."""
     augmentation: str = "default"
     """`default`, `none`, `desai`, `strong`, `mr_artefacts`, `batchgenerators`, or `package.module:name` of a transform
     of your own. Held-out patches are never changed."""

@@ -203,6 +203,17 @@ def load_case(folder: Path, case_id: str) -> PreparedCase:
     )
 
 
+def stored_classes(folder: Path, case_id: str) -> tuple[int, ...]:
+    """The keys of the case's locations, which are not read. Raises AutosegError if they are not there or not whole."""
+    place = folder / case_id
+    _card(place)
+    try:
+        with np.load(place / LOCATIONS, allow_pickle=False) as stored:
+            return tuple(int(index) for index in stored.files)
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise _broken(place / LOCATIONS, error) from None
+
+
 def stored_key(folder: Path, case_id: str) -> str | None:
     """The key that the case was written with, or None if it is not there or not whole."""
     try:

@@ -13,7 +13,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -41,6 +41,7 @@ from autoseg.schema import Recipe, Tuning
 from autoseg.settings import say_duration
 from autoseg.signals import Requests, Stopped
 from autoseg.team import ALONE, Team
+from autoseg.watchdog import count_shown, watch
 
 WEIGHTS = "weights.safetensors"
 RECENT_STEPS = 8
@@ -231,15 +232,20 @@ def train(
     bad: list[Batch] = []
     recent: deque[float] = deque(maxlen=RECENT_STEPS)
     started, saved = team.lead(clock()) - state.seconds, state.seconds
+    before, shown = state.shown, torch.zeros(2, parts.labels.count, dtype=torch.int64, device=device)
     validating = 0.0
     """Seconds of the last pseudo-validation, which the budget must still hold if it ends within an epoch."""
 
     def elapsed() -> float:
         return team.lead(clock()) - started
 
+    def counted() -> Progressed:
+        return replace(state, shown=before.plus(team.total(shown)))
+
     def save() -> None:
+        whole = replace(counted(), loss_scale=loss_scaler.state_dict())
         if team.leads:
-            save_checkpoint(folder, network, optimizer, replace(state, loss_scale=loss_scaler.state_dict()), kept)
+            save_checkpoint(folder, network, optimizer, whole, kept)
 
     def heed() -> None:
         wanted, stop = team.largest(asked.save, asked.stop or 0)
@@ -253,7 +259,7 @@ def train(
 
     with _progress_bar(recipe, state, quiet=not team.leads) as bar:
         if _epoch_is_full(recipe, state):  # it was stopped in its pseudo-validation
-            state = _end_epoch(parts, kept, state, on_epoch, heed, bar)
+            state = _end_epoch(parts, kept, counted(), on_epoch, heed, bar)
         mark = elapsed()
         for batch in batches(parts.training, _steps(recipe, state.step), recipe.loader_threads, device):
             heed()
@@ -271,6 +277,7 @@ def train(
             torch.manual_seed(int(generator(recipe.seed, Stream.DROPOUT, batch.step).integers(2**62)) + team.rank)
             loss = training_step(parts, optimizer, loss_scaler, batch, gathered)
             team.agree(network)
+            shown += count_shown(batch.labels, parts.labels)
             if loss is None:
                 bad.append(batch)
                 if team.leads:
@@ -293,7 +300,7 @@ def train(
                 state = _with_rhythm(recipe, state, recent, bar)
             _show(bar, recipe, state, loss)
             if _epoch_is_full(recipe, state):
-                state = _end_epoch(parts, kept, state, on_epoch, heed, bar)
+                state = _end_epoch(parts, kept, counted(), on_epoch, heed, bar)
                 validating = elapsed() - state.seconds
                 state = replace(state, seconds=elapsed())
             if state.seconds - saved > recipe.checkpoint_minutes * 60:
@@ -301,11 +308,12 @@ def train(
                 saved = state.seconds
             mark = elapsed()
         if state.step > state.epoch_start:  # the budget ended within an epoch
-            state = _end_epoch(parts, kept, state, on_epoch, heed, bar)
+            state = _end_epoch(parts, kept, counted(), on_epoch, heed, bar)
             state = replace(state, seconds=elapsed())
         if recipe.weights == "best" and (best := lowest(state.validation_losses)) is not None:
             bar.say(f"kept: the weights of epoch {best}, whose validation loss was the lowest")
     save()
+    state = counted()
     if team.leads:
         save_weights(network if kept is None else kept, folder / WEIGHTS)
     return state
@@ -394,7 +402,11 @@ def _end_epoch(
         seconds=round(state.seconds, 2),
     )
     if parts.team.leads:
-        append_metrics(parts.folder, line)
+        lines = [*read_metrics(parts.folder), asdict(line)]
+        silent = watch(lines, state.shown, parts.labels, recipe, parts.training, parts.validation)
+        for one in silent:
+            bar.say(one["said"])
+        append_metrics(parts.folder, replace(line, silent=tuple(silent)))
         on_epoch(read_metrics(parts.folder))
     ended = replace(
         state,

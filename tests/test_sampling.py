@@ -11,17 +11,16 @@ from toys import configuration, grid, plan
 
 from autoseg.augment import make_augmentation
 from autoseg.labels import UNSEEN, Labels
+from autoseg.placement import choose_patch, place_axis
 from autoseg.preprocess import ANNOTATED, prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import (
     PreparedCases,
     Sampler,
     Stream,
-    choose_patch,
     cut_sources,
     forced_foreground,
     grow,
-    place_axis,
     prefetch,
 )
 from autoseg.store import write_case

@@ -241,6 +241,7 @@ def test_two_processes_train_and_validate_as_one(raw, alone):
     for one, two in zip(read_metrics(fold(raw, alone)), read_metrics(fold(raw, "two")), strict=True):
         for name in ("training_loss", "validation_loss", "mean_pseudo_dice", "learning_rate"):
             assert one[name] == pytest.approx(two[name], abs=1e-4)
+    assert read_progress(fold(raw, alone)).shown == read_progress(fold(raw, "two")).shown
     validation = [sorted(path.name for path in (fold(raw, run) / "validation").iterdir()) for run in (alone, "two")]
     assert validation[0] == validation[1]
 

@@ -6,6 +6,7 @@ an entry of the table of networks: how it is built, the specification of its pap
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch.nn.functional as F
@@ -91,3 +92,21 @@ class Architecture:
     """Whether it gives more than one scale."""
     adapts: bool = True
     """Whether strides and kernels of the specification may be changed axis by axis, where voxels are not alike."""
+
+
+LARGEST_STRIDE = 8
+"""Of one stage along one axis."""
+LARGEST_TOTAL = 1024
+"""Of all stages along one axis: an image is padded to a multiple of it."""
+
+
+def stride_problems(strides: Sequence[Sequence[int]]) -> list[str]:
+    """What is wrong with strides that are too large to be meant.
+
+    A specification may come with a file of unknown origin, and strides do not show in the shape of any tensor.
+    """
+    if any(step > LARGEST_STRIDE for stride in strides for step in stride):
+        return [f"strides: at most {LARGEST_STRIDE} in one stage, found {strides}"]
+    if max((prod(steps) for steps in zip(*strides)), default=1) > LARGEST_TOTAL:
+        return [f"strides: at most {LARGEST_TOTAL} in all along one axis, found {strides}"]
+    return []

@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
+from autoseg.networks.base import stride_problems
 from autoseg.schema import NetworkSpec
 
-LARGEST_STRIDE = 4
-"""Of one stage along one axis."""
-LARGEST_TOTAL = 256
-"""Of all stages along one axis: an image is padded to a multiple of it."""
 OutputStride = Literal[4, 8, 16, 32]
 Strides = tuple[tuple[int, ...], ...]
 
@@ -39,10 +36,7 @@ def check_stages(spec: NetworkSpec, *, levels: int) -> None:
                 problems.append(f"{field}: {spec.dimension} positive numbers a stage are needed, found {entry}")
     if any(edge % 2 == 0 for kernel in spec.kernels for edge in kernel):
         problems.append(f"kernels: sizes must be odd, found {spec.kernels}")
-    if any(step > LARGEST_STRIDE for stride in spec.strides for step in stride):
-        problems.append(f"strides: at most {LARGEST_STRIDE} in one stage, found {spec.strides}")
-    elif max((prod(steps) for steps in zip(*spec.strides)), default=1) > LARGEST_TOTAL:
-        problems.append(f"strides: at most {LARGEST_TOTAL} in all along one axis, found {spec.strides}")
+    problems += stride_problems(spec.strides)
     if problems:
         raise ValueError(f"the network specification {spec.name!r} is wrong:\n  " + "\n  ".join(problems))
 

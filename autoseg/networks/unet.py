@@ -12,7 +12,7 @@ from operator import mul
 
 from torch import Tensor, nn
 
-from autoseg.networks.base import Architecture, Network
+from autoseg.networks.base import Architecture, Network, stride_problems
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED, ConvBlock, initialise
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -76,6 +76,7 @@ def check_spec(spec: NetworkSpec) -> None:
                 problems.append(f"{field}: {spec.dimension} positive numbers a stage are needed, found {entry}")
     if any(edge % 2 == 0 for kernel in spec.kernels for edge in kernel):
         problems.append(f"kernels: sizes must be odd, found {spec.kernels}")
+    problems += stride_problems(spec.strides)
     if any(step != 1 for stride in spec.strides[:1] for step in stride):
         problems.append(f"strides: the first stage keeps full resolution, found {spec.strides[0]}")
     if problems:

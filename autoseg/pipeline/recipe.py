@@ -14,6 +14,7 @@ from typing import Any
 from autoseg import settings
 from autoseg.checkpoint import Progressed, read_progress
 from autoseg.losses import check_loss
+from autoseg.placement import check_placement
 from autoseg.rates import learning_rate, make_schedule, next_leg, refuse_schedule
 from autoseg.recipes import RECIPES
 from autoseg.records import AutosegError
@@ -96,6 +97,7 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     check_loss(recipe.loss)
     refuse_schedule(recipe)
     refuse_idle(recipe)
+    check_placement(recipe)
     return replace(recipe, loss="".join(recipe.loss.split()), schedule="".join(recipe.schedule.split()))
 
 

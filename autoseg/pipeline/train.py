@@ -45,6 +45,7 @@ from autoseg.pipeline.recipe import (
     with_length,
 )
 from autoseg.pipeline.validation import forget_later, forget_validation, validate_fold
+from autoseg.placement import USUAL, Placement
 from autoseg.planners import difference
 from autoseg.rates import early_stop
 from autoseg.records import AutosegError, atomic_write, load_json, remove_leftovers, save_json, sole_writer, to_json
@@ -339,7 +340,9 @@ def make_parts(
             context=configuration.context,
         )
 
-    def sampler(names: Iterable[str], stream: Stream, augmentation: Augmentation, corrupted: bool) -> Sampler:
+    def sampler(
+        names: Iterable[str], stream: Stream, augmentation: Augmentation, corrupted: bool, placement: Placement = USUAL
+    ) -> Sampler:
         return Sampler(
             cases=cases,
             case_names=tuple(names),
@@ -352,6 +355,7 @@ def make_parts(
             prior=prior(corrupted),
             annotated=flags,
             positions=asks,
+            placement=placement,
             team=team,
         )
 
@@ -360,7 +364,9 @@ def make_parts(
         changed = FixedCopies(augmentation=changed, plain=plain, copies=recipe.offline_copies, seed=recipe.seed)
     return Parts(
         network=network,
-        training=sampler(run.cases.train, Stream.TRAINING, changed, corrupted=True),
+        training=sampler(
+            run.cases.train, Stream.TRAINING, changed, corrupted=True, placement=Placement.of(recipe, plan.labels)
+        ),
         validation=sampler(run.cases.val, Stream.VALIDATION, plain, corrupted=False),
         recipe=recipe,
         labels=plan.labels,
