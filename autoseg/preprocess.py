@@ -159,11 +159,18 @@ def crop_to_content(case: str, image: Volume, labels: np.ndarray | None, stored:
 
 def normalise_channel(channel: np.ndarray, norm: ChannelNorm, content: np.ndarray | None) -> np.ndarray:
     """One channel (Z, Y, X) on its normalised scale, float32. Statistics are summed in float64."""
-    if norm.scheme == "zscore":
-        region = channel[content] if norm.masked and content is not None else channel
+    inside = content if norm.masked else None
+    if norm.outliers is not None:
+        channel = without_outliers(channel, norm.outliers, inside)
+    if norm.scheme in ("zscore", "zscore_minmax"):
+        region = channel if inside is None else channel[inside]
         mean, std = region.mean(dtype=np.float64), max(region.std(dtype=np.float64), 1e-8)
         scaled = (channel - np.float32(mean)) / np.float32(std)
-        return np.where(content, scaled, channel) if norm.masked and content is not None else scaled
+        if norm.scheme == "zscore_minmax":
+            region = scaled if inside is None else scaled[inside]
+            low = region.min()
+            scaled = (scaled - low) / max(region.max() - low, np.float32(1e-8))
+        return scaled if inside is None else np.where(inside, scaled, channel)
     if norm.scheme == "ct":
         if norm.stats is None:
             raise ValueError(f"channel {norm.channel!r}: CT normalisation needs the statistics of the fingerprint")
@@ -180,6 +187,17 @@ def normalise_channel(channel: np.ndarray, norm: ChannelNorm, content: np.ndarra
             )
         return channel / np.float32(255)
     return channel
+
+
+def without_outliers(channel: np.ndarray, deviations: float, inside: np.ndarray | None) -> np.ndarray:
+    """`channel` (Z, Y, X) with every voxel further than so many standard deviations from the mean replaced by the mean.
+
+    inside: where voxels count and change, None for everywhere. Of n voxels none is further than sqrt(n - 1) deviations.
+    """
+    region = channel if inside is None else channel[inside]
+    mean, std = region.mean(dtype=np.float64), region.std(dtype=np.float64)
+    far = np.abs(channel - mean) > deviations * std
+    return np.where(far if inside is None else far & inside, np.float32(mean), channel)
 
 
 def target_spacing_mm(configuration: Configuration, current_mm: Sequence[float]) -> tuple[float, float, float]:

@@ -113,9 +113,12 @@ class ChannelNorm:
     """How one channel is normalised. `masked`: statistics and change only inside the non-zero region."""
 
     channel: str
-    scheme: Literal["zscore", "ct", "none", "rescale", "rgb"]
+    scheme: Literal["zscore", "zscore_minmax", "ct", "none", "rescale", "rgb"]
+    """`zscore_minmax`: z-score, then min-max to 0 ... 1."""
     masked: bool
     stats: ChannelStats | None
+    outliers: PositiveFloat | None = None
+    """Voxels further from the mean than so many standard deviations become the mean, before anything else."""
 
 
 @record

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from autoseg import bundle, records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
@@ -19,7 +21,7 @@ from autoseg.planners import PLANNERS, explain, keep_edits, plan, plan_like, say
 from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
-from autoseg.schema import CaseFingerprint, Configuration, Fingerprint, Plan, Run
+from autoseg.schema import CaseFingerprint, ChannelNorm, Configuration, Fingerprint, Plan, Run
 from autoseg.splits import Splits, make_splits, read_splits
 from autoseg.store import stored_key, write_case
 from autoseg.workspace import Workspace
@@ -336,7 +338,7 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
         PREPROCESS_VERSION,
         # As it always was for canonical plans, so that their cases need not be prepared again.
         plan.axis_order if plan.orientation == "canonical" else (plan.orientation, *plan.axis_order),
-        [to_json(channel) for channel in plan.channels],
+        [_said(channel) for channel in plan.channels],
         plan.labels.meaning,
         configuration.dimension,
         configuration.spacing_mm,
@@ -344,6 +346,12 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
         configuration.patch,
     )
     return hash_text(facts.content_hash, repr(said))
+
+
+def _said(channel: ChannelNorm) -> str:
+    """The normalisation of a channel for a key: without fields that came later and say nothing, as in earlier keys."""
+    left_out = {"outliers"} if channel.outliers is None else None
+    return TypeAdapter(ChannelNorm).dump_json(channel, indent=2, exclude=left_out).decode() + "\n"
 
 
 def preprocess(
