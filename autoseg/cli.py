@@ -89,6 +89,10 @@ def plan_and_preprocess_verb(
     context: Annotated[
         int | None, typer.Option(metavar="3|5|7", help="Slices that 2d sees, to label the middle one [1].")
     ] = None,
+    crop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CROP", help="crop_to(size=[Z,Y,X]), crop_around_mass, margins; may be repeated."),
+    ] = None,
     plan: PlanOption = "default",
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
@@ -102,14 +106,18 @@ def plan_and_preprocess_verb(
 ) -> None:
     """Check, fingerprint, plan and preprocess a dataset; a second run does only what is missing."""
     from autoseg import settings
+    from autoseg.crops import parse_crop
     from autoseg.pipeline.data import PlanOptions, describe_plan_fields, plan_and_preprocess
+    from autoseg.schema import Preparation
 
     place = Workspace.find(workspace)
     if help_fields:
         describe_plan_fields(place, dataset, plan)
         return
-    if like is not None and (preset, gpu_memory, spacing) != (None, None, None):
-        raise AutosegError("--like takes over network, memory and spacing; leave out --preset, --gpu-memory, --spacing")
+    if like is not None and ((preset, gpu_memory, spacing) != (None, None, None) or crop):
+        raise AutosegError(
+            "--like takes over network, memory, spacing and crops; leave out --preset, --gpu-memory, --spacing, --crop"
+        )
     plan_and_preprocess(
         place,
         dataset,
@@ -119,6 +127,7 @@ def plan_and_preprocess_verb(
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
             context=context,
+            preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
             like=like,
             configurations=tuple(configurations or ()),
             group_by=group_by,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from autoseg.crops import Crop
 from autoseg.labels import Labels
 from autoseg.mirroring import EVERY_AXIS, Flips, Mirroring, other_index
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
@@ -122,6 +123,13 @@ class ChannelNorm:
 
 
 @record
+class Preparation:
+    """What is done to an image between the crop to content and its normalisation, in this order; most often nothing."""
+
+    crops: tuple[Crop, ...] = ()
+
+
+@record
 class Configuration:
     """One trainable configuration, written out in full. Tuples are in plan order, two entries long in 2D."""
 
@@ -184,6 +192,7 @@ class Plan:
     axis_order: tuple[int, int, int]
     """Plan axis i is axis axis_order[i] of `orientation`; the coarsest axis comes first."""
     orientation: Orientation = "canonical"
+    preparation: Preparation = Preparation()
     channels: tuple[ChannelNorm, ...]
     labels: Labels
     data_hash: str = ""

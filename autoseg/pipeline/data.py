@@ -7,7 +7,7 @@ preprocessing of every configuration. A second run decodes only what is missing 
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,22 @@ from autoseg import bundle, records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
-from autoseg.planners import PLANNERS, explain, keep_edits, plan, plan_like, says_sides, stamped, with_context
-from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
+from autoseg.planners import (
+    PLANNERS,
+    as_prepared,
+    explain,
+    keep_edits,
+    plan,
+    plan_like,
+    says_sides,
+    stamped,
+    with_context,
+    with_preparation,
+)
+from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, lost_labels, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
-from autoseg.schema import CaseFingerprint, ChannelNorm, Configuration, Fingerprint, Plan, Run
+from autoseg.schema import CaseFingerprint, ChannelNorm, Configuration, Fingerprint, Plan, Preparation, Run
 from autoseg.splits import Splits, make_splits, read_splits
 from autoseg.store import stored_key, write_case
 from autoseg.workspace import Workspace
@@ -32,6 +43,7 @@ PLAN_OPTIONS = {
     "gpu_memory_gb": "--gpu-memory",
     "planned": "--discard-edits",
     "configurations.2d.context": "--context",
+    "preparation.crops": "--crop",
 }
 """Plan fields that have an option of their own."""
 
@@ -58,6 +70,7 @@ class PlanOptions:
     spacing_mm: tuple[float, float, float] | None = None
     context: int | None = None
     """Slices that 2D networks see; None: as planned, which is one."""
+    preparation: Preparation = field(default_factory=Preparation)
     configurations: tuple[str, ...] = ()
     """What to preprocess; empty: what `choose` says, or all."""
     like: Path | None = None
@@ -253,16 +266,21 @@ def make_plan(
     """
     if options.preset not in PLANNERS:
         raise AutosegError(f"unknown preset {options.preset!r}; choose one of {', '.join(PLANNERS)}")
+    source = None if options.like is None else plan_at(options.like)
+    preparation = options.preparation if source is None else source.preparation
+    measured = as_prepared(fingerprint, preparation)
     made = plan(
-        fingerprint,
+        measured,
         dataset.labels,
         PLANNERS[options.preset],
         gpu_memory_gb=options.gpu_memory_gb,
         spacing_mm=options.spacing_mm,
         name=options.name,
     )
-    if options.like is not None:
-        made = plan_like(plan_at(options.like), fingerprint, dataset.labels, made, options.like.name)
+    if source is None:
+        made = with_preparation(made, preparation, fingerprint)
+    else:
+        made = plan_like(source, measured, dataset.labels, made, str(options.like.name if options.like else ""))
     if options.context is not None:
         made = with_context(made, options.context, options.configurations)
     made = fresh = replace(made, data_hash=fingerprint.data_hash())
@@ -344,8 +362,19 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
         configuration.spacing_mm,
         to_json(configuration.resampling),
         configuration.patch,
+        *([] if plan.preparation == Preparation() else [to_json(plan.preparation)]),
     )
     return hash_text(facts.content_hash, repr(said))
+
+
+def warn_of_lost_labels(lost: Mapping[str, tuple[int, int]]) -> None:
+    """Say of which cases the crops of a plan lose labels. lost: case -> labelled voxels that are cut away, and all."""
+    if lost:
+        worst, (away, every) = max(lost.items(), key=lambda item: item[1][0] / item[1][1])
+        print(
+            f"warning: the crops cut labels away from {len(lost)} of the cases prepared now, most from {worst}: "
+            f"{away} of {every} labelled voxels ({away / every:.1%}); such voxels are never learnt nor predicted"
+        )
 
 
 def _said(channel: ChannelNorm) -> str:
@@ -375,7 +404,7 @@ def preprocess(
     def pending(case: Case) -> list[Configuration]:
         return [c for c in own if stored_key(folders[c.name], case.id) != keys[c.name, case.id]]
 
-    def one(case: Case) -> None:
+    def one(case: Case) -> tuple[int, int]:
         source = cropped.get(case.id)
         if source is None:
             loaded = load_case(dataset, case)
@@ -386,6 +415,8 @@ def preprocess(
         todo = pending(case)
         for configuration, ready in zip(todo, prepare_each(source, plan, todo)):
             write_case(folders[configuration.name], ready, keys[configuration.name, case.id], patch=configuration.patch)
+            lost = lost_labels(source, ready.trace.crop, plan.labels) if plan.preparation.crops else (0, 0)
+        return lost
 
     for cases in folders.values():
         store.remove_leftovers(cases)
@@ -402,6 +433,7 @@ def preprocess(
             workers=workers,
             cost=bytes_needed,
         )
-        raise_failures(outcomes, "preprocess")
+        lost = dict(zip((case.id for case in work), raise_failures(outcomes, "preprocess")))
+        warn_of_lost_labels({name: counts for name, counts in lost.items() if counts[0]})
     for configuration in own:
         print(f"Prepared: {len(dataset.cases)} cases in {folders[configuration.name]}")
