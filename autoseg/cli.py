@@ -93,6 +93,12 @@ def plan_and_preprocess_verb(
         list[str] | None,
         typer.Option(metavar="CROP", help="crop_to(size=[Z,Y,X]), crop_around_mass, margins; may be repeated."),
     ] = None,
+    combine: Annotated[
+        str | None, typer.Option(metavar="rss", help="Make all channels one: the root of the sum of squares.")
+    ] = None,
+    preprocessing: Annotated[
+        str | None, typer.Option(metavar="MODULE:NAME", help="Your own function (image, spacing_mm) -> image.")
+    ] = None,
     plan: PlanOption = "default",
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
@@ -114,9 +120,10 @@ def plan_and_preprocess_verb(
     if help_fields:
         describe_plan_fields(place, dataset, plan)
         return
-    if like is not None and ((preset, gpu_memory, spacing) != (None, None, None) or crop):
+    if like is not None and (preset or gpu_memory or spacing or crop or combine or preprocessing):
         raise AutosegError(
-            "--like takes over network, memory, spacing and crops; leave out --preset, --gpu-memory, --spacing, --crop"
+            "--like takes over network, memory, spacing and preparation; leave out --preset, --gpu-memory, --spacing, "
+            "--crop, --combine, --preprocessing"
         )
     plan_and_preprocess(
         place,
@@ -127,7 +134,8 @@ def plan_and_preprocess_verb(
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
             context=context,
-            preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
+            preparation=Preparation(crops=tuple(map(parse_crop, crop or ())), function=preprocessing),
+            combine=combine,
             like=like,
             configurations=tuple(configurations or ()),
             group_by=group_by,

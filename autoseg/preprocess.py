@@ -6,9 +6,11 @@ what is padded has no part in it. The image never depends on the labels, so trai
 function and see the same numbers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 import cc3d
 import numpy as np
@@ -196,6 +198,35 @@ def lost_labels(cropped: Cropped, crop: Box, labels: Labels) -> tuple[int, int]:
     return int(every.sum() - kept.sum()), int(every.sum())
 
 
+def load_own(name: str) -> Callable[[np.ndarray, tuple[float, ...]], Any]:
+    """The function called `package.module:name`. Raises AutosegError that says which part of the name is wrong."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise AutosegError(
+            f"the preprocessing {name!r} cannot be imported ({error}); write package.module:name, and see that its "
+            "folder is on PYTHONPATH or its package installed"
+        ) from error
+    found: Any = getattr(module, attribute, None)
+    if not callable(found):
+        raise AutosegError(f"the preprocessing {name!r}: the module {module_name!r} has no function {attribute!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def apply_own(name: str, image: np.ndarray, stored: Grid) -> np.ndarray:
+    """A user's preprocessing of an image (C, Z, Y, X), float32; see `Preparation.function`.
+
+    Raises AutosegError for a result of another shape, or with values that are not finite.
+    """
+    made = np.asarray(load_own(name)(np.array(image, np.float32), canonical_grid(stored).spacing_mm), np.float32)
+    if made.shape != image.shape:
+        raise AutosegError(f"the preprocessing {name!r} made {made.shape} of an image of shape {image.shape}")
+    if not np.isfinite(made).all():
+        raise AutosegError(f"the preprocessing {name!r} made values that are not finite")
+    return made
+
+
 def normalise_channel(channel: np.ndarray, norm: ChannelNorm, content: np.ndarray | None) -> np.ndarray:
     """One channel (Z, Y, X) on its normalised scale, float32. Statistics are summed in float64."""
     inside = content if norm.masked else None
@@ -275,13 +306,17 @@ def find_locations(indices: np.ndarray, labels: Labels) -> dict[int, np.ndarray]
 def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configuration]) -> Iterator[PreparedCase]:
     """Prepare one cropped case for several configurations; it is normalised once.
 
-    Raises ValueError if the image has another number of channels than the plan.
+    Raises ValueError if the image has another number of channels than the plan, AutosegError if nothing is left of it.
     """
-    if len(plan.channels) != cropped.image.shape[0]:
-        raise ValueError(f"the image has {cropped.image.shape[0]} channels, the plan expects {len(plan.channels)}")
-    crop = cropped.crop
-    if plan.preparation.crops:
-        cropped, crop = crop_as_asked(cropped, plan.preparation)
+    if len(plan.sources) != cropped.image.shape[0]:
+        raise ValueError(f"the image has {cropped.image.shape[0]} channels, the plan expects {len(plan.sources)}")
+    asked, crop = plan.preparation, cropped.crop
+    if asked.combined:
+        cropped = replace(cropped, image=np.linalg.norm(cropped.image, axis=0, keepdims=True))
+    if asked.crops:
+        cropped, crop = crop_as_asked(cropped, asked)
+    if asked.function is not None:
+        cropped = replace(cropped, image=apply_own(asked.function, cropped.image, cropped.stored))
     axes = plan_axes(cropped.stored, plan.orientation, plan.axis_order)
     image = np.stack([normalise_channel(x, norm, cropped.content) for x, norm in zip(cropped.image, plan.channels)])
     labels = cropped.labels

@@ -1,7 +1,7 @@
 """What the images are once a plan's own preparation is done with them: the planner plans for those.
 
-It works on the fingerprint: the shapes of the cases after the crops. So spacing rule, median image, patch, batch and
-the choice of configurations follow from what the networks will see.
+It works on the fingerprint: the shapes of the cases after the crops, the channel that several were combined to. So
+spacing rule, median image, patch, batch and the choice of configurations follow from what the networks will see.
 """
 
 from dataclasses import replace
@@ -13,14 +13,25 @@ from autoseg.planners.grid import by
 from autoseg.records import AutosegError
 from autoseg.schema import Fingerprint, Plan, Preparation, Reason
 
+RSS = "rss"
+"""What the one channel is called that several were combined to."""
+
 
 def as_prepared(fingerprint: Fingerprint, preparation: Preparation) -> Fingerprint:
     """The fingerprint of the images as `preparation` leaves them; itself where that is nothing.
 
-    Raises AutosegError that names a case of which the crops leave nothing, and for 2D images that would get slices.
+    Raises AutosegError that names a case of which the crops leave nothing, for 2D images that would get slices, and for
+    channels that cannot be combined.
     """
     if preparation == Preparation():
         return fingerprint
+    if preparation.combined:
+        if not len(preparation.combined) == len(fingerprint.channel_names) > 1:
+            raise AutosegError(
+                f"{' and '.join(preparation.combined)} are to be combined, and the images of {fingerprint.dataset} "
+                f"have the channels {', '.join(fingerprint.channel_names)}; plan without --combine or --like"
+            )
+        fingerprint = replace(fingerprint, channel_names=(RSS,), intensities=(None,))
     cases = []
     for case in fingerprint.cases:
         shape: tuple[int, ...] = case.shape
@@ -44,6 +55,15 @@ def with_preparation(plan: Plan, preparation: Preparation, fingerprint: Fingerpr
     if preparation == Preparation():
         return plan
     reasons = []
+    if preparation.combined:
+        reasons.append(
+            Reason(
+                decision="channels",
+                rule="as asked for, the root of the sum of their squares is the one channel that networks read",
+                inputs=f"--combine {RSS}",
+                outcome=f"{RSS} of {', '.join(preparation.combined)}",
+            )
+        )
     if preparation.crops:
         before, after = (
             by(tuple(np.median([case.shape for case in facts.cases], axis=0).tolist()))
@@ -56,6 +76,16 @@ def with_preparation(plan: Plan, preparation: Preparation, fingerprint: Fingerpr
                 "they leave, and predictions are background outside of it",
                 inputs=f"median image {before} voxels after the crop to content (Z, Y, X of the files)",
                 outcome=f"{', then '.join(map(describe, preparation.crops))}: median image {after} voxels",
+            )
+        )
+    if preparation.function is not None:
+        reasons.append(
+            Reason(
+                decision="preprocessing",
+                rule="a function of one's own changes the images after the crops and before normalisation; a model "
+                "with one cannot be exported, since a model file holds no code",
+                inputs="",
+                outcome=preparation.function,
             )
         )
     return replace(plan, preparation=preparation, reasons=(*reasons, *plan.reasons))

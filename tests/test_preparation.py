@@ -3,7 +3,11 @@
 All of it is part of the key of prepared cases, and undone exactly by prediction.
 """
 
+import importlib
 import itertools
+import json
+import linecache
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import NAME
-from test_planners import fingerprint
-from toys import LABELS, OBLIQUE, balls_dataset, configuration, grid, plan
+from test_planners import STATS, fingerprint
+from toys import BALLS, LABELS, OBLIQUE, balls_dataset, configuration, grid, plan, write_balls
 from typer.testing import CliRunner
 
+from autoseg.bundle import ModelFile, Stage, unsound
 from autoseg.cli import app
 from autoseg.crops import centre_of_mass, describe, parse_crop
 from autoseg.labels import UNSEEN, Labels
@@ -22,10 +27,12 @@ from autoseg.pipeline.data import case_key
 from autoseg.planners import PLANNERS, as_prepared, edited, explain, keep_edits, stamped, with_preparation
 from autoseg.planners import plan as make_plan
 from autoseg.preprocess import normalise_channel, prepare, restore, restore_probabilities
+from autoseg.readers import read_image, read_labels
 from autoseg.records import AutosegError, from_json, load_json, to_json
 from autoseg.schema import CaseFingerprint, ChannelNorm, Plan, Preparation
 from autoseg.volume import Grid, Volume, canonical_grid
 
+BINARY = {"background": 0, "bone": 1}
 RNG = np.random.default_rng(8)
 FACTS = CaseFingerprint(case="a", shape=(5, 7, 11), spacing_mm=(3.0, 1.0, 0.5), crop_ratio=1.0, content_hash="a")
 
@@ -186,10 +193,10 @@ def test_restore_undoes_every_crop_exactly(shape, crops, order, axes, flips):
     stored = Grid(shape=shape, spacing_mm=(3.0, 1.0, 0.5), direction=tuple(map(tuple, direction.tolist())))
     canonical = canonical_grid(stored)
     rng = np.random.default_rng(flips)
-    image = rng.random(canonical.shape).astype(np.float32) + 1
+    image = numbered(*canonical.shape)
     labels = rng.integers(0, 3, canonical.shape).astype(np.int16)
     here = configuration(spacing_mm=tuple(canonical.spacing_mm[axis] for axis in order))
-    made = cropping(*crops, axis_order=tuple(order))
+    made = cropping(*crops, axis_order=tuple(order), scheme="none")
     try:
         case = prepare("a", Volume(array=image[None], grid=canonical), labels, stored, made, here)
     except AutosegError as error:
@@ -200,8 +207,10 @@ def test_restore_undoes_every_crop_exactly(shape, crops, order, axes, flips):
     assert case.image.shape[1:] == case.trace.shape == case.trace.cropped_shape
     inside = np.zeros(canonical.shape, bool)
     inside[case.trace.crop.within(canonical.shape).slices()] = True
+    # What one crop has cut away, the next can only pad.
+    kept = inside & np.isin(image, case.image)
     logits = np.stack([np.maximum(case.labels, 0) == i for i in range(3)]).astype(np.float32)
-    assert np.array_equal(restore(logits, case.trace, LABELS, here), np.where(inside, labels, 0))
+    assert np.array_equal(restore(logits, case.trace, LABELS, here), np.where(kept, labels, 0))
     maps = restore_probabilities(100 * logits, case.trace, LABELS, here)
     assert maps.shape == (3, *canonical.shape) and np.allclose(maps.sum(0), 1)
     assert (maps[0][~inside] == 1).all()
@@ -226,7 +235,7 @@ def test_what_is_no_crop_is_refused():
 
 def planned(facts, *crops) -> Plan:
     preparation = Preparation(crops=tuple(map(parse_crop, crops)))
-    labels = Labels.from_dataset({"background": 0, "bone": 1})
+    labels = Labels.from_dataset(BINARY)
     return with_preparation(make_plan(as_prepared(facts, preparation), labels, PLANNERS["unet"]), preparation, facts)
 
 
@@ -255,3 +264,143 @@ def test_labels_that_a_crop_loses_are_counted_in_a_warning(tmp_path):
     assert "warning: the crops cut labels away from 2 of the cases prepared now, most from p0_" in done.output
     made = load_json(Plan, tmp_path / "prepared" / NAME / "default" / "plan.json")
     assert made.preparation.crops == (parse_crop("crop_to(size=[0, 0, 9])"),)
+
+
+# Echoes combined.
+
+
+def test_echoes_are_combined_to_the_root_of_the_sum_of_their_squares():
+    image = np.stack([numbered(5, 7, 11), -2 * numbered(5, 7, 11)])
+    made = replace(plan(channels=("rss",), scheme="none"), preparation=Preparation(combined=("first", "second")))
+    volume = Volume(array=image, grid=grid())
+    found = prepare("a", volume, None, grid(), made, configuration()).image
+    assert found.shape == (1, 5, 7, 11) and found.dtype == np.float32
+    assert np.allclose(found[0], np.sqrt(5) * image[0])
+    assert made.sources == ("first", "second") and made.in_channels(configuration()) == 1
+    with pytest.raises(ValueError, match="1 channels, the plan expects 2"):
+        prepare("a", Volume(array=image[:1], grid=grid()), None, grid(), made, configuration())
+    with pytest.raises(ValueError, match="make one"):
+        replace(made, channels=made.channels * 2)
+    assert key(made) != key(replace(made, preparation=Preparation()))
+
+
+def test_combined_channels_are_normalised_as_one():
+    preparation = Preparation(combined=("CT", "T2"))
+    facts = fingerprint((3, (36, 50, 35), (1, 1, 1)), channels=("CT", "T2"), stats=STATS)
+    made = with_preparation(
+        make_plan(as_prepared(facts, preparation), Labels.from_dataset(BINARY), PLANNERS["unet"]), preparation, facts
+    )
+    assert [(c.channel, c.scheme, c.stats) for c in made.channels] == [("rss", "zscore", None)]
+    assert "rss of CT, T2" in explain(made)
+    for channels in (("MR",), ("a", "b", "c")):
+        with pytest.raises(AutosegError, match=f"have the channels {', '.join(channels)}"):
+            as_prepared(fingerprint((3, (36, 50, 35), (1, 1, 1)), channels=channels), preparation)
+
+
+# A function of one's own, and all of it from raw images to predictions.
+
+OWN = """
+import numpy as np
+def doubled(image, spacing_mm):
+    assert image.dtype == np.float32 and image.flags.c_contiguous and len(spacing_mm) == 3
+    image *= 2
+    return image + spacing_mm[2]
+def smaller(image, spacing_mm):
+    return image[..., 1:]
+def wild(image, spacing_mm):
+    return image / 0
+nothing = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Name of a module with functions of one's own."""
+    (tmp_path / "steps_of_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "steps_of_mine"
+    sys.modules.pop("steps_of_mine", None)
+
+
+def test_a_function_of_ones_own_changes_the_image_before_it_is_normalised(mine):
+    own = replace(plan(scheme="none"), preparation=Preparation(function=f"{mine}:doubled"))
+    image = numbered(5, 7, 11)
+    assert np.array_equal(prepared(image, own).image[0], 2 * image + 0.5)
+    assert np.array_equal(image, numbered(5, 7, 11)), "its input is a copy"
+    for name, reason in {
+        f"{mine}:smaller": r"made \(1, 5, 7, 10\) of an image of shape \(1, 5, 7, 11\)",
+        f"{mine}:wild": "not finite",
+        f"{mine}:nothing": "no function 'nothing'",
+        "no_such_module_anywhere:f": "cannot be imported",
+        "doubled": "write package.module:name",
+    }.items():
+        with pytest.raises(AutosegError, match=reason), np.errstate(divide="ignore"):
+            prepared(image, replace(own, preparation=Preparation(function=name)))
+
+
+def test_what_an_earlier_state_of_the_function_prepared_is_prepared_again(mine, tmp_path):
+    own = replace(plan(), preparation=Preparation(function=f"{mine}:doubled"))
+    before = key(own)
+    assert key(own) == before != key(plan())
+    (tmp_path / f"{mine}.py").write_text(OWN.replace("*= 2", "*= 3.0"))
+    sys.modules.pop(mine)
+    importlib.invalidate_caches()
+    linecache.clearcache()
+    assert key(own) != before
+
+
+def test_a_model_file_with_a_function_or_an_endless_crop_is_refused():
+    def refused(preparation):
+        return unsound(
+            ModelFile(
+                autoseg_version="0", created="2026-01-01", stages=(Stage(configuration="3d_fullres", folds=(0,)),),
+                plan=replace(plan(), preparation=preparation),
+            )
+        )  # fmt: skip
+
+    assert refused(Preparation()) is None
+    assert "holds no code" in refused(Preparation(function="os:system"))
+    assert "is none" in refused(Preparation(crops=(parse_crop("crop_to(size=[0, 65536, 65536])"),)))
+    assert refused(Preparation(crops=(parse_crop("margins(low=[9, 9, 9], high=[9, 9, 9])"),))) is None
+
+
+def test_all_of_it_from_raw_images_to_predictions_on_their_own_grids(mine, tmp_path):
+    """A network that was hardly trained: what counts is that training and prediction see the same grid."""
+    raw = tmp_path / "raw" / NAME
+    for seed in range(2):
+        write_balls(raw, f"c{seed}", seed, channels=2)
+        write_balls(raw, f"x{seed}", seed, split="Ts", channels=2)
+    facts = {"channel_names": {"0": "one", "1": "two"}, "labels": BALLS, "numTraining": 2, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(facts))
+    place = ["--workspace", str(tmp_path)]
+    asked = ["--crop", "crop_around_mass(size=[9, 12, 25])", "--combine", "rss", "--preprocessing", f"{mine}:doubled"]
+    small = [f"configurations.3d_fullres.{field}" for field in ("patch=[8, 8, 8]", "network.features=[3, 4]")]
+    shallow = [
+        "strides=[[1, 1, 1], [2, 2, 2]]",
+        "kernels=[[3, 3, 3], [3, 3, 3]]",
+        "encoder_blocks=[1, 1]",
+        "decoder_blocks=[1]",
+    ]
+    small += [f"configurations.3d_fullres.network.{field}" for field in shallow]
+    changes = [part for field in (*small, "configurations.3d_fullres.batch_size=2") for part in ("--set", field)]
+
+    def run(*command):
+        done = CliRunner().invoke(app, [*map(str, command), *place])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    run("plan_and_preprocess", "-d", 7, "-c", "3d_fullres", *asked, *changes)
+    steps = ["--set", "steps_per_epoch=2", "--set", "validation_steps=1", "--set", "tune=false"]
+    run("train", 7, "3d_fullres", "all", "--epochs", 1, "--device", "cpu", *steps)
+    run("predict", "-i", raw / "imagesTs", "-o", tmp_path / "out", "--no-tta", "--device", "cpu")
+    for name in ("x0", "x1"):
+        labels, stored = read_labels(tmp_path / "out" / f"{name}.nii.gz")
+        image, own = read_image([raw / "imagesTs" / f"{name}_000{c}.nii.gz" for c in (0, 1)], channels=2)
+        assert stored.agrees(own) and labels.array.shape[1:] == own.shape
+        made = load_json(Plan, tmp_path / "prepared" / NAME / "default" / "plan.json")
+        case = prepare("a", image, None, own, made, made.configuration("3d_fullres"))
+        assert case.trace.crop.shape == (9, 12, 25)
+        outside = np.ones(image.grid.shape, bool)
+        outside[case.trace.crop.within(outside.shape).slices()] = False
+        assert outside.any() and not labels.array[0][outside].any()
+    assert CliRunner().invoke(app, ["export", "-o", str(tmp_path / "m.autoseg"), *place]).exit_code == 1

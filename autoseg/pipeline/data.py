@@ -4,6 +4,7 @@ Each file is decoded once: the same decoding serves the check, the fingerprint a
 preprocessing of every configuration. A second run decodes only what is missing or changed.
 """
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ from autoseg.planners import (
     with_context,
     with_preparation,
 )
-from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, lost_labels, prepare_each
+from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, load_own, lost_labels, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
 from autoseg.schema import CaseFingerprint, ChannelNorm, Configuration, Fingerprint, Plan, Preparation, Run
@@ -43,7 +44,9 @@ PLAN_OPTIONS = {
     "gpu_memory_gb": "--gpu-memory",
     "planned": "--discard-edits",
     "configurations.2d.context": "--context",
+    "preparation.combined": "--combine",
     "preparation.crops": "--crop",
+    "preparation.function": "--preprocessing",
 }
 """Plan fields that have an option of their own."""
 
@@ -71,6 +74,8 @@ class PlanOptions:
     context: int | None = None
     """Slices that 2D networks see; None: as planned, which is one."""
     preparation: Preparation = field(default_factory=Preparation)
+    combine: str | None = None
+    """`rss`: all channels become one, the root of the sum of their squares."""
     configurations: tuple[str, ...] = ()
     """What to preprocess; empty: what `choose` says, or all."""
     like: Path | None = None
@@ -268,6 +273,12 @@ def make_plan(
         raise AutosegError(f"unknown preset {options.preset!r}; choose one of {', '.join(PLANNERS)}")
     source = None if options.like is None else plan_at(options.like)
     preparation = options.preparation if source is None else source.preparation
+    if options.combine not in (None, "rss"):
+        raise AutosegError(f"--combine {options.combine}: channels are combined by rss, the root of the sum of squares")
+    if options.combine is not None:
+        preparation = replace(preparation, combined=fingerprint.channel_names)
+    if preparation.function is not None:
+        load_own(preparation.function)
     measured = as_prepared(fingerprint, preparation)
     made = plan(
         measured,
@@ -362,9 +373,19 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
         configuration.spacing_mm,
         to_json(configuration.resampling),
         configuration.patch,
-        *([] if plan.preparation == Preparation() else [to_json(plan.preparation)]),
+        *([] if plan.preparation == Preparation() else [to_json(plan.preparation), _code(plan.preparation.function)]),
     )
     return hash_text(facts.content_hash, repr(said))
+
+
+def _code(function: str | None) -> str:
+    """The source of a user's preprocessing, so that what an earlier state of it prepared is prepared again."""
+    if function is None:
+        return ""
+    try:
+        return inspect.getsource(load_own(function))
+    except (OSError, TypeError):  # an object, or compiled
+        return ""
 
 
 def warn_of_lost_labels(lost: Mapping[str, tuple[int, int]]) -> None:
