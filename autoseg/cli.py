@@ -96,9 +96,6 @@ def plan_and_preprocess_verb(
     combine: Annotated[
         str | None, typer.Option(metavar="rss", help="Make all channels one: the root of the sum of squares.")
     ] = None,
-    preprocessing: Annotated[
-        str | None, typer.Option(metavar="MODULE:NAME", help="Your own function (image, spacing_mm) -> image.")
-    ] = None,
     plan: PlanOption = "default",
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
@@ -120,10 +117,10 @@ def plan_and_preprocess_verb(
     if help_fields:
         describe_plan_fields(place, dataset, plan)
         return
-    if like is not None and (preset or gpu_memory or spacing or crop or combine or preprocessing):
+    if like is not None and (preset or gpu_memory or spacing or crop or combine):
         raise AutosegError(
-            "--like takes over network, memory, spacing and preparation; leave out --preset, --gpu-memory, --spacing, "
-            "--crop, --combine, --preprocessing"
+            "--like takes over network, memory, spacing, crops and channels; leave out --preset, --gpu-memory, "
+            "--spacing, --crop, --combine"
         )
     plan_and_preprocess(
         place,
@@ -134,7 +131,7 @@ def plan_and_preprocess_verb(
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
             context=context,
-            preparation=Preparation(crops=tuple(map(parse_crop, crop or ())), function=preprocessing),
+            preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
             combine=combine,
             like=like,
             configurations=tuple(configurations or ()),

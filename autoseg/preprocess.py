@@ -175,11 +175,13 @@ def crop_as_asked(cropped: Cropped, preparation: Preparation) -> tuple[Cropped, 
         inner = box.moved(tuple(-a for a in inner.start)).within(inner.shape).moved(inner.start)
         if min(inner.shape) < 1:
             raise AutosegError(f"{describe(crop)} leaves nothing of the image but what was padded")
+    content = None if cropped.content is None else cropped.content[inner.slices()]
     left = replace(
         cropped,
         image=cropped.image[inner.slices()],
         labels=cropped.labels[inner.slices()],
-        content=None if cropped.content is None else cropped.content[inner.slices()],
+        # As of an empty image: statistics need voxels.
+        content=content if content is not None and content.any() else None,
         crop=inner.moved(cropped.crop.start),
     )
     return left, box.moved(cropped.crop.start)

@@ -78,14 +78,4 @@ def with_preparation(plan: Plan, preparation: Preparation, fingerprint: Fingerpr
                 outcome=f"{', then '.join(map(describe, preparation.crops))}: median image {after} voxels",
             )
         )
-    if preparation.function is not None:
-        reasons.append(
-            Reason(
-                decision="preprocessing",
-                rule="a function of one's own changes the images after the crops and before normalisation; a model "
-                "with one cannot be exported, since a model file holds no code",
-                inputs="",
-                outcome=preparation.function,
-            )
-        )
     return replace(plan, preparation=preparation, reasons=(*reasons, *plan.reasons))

@@ -167,6 +167,13 @@ def test_an_image_is_normalised_after_the_crop_and_before_it_is_padded():
     assert np.array_equal(padded[..., 3:6], cropped) and not padded[..., :3].any() and not padded[..., 6:].any()
 
 
+def test_a_crop_without_content_stays_finite():
+    image = np.zeros((5, 7, 11), np.float32)
+    image[0, :2, :2] = image[4, 5:, 9:] = 5
+    case = prepared(image, cropping("crop_to(size=[3, 3, 13])", masked=True))
+    assert case.image.shape == (1, 3, 3, 13) and not case.image.any() and (case.labels == UNSEEN).all()
+
+
 CROP = st.one_of(
     st.builds("crop_to(size=[{}, {}, {}])".format, *[st.integers(0, 14)] * 3),
     st.builds(
@@ -373,7 +380,14 @@ def test_all_of_it_from_raw_images_to_predictions_on_their_own_grids(mine, tmp_p
     facts = {"channel_names": {"0": "one", "1": "two"}, "labels": BALLS, "numTraining": 2, "file_ending": ".nii.gz"}
     (raw / "dataset.json").write_text(json.dumps(facts))
     place = ["--workspace", str(tmp_path)]
-    asked = ["--crop", "crop_around_mass(size=[9, 12, 25])", "--combine", "rss", "--preprocessing", f"{mine}:doubled"]
+    asked = [
+        "--crop",
+        "crop_around_mass(size=[9, 12, 25])",
+        "--combine",
+        "rss",
+        "--set",
+        f"preparation.function={mine}:doubled",
+    ]
     small = [f"configurations.3d_fullres.{field}" for field in ("patch=[8, 8, 8]", "network.features=[3, 4]")]
     shallow = [
         "strides=[[1, 1, 1], [2, 2, 2]]",

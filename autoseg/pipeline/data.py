@@ -46,7 +46,6 @@ PLAN_OPTIONS = {
     "configurations.2d.context": "--context",
     "preparation.combined": "--combine",
     "preparation.crops": "--crop",
-    "preparation.function": "--preprocessing",
 }
 """Plan fields that have an option of their own."""
 
@@ -277,8 +276,6 @@ def make_plan(
         raise AutosegError(f"--combine {options.combine}: channels are combined by rss, the root of the sum of squares")
     if options.combine is not None:
         preparation = replace(preparation, combined=fingerprint.channel_names)
-    if preparation.function is not None:
-        load_own(preparation.function)
     measured = as_prepared(fingerprint, preparation)
     made = plan(
         measured,
@@ -299,6 +296,8 @@ def make_plan(
     if before is not None and before.is_file():
         made, kept = keep_edits(load_json(Plan, before), fresh)
     made = settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
+    if made.preparation.function is not None:
+        load_own(made.preparation.function)
     return stamped(made, fresh, kept), kept
 
 
