@@ -213,7 +213,7 @@ def load_own(name: str) -> Callable[[np.ndarray, tuple[float, ...]], Any]:
     found: Any = getattr(module, attribute, None)
     if not callable(found):
         raise AutosegError(f"the preprocessing {name!r}: the module {module_name!r} has no function {attribute!r}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def apply_own(name: str, image: np.ndarray, stored: Grid) -> np.ndarray:
