@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 dataset_app = typer.Typer(no_args_is_help=True, help="Make raw datasets.", rich_markup_mode=None)
 app.add_typer(dataset_app, name="dataset")
+augment_app = typer.Typer(no_args_is_help=True, help="See what augmentations do.", rich_markup_mode=None)
+app.add_typer(augment_app, name="augment")
 
 DatasetOption = Annotated[
     str, typer.Option("-d", "--dataset", help="1, 001, Dataset001_Name, or the path of a raw dataset folder.")
@@ -38,6 +40,13 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change any other field; may be repeated.")
 ]
 PlanOption = Annotated[str, typer.Option("--plan", help="Name of the plan.")]
+NewPlanOption = Annotated[
+    str | None, typer.Option("--plan", help="Name of the plan [default, or that of the network].")
+]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option("--network", metavar="NAME", help="Network instead of the preset's, see `autoseg networks`."),
+]
 PRESET_HELP = "unet, resenc_m, resenc_l or resenc_xl."
 LOSS_HELP = (
     "dice_ce [default], dice, dice_squared, ce, bce, weighted_ce, topk_ce, focal, categorical_focal, unified_focal, "
@@ -81,6 +90,7 @@ def plan_and_preprocess_verb(
         list[str] | None, typer.Option("-c", "--configuration", help="Preprocess only this; may be repeated.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} [unet]")] = None,
+    network: NetworkOption = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
     like: Annotated[
@@ -96,7 +106,7 @@ def plan_and_preprocess_verb(
     combine: Annotated[
         str | None, typer.Option(metavar="rss", help="Make all channels one: the root of the sum of squares.")
     ] = None,
-    plan: PlanOption = "default",
+    plan: NewPlanOption = None,
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
     discard_edits: Annotated[
@@ -113,21 +123,22 @@ def plan_and_preprocess_verb(
     from autoseg.pipeline.data import PlanOptions, describe_plan_fields, plan_and_preprocess
     from autoseg.schema import Preparation
 
-    place = Workspace.find(workspace)
+    place, name = Workspace.find(workspace), plan_name(plan, network)
     if help_fields:
-        describe_plan_fields(place, dataset, plan)
+        describe_plan_fields(place, dataset, name)
         return
-    if like is not None and (preset or gpu_memory or spacing or crop or combine):
+    if like is not None and (preset or network or gpu_memory or spacing or crop or combine):
         raise AutosegError(
-            "--like takes over network, memory, spacing, crops and channels; leave out --preset, --gpu-memory, "
-            "--spacing, --crop, --combine"
+            "--like takes over network, memory, spacing, crops and channels; leave out --preset, --network, "
+            "--gpu-memory, --spacing, --crop, --combine"
         )
     plan_and_preprocess(
         place,
         dataset,
         PlanOptions(
-            name=plan,
+            name=name,
             preset=preset or "unet",
+            network=network,
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
             context=context,
@@ -164,6 +175,48 @@ def plan_verb(
         show_difference(place, dataset, *diff)
     if not explain and diff is None:
         show_plans(place, dataset, plan)
+
+
+PatchOption = Annotated[
+    str | None, typer.Option("--patch", metavar="ZxYxX", help="Voxels of a patch [256x256 and 64x64x64].")
+]
+ChannelsOption = Annotated[int, typer.Option("--channels", min=1, help="Channels of the images.")]
+ClassesOption = Annotated[int, typer.Option("--classes", min=1, help="Classes with the background.")]
+
+
+@app.command("networks")
+def networks_verb(
+    patch: PatchOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 2,
+    channels: ChannelsOption = 1,
+    classes: ClassesOption = 2,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 where autocast allows.")] = "bfloat16",
+    timed: Annotated[bool, typer.Option("--time", help="Run steps and time them.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """List the networks for `--network`: parameters, memory of a training step, source."""
+    from autoseg.pipeline.networks import Sizes, show_networks
+
+    if precision not in ("float32", "bfloat16"):
+        raise AutosegError(f"--precision {precision}: choose float32 or bfloat16")
+    sizes = Sizes(patch=parse_patch(patch), batch=batch, channels=channels, classes=classes)
+    show_networks(sizes, "float32" if precision == "float32" else "bfloat16", timed, device)
+
+
+@app.command("describe")
+def describe_verb(
+    names: Annotated[list[str], typer.Argument(help="Networks: name or name(key=value, ...).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for tables and diagrams.")] = Path("."),
+    patch: PatchOption = None,
+    channels: ChannelsOption = 1,
+    classes: ClassesOption = 2,
+    compare: Annotated[bool, typer.Option("--compare", help="Draw their numbers of parameters as bars.")] = False,
+) -> None:
+    """Write the table of layers and a diagram (SVG) of networks."""
+    from autoseg.pipeline.networks import Sizes, describe_networks
+
+    sizes = Sizes(patch=parse_patch(patch), channels=channels, classes=classes)
+    describe_networks(names, output, sizes, compare)
 
 
 @app.command("train")
@@ -251,6 +304,7 @@ def fit_verb(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of 250 steps a fold [default: 1000].")] = None,
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    network: NetworkOption = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
     group_by: GroupByOption = None,
@@ -259,7 +313,7 @@ def fit_verb(
     loss: LossOption = None,
     device: DeviceOption = "auto",
     num_gpus: Annotated[int, typer.Option(min=1, help="Train so many folds at a time, each on a GPU.")] = 1,
-    plan: PlanOption = "default",
+    plan: NewPlanOption = None,
     run: RunOption = "default",
     recipe: RecipeOption = None,
     workers: WorkersOption = None,
@@ -274,18 +328,20 @@ def fit_verb(
 
     if budget is not None and epochs is not None:
         raise AutosegError("give --budget or --epochs, not both: one of them ends the training")
+    name = plan_name(plan, network)
     planning = PlanOptions(
-        name=plan,
+        name=name,
         preset=preset or "unet",
+        network=network,
         gpu_memory_gb=gpu_memory,
         spacing_mm=parse_spacing(spacing),
         group_by=group_by,
         test_fraction=test_fraction,
         workers=workers,
-        keep=preset is None and gpu_memory is None and spacing is None,
+        keep=(preset, network, gpu_memory, spacing) == (None,) * 4,
     )
     training = TrainOptions(
-        plan=plan,
+        plan=name,
         run=run,
         epochs=epochs,
         seed=seed,
@@ -602,6 +658,43 @@ def profiles_verb() -> None:
     print(profiles())
 
 
+def plan_name(plan: str | None, network: str | None) -> str:
+    """The name of a plan that is made: as given, else the network's own, else `default`."""
+    from autoseg.settings import parse_call
+
+    return plan or ("default" if network is None else parse_call(network)[0].rpartition(":")[2])
+
+
+@augment_app.callback()
+def augment_top() -> None:
+    """Keeps `preview` a word of its own, though there is no other yet."""
+
+
+@augment_app.command("preview")
+def preview_verb(
+    dataset: DatasetOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The picture to draw, FILE.png.")],
+    configuration: Annotated[
+        str | None, typer.Option("-c", "--configuration", help="Whose patches [3d_fullres, else 2d].")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Augmentation, as in --set augmentation=NAME.")] = "default",
+    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Augmented samples to draw.")] = 8,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="Instead: each transform of the policy, alone and after all before it.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another patch and other samples.")] = 0,
+    plan: PlanOption = "default",
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Draw a page of one patch and what an augmentation makes of it, with the masks outlined. Changes nothing."""
+    from autoseg.pipeline.preview import PreviewOptions, preview
+
+    options = PreviewOptions(
+        configuration=configuration, policy=policy, samples=samples, chain=chain, seed=seed, plan=plan
+    )
+    preview(Workspace.find(workspace), dataset, output, options)
+
+
 def parse_names(text: str | None) -> tuple[str, ...]:
     """`T1, T2` -> ("T1", "T2"), nothing -> ()."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
@@ -616,6 +709,14 @@ def parse_labels(text: str | None) -> dict[str, int]:
     if len(named) < len(parts):
         raise AutosegError(f"--labels {text!r} names a label twice")
     return named
+
+
+def parse_patch(text: str | None) -> tuple[int, ...] | None:
+    """`64x96x96` -> (64, 96, 96); AutosegError for anything else."""
+    parts = [] if text is None else text.split("x")
+    if text is not None and not (len(parts) in (2, 3) and all(part.isdecimal() and int(part) for part in parts)):
+        raise AutosegError(f"--patch {text!r}: give two or three sizes, for example --patch 64x96x96")
+    return tuple(map(int, parts)) or None
 
 
 def parse_folds(text: str | None) -> tuple[int, ...]:

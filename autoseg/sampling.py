@@ -245,7 +245,8 @@ class Sampler:
                 if draws is None:
                     # A child stream: how much the patches draw does not move what the transforms draw.
                     child = generator(self.seed, self.stream, step).spawn(1)[0]
-                    draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0])
+                    cases = [self.case_names[index] for index in chosen]
+                    draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0], cases)
                 shape = draws.source_shape(sample)
                 source = grow(box, shape)
                 if sample in own:

@@ -97,6 +97,12 @@ class NetworkSpec:
     options: dict[str, Option] = field(default_factory=dict)
     """What the architecture has beside these, by name; none in the U-Nets of the presets."""
 
+    @property
+    def slices(self) -> int:
+        """How many slices of an image it sees side by side; a 2D network that treats them apart says so itself."""
+        told = self.options.get("context", 1)
+        return told if isinstance(told, int) else 1
+
 
 @record
 class Resampling:
@@ -167,10 +173,7 @@ class Configuration:
             raise ValueError(f"context is for 2D networks; {self.name} is 3D and sees its neighbouring slices anyway")
         # A network that treats slices in a way of its own has to be told how many there are.
         if (told := self.network.options.get("context", self.context)) != self.context:
-            raise ValueError(
-                f"the network is told of {told} slices in its options, and context is {self.context}; "
-                "--context sets both"
-            )
+            raise ValueError(f"the network is told of {told} slices in its options, and context is {self.context}")
 
 
 @record
@@ -191,6 +194,8 @@ class Plan:
     name: str = "default"
     dataset: str
     preset: str
+    network: str | None = None
+    """What was asked for by --network; None: the network of the preset."""
     gpu_memory_gb: float | None
     """What a training step was planned to fill; None if the plan was made elsewhere."""
     dimension: Dimension
@@ -301,7 +306,12 @@ class Recipe:
     clip_norm: float = 12.0
     foreground_fraction: float = 0.33
     augmentation: str = "default"
-    """`default`, `none`, `batchgenerators`, or `package.module:name` of a transform of your own."""
+    """`default`, `none`, `desai`, `strong`, `mr_artefacts`, `batchgenerators`, or `package.module:name` of a transform
+    of your own. Held-out patches are never changed."""
+    offline_copies: NonNegativeInt = 0
+    """How many fixed augmented copies there are of each case beside the case itself; 0: it is drawn anew each time."""
+    match_steps: bool = True
+    """Whether copies leave the number of steps as it is; otherwise epochs are as many times longer as the data are."""
     loader_threads: int = 2
     tune: bool = True
     """Whether probes at the start may choose precision, layout and compilation; without them float32, eager."""

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -114,6 +115,32 @@ def write_case(folder: Path, case: PreparedCase, key: str, patch: Sequence[int] 
         # Not synced file by file, since cases can be made again: after a power cut a file may be short, its size tells
         # so, and the case is prepared again.
         (new / CARD).write_text(to_json(StoredCase(key=key, trace=case.trace, sizes=sizes)))
+        if final.exists():
+            final.rename(old)
+        new.rename(final)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def share_case(source: Path, folder: Path, case_id: str, key: str) -> None:
+    """Put the whole case of the folder `source` into `folder` too, under `key`: its arrays lie on the disk once.
+
+    Either folder may be written anew or removed and the other keeps its case. Where the disk knows no hard links the
+    files are copied.
+    """
+    final, new, old = folder / case_id, folder / f".{case_id}.new", folder / f".{case_id}.old"
+    card = replace(_card(source / case_id), key=key)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        for name in card.sizes:
+            try:
+                os.link(source / case_id / name, new / name)
+            except OSError:
+                shutil.copyfile(source / case_id / name, new / name)
+        (new / CARD).write_text(to_json(card))
         if final.exists():
             final.rename(old)
         new.rename(final)

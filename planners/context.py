@@ -17,7 +17,8 @@ def with_context(plan: Plan, slices: int, asked: Sequence[str] = ()) -> Plan:
     """`plan` with 2D networks that see so many slices, an odd number, and why. Pure: equal arguments give equal plans.
 
     asked: the configurations that are wanted at all; empty: every one. Raises AutosegError with the cure if no 2D
-    configuration of 3D images is among them, and for a number of slices without a middle.
+    configuration of 3D images is among them, for a number of slices without a middle, and for networks that are told of
+    their slices themselves.
     """
     option = f"--context {slices}"
     if slices % 2 == 0 or not 1 <= slices <= MOST_CONTEXT:
@@ -36,20 +37,20 @@ def with_context(plan: Plan, slices: int, asked: Sequence[str] = ()) -> Plan:
             f"{option} is for {' and '.join(sorted(planar))}, and only {', '.join(asked)} is asked for; add "
             f"-c {min(planar)}, or leave out --context"
         )
-    made = tuple(_seeing(c, slices) if c.name in planar else c for c in plan.configurations)
+    for configuration in plan.configurations:
+        if "context" in configuration.network.options:
+            name = configuration.network.name
+            raise AutosegError(
+                f"{option}: {name} is told itself how many slices it sees, since all of it grows with them; leave out "
+                f"--context and ask for the network {name}(context={slices})"
+            )
+    made = tuple(replace(c, context=slices) if c.name in planar else c for c in plan.configurations)
     reasons = [_reason(plan, configuration) for configuration in made if configuration.name in planar]
     return replace(plan, configurations=made, reasons=(*plan.reasons, *reasons))
 
 
-def _seeing(configuration: Configuration, slices: int) -> Configuration:
-    network = configuration.network
-    if "context" in network.options:
-        network = replace(network, options=network.options | {"context": slices})
-    return replace(configuration, context=slices, network=network)
-
-
 def _reason(plan: Plan, configuration: Configuration) -> Reason:
-    channels, single = plan.in_channels(configuration), plan.in_channels(_seeing(configuration, 1))
+    channels, single = plan.in_channels(configuration), plan.in_channels(replace(configuration, context=1))
     more = (channels - single) * math.prod(configuration.patch)
     return Reason(
         decision=f"{configuration.name}: context",

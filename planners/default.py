@@ -5,7 +5,7 @@ patch sees too little of an image. Source: nnU-Net (Isensee et al., Nature Metho
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 
 from autoseg.labels import Labels
+from autoseg.needs import NetworkNeeds
+from autoseg.planners.asked import fit_asked
 from autoseg.planners.fit import fit
 from autoseg.planners.grid import Triple, axis_order, by, median_shape, target_spacing
 from autoseg.planners.rules import Rules
@@ -23,7 +25,7 @@ from autoseg.schema import ChannelNorm, Configuration, Fingerprint, Plan, Reason
 MEMORY_RANGE_GB = (2.0, 80.0)
 
 Fitted = Callable[[str, tuple[float, ...], tuple[float, ...], float], tuple[Configuration, tuple[Reason, ...]]]
-"""`fit` for the labels, memory and rules at hand: name, spacing, median shape, voxels of the dataset."""
+"""`fit` or `fit_asked` for the memory and rules at hand: name, spacing, median shape, voxels of the dataset."""
 
 Scheme = Literal["zscore", "ct", "none", "rescale", "rgb"]
 
@@ -45,11 +47,13 @@ def plan(
     gpu_memory_gb: float | None = None,
     spacing_mm: Triple | None = None,
     name: str = "default",
+    needs: NetworkNeeds | None = None,
 ) -> Plan:
     """Plan every configuration of a dataset. Pure: equal arguments give equal plans.
 
     `gpu_memory_gb` (2 to 80) is the memory that a training step may fill, by default what the preset is made for.
     `spacing_mm` (Z, Y, X in canonical order) replaces the target spacing; its first entry is not used in 2D.
+    `needs`: of the network to plan for, in place of the preset's.
     Raises AutosegError for a request that cannot be planned.
     """
     low, high = MEMORY_RANGE_GB
@@ -68,17 +72,22 @@ def plan(
     shape = median_shape(fingerprint, target)
     median: Triple = (shape[order[0]], shape[order[1]], shape[order[2]])
 
-    configurations, reasons = _configurations(
-        spacing,
-        median,
-        len(fingerprint.cases),
-        partial(fit, heads=labels.heads, gpu_memory_gb=memory_gb, rules=rules),
-        rules,
-    )
+    fitted: Fitted
+    if needs is None:
+        fitted = partial(fit, heads=labels.heads, gpu_memory_gb=memory_gb, rules=rules)
+    else:
+        fitted = partial(fit_asked, needs=needs, gpu_memory_gb=memory_gb, rules=rules)
+    dimensions = (2, 3) if needs is None else needs.dimensions
+    if dimensions == (3,) and median[0] == 1:
+        raise AutosegError(f"{needs.name if needs else ''} is a 3D network, and the images are slices; choose another")
+    configurations, reasons = _configurations(spacing, median, len(fingerprint.cases), fitted, rules, dimensions)
+    if needs and median[0] == 1 and any(configuration.context > 1 for configuration in configurations):
+        raise AutosegError(f"{needs.name} sees neighbouring slices, and the images have a single one; choose another")
     return Plan(
         name=name,
         dataset=fingerprint.dataset,
         preset=rules.name,
+        network=None if needs is None else needs.name,
         gpu_memory_gb=memory_gb,
         dimension=fingerprint.dimension,
         axis_order=order,
@@ -130,28 +139,34 @@ def _normalisation(fingerprint: Fingerprint, rules: Rules) -> tuple[tuple[Channe
 
 
 def _configurations(
-    spacing: Triple, median: Triple, cases: int, fitted: Fitted, rules: Rules
+    spacing: Triple, median: Triple, cases: int, fitted: Fitted, rules: Rules, dimensions: Collection[int]
 ) -> tuple[tuple[Configuration, ...], tuple[Reason, ...]]:
-    """Every configuration worth training; `spacing` (mm) and `median` (voxels) are full resolution, in plan order."""
+    """Every configuration worth training; `spacing` (mm) and `median` (voxels) are full resolution, in plan order.
+
+    dimensions: those that the network has.
+    """
     voxels = math.prod(median) * cases
-    planar, reasons = fitted("2d", spacing[1:], median[1:], voxels)
-    planar = replace(planar, batch_dice=True)
-    if median[0] == 1:
-        flat = Reason(
+    planar: tuple[Configuration, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+    if 2 in dimensions:
+        flat, reasons = fitted("2d", spacing[1:], median[1:], voxels)
+        planar = (replace(flat, batch_dice=True),)
+    if median[0] == 1 or 3 not in dimensions:
+        none = Reason(
             decision="3d_fullres",
-            rule="3D networks need more than one slice",
+            rule="3D networks need more than one slice" if 3 in dimensions else "the network is a 2D network",
             inputs=f"median image {by(median)} voxels",
             outcome="no 3D configuration",
         )
-        return (planar,), (*reasons, flat, _batch_dice((planar,)))
+        return planar, (*reasons, none, _batch_dice(planar))
 
     full, full_reasons = fitted("3d_fullres", spacing, median, voxels)
     low, low_reasons = _lowres(full, cases, fitted, rules)
-    configurations = [planar, full]
+    configurations = [*planar, full]
     if low is not None:
         full = replace(full, batch_dice=True)
         cascade = replace(full, name="3d_cascade_fullres", previous_stage=low.name)
-        configurations = [planar, full, low, cascade]
+        configurations = [*planar, full, low, cascade]
         low_reasons += (
             Reason(
                 decision="3d_cascade_fullres",
@@ -203,5 +218,5 @@ def _batch_dice(configurations: tuple[Configuration, ...]) -> Reason:
         rule="Dice is pooled over the batch where a patch sees a small part of an image: in 2D, and at full resolution "
         "where a low-resolution configuration exists",
         inputs=f"configurations {', '.join(configuration.name for configuration in configurations)}",
-        outcome=f"pooled in {', '.join(pooled)}",
+        outcome=f"pooled in {', '.join(pooled) or 'none of them'}",
     )

@@ -7,6 +7,8 @@ Differences: a network halves at least once (images under 8 voxels are padded); 
 """
 
 import math
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from autoseg.planners.grid import by
 from autoseg.planners.memory import activations
@@ -14,6 +16,20 @@ from autoseg.planners.rules import Budget, Rules
 from autoseg.planners.topology import Topology, topology
 from autoseg.records import AutosegError
 from autoseg.schema import Configuration, Dimension, NetworkSpec, Reason
+
+
+class Stepwise(Protocol):
+    """A patch, what its edges are multiples of, and the strides of its network."""
+
+    @property
+    def patch(self) -> tuple[int, ...]: ...
+    @property
+    def divisors(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]: ...
+
+
+Shape = TypeVar("Shape", bound=Stepwise)
 
 
 def fit(
@@ -35,26 +51,26 @@ def fit(
     budget = rules.budget(len(spacing_mm))
     allowed = budget.activations * (gpu_memory_gb / rules.reference_gb)
 
-    start = _start(spacing_mm, median_shape, budget, rules)
-    shape = start
-    needed = activations(_network(shape, rules), shape.patch, heads)
+    first = start(spacing_mm, median_shape, budget, rules)
+    shape = first
+    needed = activations(network_of(shape, rules), shape.patch, heads)
     steps = 0
     while needed / budget.batch * budget.must_fit > allowed:
         shape = shrink(shape, spacing_mm, median_shape, rules)
-        needed = activations(_network(shape, rules), shape.patch, heads)
+        needed = activations(network_of(shape, rules), shape.patch, heads)
         steps += 1
 
     by_memory = round(allowed / needed * budget.batch)
     by_coverage = round(dataset_voxels * rules.coverage / math.prod(shape.patch))
     batch_size = max(min(by_memory, by_coverage), rules.min_batch)
 
-    network = _network(shape, rules)
+    network = network_of(shape, rules)
     reasons = (
         Reason(
             decision=f"{name}: patch",
             rule=f"largest patch in the proportions of the image of which {budget.must_fit} samples fit in memory; "
             "shrink the axis that covers most of the median image",
-            inputs=f"median image {by(median_shape)} voxels at {by(spacing_mm)} mm, start {by(start.patch)}, "
+            inputs=f"median image {by(median_shape)} voxels at {by(spacing_mm)} mm, start {by(first.patch)}, "
             f"{gpu_memory_gb:g} GB",
             outcome=f"{by(shape.patch)} voxels " + (f"after {steps} steps" if steps else "(nothing to shrink)"),
         ),
@@ -92,10 +108,15 @@ def _list(stages: tuple[tuple[int, ...], ...]) -> str:
     return " ".join("x".join(str(step) for step in stage) for stage in stages)
 
 
-def _start(spacing: tuple[float, ...], median: tuple[float, ...], budget: Budget, rules: Rules) -> Topology:
-    """Topology of the patch that is a cube in mm of `start_voxels`, but no larger than the median image."""
+def start_size(spacing: tuple[float, ...], median: tuple[float, ...], budget: Budget) -> list[float]:
+    """A cube in mm of `start_voxels`, but no larger than the median image."""
     cube = (budget.start_voxels * math.prod(spacing)) ** (1 / len(spacing))
-    size = [min(max(1, round(cube / s)), edge) for s, edge in zip(spacing, median)]
+    return [min(max(1, round(cube / s)), edge) for s, edge in zip(spacing, median)]
+
+
+def start(spacing: tuple[float, ...], median: tuple[float, ...], budget: Budget, rules: Rules) -> Topology:
+    """Topology of the patch that shrinking starts from."""
+    size = start_size(spacing, median, budget)
     found = topology(spacing, size, rules.min_edge)
     if len(found.strides) == 1:
         # With edges of 3 x min_edge along the fine axes, some axis is halved, whatever the spacing.
@@ -111,25 +132,35 @@ def shrink(shape: Topology, spacing: tuple[float, ...], median: tuple[float, ...
     An axis is passed over where its step would leave no voxel or no downsampling, or where rounding up to the
     divisors of the new network would take back what the step saves. So every step saves voxels, and shrinking ends.
     """
-    axes = sorted(range(len(median)), key=lambda a: (shape.patch[a] / median[a], a), reverse=True)
-    for axis in axes:
-        # A smaller patch may be halved less often and so allow finer steps: from 256, divisible by 64, to 224, not 192.
-        trial = _less(shape.patch, axis, shape.divisors[axis])
-        step = topology(spacing, trial, rules.min_edge).divisors[axis]
-        smaller = topology(spacing, _less(shape.patch, axis, step), rules.min_edge)
-        if len(smaller.strides) > 1 and 0 < math.prod(smaller.patch) < math.prod(shape.patch):
-            return smaller
+    smaller = step_down(shape, median, lambda size: topology(spacing, size, rules.min_edge))
+    if smaller is not None:
+        return smaller
     raise AutosegError(
         f"no patch smaller than {by(shape.patch)} voxels can be planned at {by(spacing)} mm, and it does not fit; "
         "give more GPU memory, or a target spacing that is more alike along the axes"
     )
 
 
+def step_down(
+    shape: Shape, median: tuple[float, ...], at: Callable[[tuple[int, ...]], Shape], least_stages: int = 2
+) -> Shape | None:
+    """As `shrink`, for whatever has a patch, divisors and strides `at` a size; None where nothing is left to save."""
+    axes = sorted(range(len(median)), key=lambda a: (shape.patch[a] / median[a], a), reverse=True)
+    for axis in axes:
+        # A smaller patch may be halved less often and so allow finer steps: from 256, divisible by 64, to 224, not 192.
+        trial = _less(shape.patch, axis, shape.divisors[axis])
+        step = at(trial).divisors[axis]
+        smaller = at(_less(shape.patch, axis, step))
+        if len(smaller.strides) >= least_stages and 0 < math.prod(smaller.patch) < math.prod(shape.patch):
+            return smaller
+    return None
+
+
 def _less(patch: tuple[int, ...], axis: int, step: int) -> tuple[int, ...]:
     return tuple(edge - step if a == axis else edge for a, edge in enumerate(patch))
 
 
-def _network(shape: Topology, rules: Rules) -> NetworkSpec:
+def network_of(shape: Topology, rules: Rules) -> NetworkSpec:
     """The network of that shape: features double a stage up to the cap."""
     stages = len(shape.strides)
     dimension: Dimension = 2 if len(shape.patch) == 2 else 3

@@ -30,7 +30,7 @@ def topology(spacing_mm: Sequence[float], size: Sequence[float], min_edge: int) 
     spacing, edges = list(spacing_mm), list(size)
     kernel = [1] * len(spacing)
     strides, kernels = [(1,) * len(spacing)], []
-    while axes := _to_halve(spacing, edges, min_edge):
+    while axes := to_halve(spacing, edges, min_edge):
         finest = min(spacing)
         kernel = [3 if k == 3 or s / finest < 2 else 1 for k, s in zip(kernel, spacing)]
         kernels.append(tuple(kernel))
@@ -44,7 +44,7 @@ def topology(spacing_mm: Sequence[float], size: Sequence[float], min_edge: int) 
     return Topology(patch=patch, divisors=divisors, strides=tuple(strides), kernels=tuple(kernels))
 
 
-def _to_halve(spacing: list[float], edges: list[float], min_edge: int) -> list[int]:
+def to_halve(spacing: list[float], edges: list[float], min_edge: int) -> list[int]:
     """Axes that are long enough and less than twice as coarse as the finest of those that are long enough."""
     long = [axis for axis, edge in enumerate(edges) if edge >= 2 * min_edge]
     finest = min((spacing[axis] for axis in long), default=0.0)

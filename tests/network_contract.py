@@ -136,7 +136,9 @@ def check_shapes(spec: NetworkSpec, size: Sequence[int]) -> None:
 def check_gradients(spec: NetworkSpec, size: Sequence[int]) -> None:
     """Every parameter has a gradient, and a weight none that is zero; a norm takes away what a bias before it adds."""
     network = fresh(spec, seed=1)
-    weighted = [(one * torch.randn_like(one)).sum() for one in network(torch.randn(2, IN_CHANNELS, *size), True)]
+    where = {"position": 0.5 - torch.rand(2, spec.dimension)} if network.takes_position else {}
+    outputs = network(torch.randn(2, IN_CHANNELS, *size), True, **where)
+    weighted = [(one * torch.randn_like(one)).sum() for one in outputs]
     torch.stack(weighted).sum().backward()
     idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
     assert not idle, f"no gradient at all: {idle}"

@@ -1,6 +1,6 @@
 """The default augmentation: what is drawn, how often, and that draws decide everything."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ from batchgenerators.transforms.color_transforms import BrightnessMultiplicative
 from scipy import ndimage, stats
 
 from autoseg.augment import Source, make_augmentation
-from autoseg.augment.default import NONE, DefaultAugmentation, Draws, rotation_limit_rad
+from autoseg.augment.default import DefaultAugmentation, Draws, rotation_limit_rad
+from autoseg.augment.policy import NONE
 
 PATCH = (5, 7, 11)
 MANY = 20_000
@@ -293,12 +294,20 @@ def test_a_wrong_box_is_refused():
 
 def test_every_draw_has_one_entry_a_sample():
     draws = make().draw(np.random.default_rng(0), 4, 3)
-    shapes = {field.name: getattr(draws, field.name).shape for field in fields(draws) if field.name != "patch"}
+    arrays = {**vars(draws), **vars(draws.artefacts)}
+    shapes = {name: array.shape for name, array in arrays.items() if name not in ("patch", "artefacts")}
     each = (4, 3)
     assert shapes == {
         "affine": (4, 3, 3), "mirrored": (4, 3), "noise_sigma": (4,), "noise_seed": (4,), "blur_sigma": (*each, 3),
         "brightness": each, "contrast": each, "zoom": (*each, 3), "gamma_inverted": each, "gamma": each,
+        "displacement": (4, 3, 1, 1, 1), "turn_rad": (4, 3), "scale": (4,), "enlargement": (4,), "shear_rad": (4, 3),
+        "motion_length": each, "motion_angle": each, "bias_log": (*each, 4, 4, 4), "ghost_strength": each,
+        "ghost_copies": each, "ghost_axis": each, "anisotropy": (*each, 3), "rician_sigma": (4,), "rician_seed": (4,),
     }  # fmt: skip
+    part = draws.part(slice(1, 3))
+    for name, array in arrays.items():
+        if name not in ("patch", "artefacts"):
+            assert np.array_equal({**vars(part), **vars(part.artefacts)}[name], array[1:3])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -21,7 +21,7 @@ OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
         "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
-        "context", "crop", "combine", "discard_edits", "workers", "workspace", "set_", "help_fields",
+        "context", "crop", "combine", "discard_edits", "workers", "workspace", "set_", "help_fields", "network",
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
@@ -31,6 +31,7 @@ OPTIONS = {
     "fit": {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
         "test_fraction", "seed", "loss", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
+        "network",
     },
     "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {
@@ -46,21 +47,27 @@ OPTIONS = {
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
     "recipes": set(),
+    "networks": {"patch", "batch", "channels", "classes", "precision", "timed", "device"},
+    "describe": {"names", "output", "patch", "channels", "classes", "compare"},
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""
 
 
 def test_the_options_of_each_verb_are_these_and_no_more():
     verbs = dict(get_command(app).commands)
-    assert set(verbs) == {*OPTIONS, "dataset"}
+    assert set(verbs) == {*OPTIONS, "dataset", "augment"}
     assert set(verbs.pop("dataset").commands) == {"make", "import", "profiles"}
+    preview = verbs.pop("augment").commands["preview"]
+    assert {parameter.name for parameter in preview.params} == {
+        "dataset", "output", "configuration", "policy", "samples", "chain", "seed", "plan", "workspace",
+    }  # fmt: skip
     for name, verb in verbs.items():
         assert {parameter.name for parameter in verb.params} == OPTIONS[name], name
 
 
 def test_version_and_help():
     assert RUNNER.invoke(app, ["--version"]).output == f"autoseg {__version__}\n"
-    for verb in (*OPTIONS, "dataset make"):
+    for verb in (*OPTIONS, "dataset make", "augment preview"):
         shown = RUNNER.invoke(app, [*verb.split(), "--help"])
         assert shown.exit_code == 0
         assert "Usage" in shown.output

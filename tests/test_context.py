@@ -13,7 +13,8 @@ from toys import LABELS, balls_dataset, configuration, grid, plan
 from typer.testing import CliRunner
 
 from autoseg.augment import make_augmentation
-from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation
+from autoseg.augment.default import DefaultAugmentation
+from autoseg.augment.policy import DEFAULT, NONE
 from autoseg.cli import app
 from autoseg.inference import Swap, predict_logits
 from autoseg.labels import UNSEEN
@@ -394,8 +395,8 @@ def test_a_network_that_is_told_of_its_slices_is_told_the_right_number():
         replace(flat(3), network=spec)
     made = fresh_plan()
     told = replace(flat(5), network=spec)
-    changed = with_context(replace(made, configurations=(told,)), 3).configurations[0]
-    assert changed.context == 3 and changed.network.options == {"context": 3}
+    with pytest.raises(AutosegError, match=r"ask for the network unet\(context=3\)"):
+        with_context(replace(made, configurations=(told,)), 3)
 
 
 NAME = "Dataset007_Balls"

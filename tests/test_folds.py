@@ -46,7 +46,7 @@ def test_a_fold_that_fails_is_named_and_the_others_are_trained(place, capsys):
     ]
     with pytest.raises(AutosegError, match=r"1 of 2 folds failed; .*\n  3d_fullres/0: code 1, .*train\.log"):
         train_side_by_side(place, "7", folds, processes=2)
-    assert "there is no module 'nowhere'" in capsys.readouterr().out
+    assert "No module named 'nowhere'" in capsys.readouterr().out
     assert [validated(fold.folder) for fold in folds] == [False, True]
 
 

@@ -84,7 +84,11 @@ def test_ignored_voxels_have_no_gradient_and_no_influence(name, kind):
         slope = gradient(value, logits)
         assert hidden.any() and not slope[hidden.expand_as(slope)].any(), "exactly zero"
         assert slope[~hidden.expand_as(slope)].any()
-        torch.testing.assert_close(loss(logits + 3 * hidden * torch.randn_like(logits), target), value)
+        odd = 50.0 if name in ("dice_ce", "dice", "ce") else torch.nan
+        spoilt = torch.where(hidden, odd, logits.detach()).requires_grad_()
+        again = loss(spoilt, target)
+        torch.testing.assert_close(again, value)
+        torch.testing.assert_close(gradient(again, spoilt), slope)
         nothing = loss(logits, torch.full_like(target, labels.ignored))
         assert nothing == 0 and not gradient(nothing, logits).any()
 
@@ -94,10 +98,10 @@ def test_ignored_voxels_have_no_gradient_and_no_influence(name, kind):
 @pytest.mark.parametrize("name", OF_VOXELS_ALONE)
 def test_to_ignore_voxels_is_to_cut_them_away(name, kind, batch_dice):
     labels = EVERY[kind]
-    logits, target = problem(labels, seed=3)
-    target[:, :, 2:] = labels.ignored
+    logits, target = problem(labels, (3, 3, 4, 5), seed=3)
+    target[:, :, 2:], target[2] = labels.ignored, labels.ignored
     loss = partial(loss_of(name, labels), batch_dice=batch_dice)
-    torch.testing.assert_close(loss(logits, target), loss(logits[:, :, :, :2], target[:, :, :2]))
+    torch.testing.assert_close(loss(logits, target), loss(logits[:2, :, :, :2], target[:2, :, :2]))
 
 
 @pytest.mark.parametrize("batch_dice", [False, True])
@@ -125,6 +129,24 @@ def test_a_region_that_nobody_annotated_is_left_out(name, batch_dice):
     index = torch.tensor([fewer.stored.index(stored) for stored in REGIONS.stored])
     loss = loss_of(name, fewer, weights=(1, 2, 4))
     torch.testing.assert_close(value, loss(logits[:, [0, 2]], index[target], batch_dice=batch_dice))
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("name", ["dice", "dice_squared", "tversky", "focal_tversky", "cldice"])
+def test_overlaps_are_a_mean_over_what_was_annotated(name, batch_dice):
+    """Region by region on the samples in which it counts, each as a single class of its own."""
+    logits, target = problem(REGIONS, (3, 3, 4, 5), seed=8)
+    annotated = torch.tensor([[True, False, True], [True, True, False], [True, False, False]])
+    value = LOSSES[name](logits, target, batch_dice=batch_dice, labels=REGIONS, annotated=annotated)
+    total = entries = 0
+    for k, members in enumerate(REGIONS.members):
+        kept = annotated[:, k]
+        pair = torch.stack([torch.zeros_like(logits[kept, k]), logits[kept, k]], 1)
+        truth = torch.isin(target[kept], torch.tensor(members)).long()
+        weight = 1 if batch_dice else int(kept.sum())
+        total += weight * LOSSES[name](pair, truth, batch_dice=batch_dice)
+        entries += weight
+    torch.testing.assert_close(value, total / entries)
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -245,7 +267,7 @@ def test_weights_come_from_the_data_unless_they_are_given():
         ("focal(batch_dice=true)", "no option 'batch_dice'; it has gamma=2"),
         ("focal(gamma=much)", "gamma must be a number, not 'much'"),
         ("no_such_module_here:loss", "cannot be imported"),
-        ("math:no_such_loss", "the module 'math' has no function 'no_such_loss'"),
+        ("math:no_such_loss", "no class or function 'no_such_loss'"),
         ("math:sqrt", "must take batch_dice, labels, annotated, part by keyword"),
     ],
 )

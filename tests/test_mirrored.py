@@ -14,8 +14,9 @@ from toys import plan as toy_plan
 import autoseg
 from autoseg.augment import make_augmentation
 from autoseg.augment.classic import _mirrors
-from autoseg.augment.default import DEFAULT, DefaultAugmentation, rotation_limit_rad
+from autoseg.augment.default import DefaultAugmentation, rotation_limit_rad
 from autoseg.augment.geometry import rename
+from autoseg.augment.policy import DEFAULT
 from autoseg.inference import Swap, count_views, predict_logits
 from autoseg.labels import UNSEEN, Labels
 from autoseg.mirroring import ALL_AXES, Flips, Mirroring
@@ -291,7 +292,7 @@ def test_a_phantom_that_only_place_tells_apart(tmp_path, capsys):
     assert (model.predict(raw / "imagesTr" / "c0_0000.nii.gz").labels == predicted).all()
 
 
-def test_fingerprints_of_before_get_their_positions_and_cases_stay_prepared(tmp_path, capsys):
+def test_fingerprints_of_before_get_what_they_lack_and_cases_stay_prepared(tmp_path, capsys):
     workspace = Workspace(tmp_path)
     raw = workspace.raw(NAME)
     write_phantom(raw)
@@ -299,13 +300,14 @@ def test_fingerprints_of_before_get_their_positions_and_cases_stay_prepared(tmp_
     made = plan_and_preprocess(workspace, NAME, options)
     path = workspace.prepared(NAME) / "fingerprint.json"
     new = load_json(Fingerprint, path)
-    old = replace(new, cases=tuple(replace(case, across=None) for case in new.cases))
-    save_json(old, path)
-    capsys.readouterr()
-    again = plan_and_preprocess(workspace, NAME, options)
-    assert to_json(again) == to_json(made) and load_json(Fingerprint, path) == new
-    printed = capsys.readouterr().out
-    assert "3 of 3 cases are prepared already" in printed and "fingerprint reused" not in printed
+    for lost in ("voxels", "across"):
+        old = replace(new, cases=tuple(replace(case, **{lost: None}) for case in new.cases))
+        save_json(old, path)
+        capsys.readouterr()
+        again = plan_and_preprocess(workspace, NAME, options)
+        assert to_json(again) == to_json(made) and load_json(Fingerprint, path) == new
+        printed = capsys.readouterr().out
+        assert "3 of 3 cases are prepared already" in printed and "fingerprint reused" not in printed
     # Names that say no side need no position: nothing is decoded again.
     facts = json.loads((raw / "dataset.json").read_text())
     facts["labels"] = {"background": 0, "one sphere": 1, "other sphere": 2}

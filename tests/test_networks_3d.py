@@ -84,7 +84,7 @@ def test_options_of_the_papers_can_be_others(name, options):
         ("unet3d", {"dropout": 1.5}, "dropout"),
         ("unet3d", {"first_kernel": 4}, "odd"),
         ("relative_unet3d", {"position": "here"}, "position"),
-        ("relative_unet3d", {"norm": "instance"}, "would not notice its place"),
+        ("relative_unet3d", {"position": "add", "norm": "instance"}, "would not notice its place"),
         ("vnet", {"noise": -1.0}, "noise"),
         ("vnet", {"down_activation": "tanh"}, "down_activation: choose one of"),
         ("slice_vnet", {"context": 4}, "odd"),

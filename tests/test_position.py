@@ -13,7 +13,7 @@ from torch import nn
 from toys import grid, network
 
 from autoseg.augment import make_augmentation
-from autoseg.augment.default import NONE
+from autoseg.augment.policy import NONE
 from autoseg.evaluation import Summary
 from autoseg.inference import predict_logits
 from autoseg.networks import NETWORKS

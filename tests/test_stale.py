@@ -97,7 +97,7 @@ def test_later_folds_of_fit_take_the_choices_of_the_first(tmp_path):
     put_fold(tmp_path, STAGES, "3d_fullres", recipe=Recipe(**SHORT, batch_size=3))
     assert with_common_choices(options, tasks, tasks[0]) is options, "its own run says it"
     later = with_common_choices(options, tasks, tasks[1])
-    assert later.changes == {"clip_norm": 3.0, "momentum": 0.99, **SHORT, "batch_size": 3}
+    assert later.changes == {"clip_norm": 3.0, "momentum": 0.99, "schedule": "poly", **SHORT, "batch_size": 3}
     stated = TrainOptions(changes={"momentum": 0.5})
     assert with_common_choices(stated, tasks, tasks[1]).changes == {"momentum": 0.5, "batch_size": 3}
 

@@ -7,8 +7,9 @@ box to cut for each sample, and `apply` turns the boxes into a batch:
     draws = augmentation.draw(rng, batch=2, channels=1)
     image, labels = augmentation.apply(draws, [cut(sample, draws.source_shape(sample)) for sample in range(2)])
 
-`default` is nnU-Net v2's, `none` leaves patches as they are, `batchgenerators` is nnU-Net v1's by the original classes;
-`package.module:name` is a callable of your own, see `Transform`.
+`default` is nnU-Net v2's, `none` leaves patches as they are; `desai`, `strong` and `mr_artefacts` are other policies,
+see `policy.py`; `batchgenerators` is nnU-Net v1's by the original classes; `package.module:name` is a callable of your
+own, see `Transform`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +20,25 @@ import numpy as np
 from torch import Tensor
 
 from autoseg.augment import classic, foreign
-from autoseg.augment.default import DEFAULT, NONE, DefaultAugmentation, Policy, Source
+from autoseg.augment.copies import FixedCopies
+from autoseg.augment.default import DefaultAugmentation, Source
 from autoseg.augment.foreign import Transform
+from autoseg.augment.policy import POLICIES, Policy
 from autoseg.mirroring import ALL_AXES, Flips
+from autoseg.own import own
 from autoseg.records import AutosegError
 from autoseg.schema import Dimension
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "Drawn", "Policy", "Source", "Transform", "make_augmentation"]
+__all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
+    "Drawn",
+    "FixedCopies",
+    "Policy",
+    "Source",
+    "Transform",
+    "make_augmentation",
+]
 
 
 class Drawn(Protocol):
@@ -47,8 +60,8 @@ class Drawn(Protocol):
 class Augmentation(Protocol):
     """What `make_augmentation` returns."""
 
-    def draw(self, rng: np.random.Generator, batch: int, channels: int) -> Any:
-        """Decide everything for a batch; returns a `Drawn`."""
+    def draw(self, rng: np.random.Generator, batch: int, channels: int, cases: Sequence[str] = ()) -> Any:
+        """Decide everything for a batch; returns a `Drawn`. `cases`: their names, which `FixedCopies` needs."""
         ...
 
     def apply(self, draws: Any, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
@@ -79,7 +92,10 @@ def _classic(patch: tuple[int, ...], dimension: Dimension, masked: tuple[bool, .
     )
 
 
-AUGMENTATIONS: dict[str, Maker] = {"default": _follow(DEFAULT), "none": _follow(NONE), "batchgenerators": _classic}
+AUGMENTATIONS: dict[str, Maker] = {
+    **{name: _follow(policy) for name, policy in POLICIES.items()},
+    "batchgenerators": _classic,
+}
 
 
 def make_augmentation(
@@ -102,17 +118,17 @@ def make_augmentation(
     patch, masked = tuple(patch), tuple(masked)
     if len(patch) != dimension or min(patch) < 1:
         raise ValueError(f"a patch of shape {patch} does not fit a {dimension}D configuration")
-    if context > 1 and name not in ("default", "none"):
+    if ":" not in name and name not in AUGMENTATIONS:
+        known = ", ".join(AUGMENTATIONS)
+        raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
+    if context > 1 and name not in POLICIES:
         raise AutosegError(
             f"the augmentation {name} would change each of the {context} slices that the network sees in its own way; "
             "train with --set augmentation=default or none, or plan without --context"
         )
     if ":" in name:
         return foreign.ForeignAugmentation(
-            name=name, transform=foreign.load(name), box=patch, patch=patch, masked=masked
+            name=name, transform=own(name, "augmentation"), box=patch, patch=patch, masked=masked
         )
-    if name not in AUGMENTATIONS:
-        known = ", ".join(AUGMENTATIONS)
-        raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
     made = AUGMENTATIONS[name](patch, dimension, masked, flips)
     return replace(made, context=context) if isinstance(made, DefaultAugmentation) else made

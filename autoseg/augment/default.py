@@ -16,48 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoseg.augment import geometry, intensity
+from autoseg.augment import artefacts, geometry, intensity, spline
+from autoseg.augment.artefacts import Artefacts
+from autoseg.augment.policy import Policy, Range
 from autoseg.mirroring import ALL_AXES, Flips
 from autoseg.records import record
 from autoseg.schema import Dimension
 
 Source = tuple[Tensor, Tensor]
-Range = tuple[float, float]
 
-
-@record
-class Policy:
-    """Probabilities a sample, and ranges that are drawn from uniformly. A pair about 1 is halved: see `_about_one`."""
-
-    rotation: float = 0.2
-    scaling: float = 0.2
-    scale: Range = (0.7, 1.4)
-    """One factor for all axes; above 1 objects shrink."""
-    noise: float = 0.1
-    noise_sigma: Range = (0.0, 0.1)
-    blur: float = 0.2
-    blur_channel: float = 0.5
-    """Probability of each channel, once the sample was chosen."""
-    blur_sigma: Range = (0.5, 1.0)
-    brightness: float = 0.15
-    brightness_factor: Range = (0.75, 1.25)
-    contrast: float = 0.15
-    contrast_factor: Range = (0.75, 1.25)
-    low_resolution: float = 0.25
-    low_resolution_channel: float = 0.5
-    zoom: Range = (0.5, 1.0)
-    gamma_inverted: float = 0.1
-    gamma: float = 0.3
-    gamma_exponent: Range = (0.7, 1.5)
-    mirror: float = 0.5
-    """Probability of each axis."""
-
-
-DEFAULT = Policy()
-NONE = Policy(
-    rotation=0, scaling=0, noise=0, blur=0, brightness=0, contrast=0,
-    low_resolution=0, gamma_inverted=0, gamma=0, mirror=0,
-)  # fmt: skip
+ELASTIC_CELLS = 4
+"""Of the control grid of elastic displacements along every axis that moves; a cell is a quarter of the patch."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,10 +51,21 @@ class Draws:
     """(B, C, D)."""
     gamma_inverted: np.ndarray
     gamma: np.ndarray
+    displacement: np.ndarray
+    """(B, D, *points): control points of a spline, in patch voxels; neutral: 0. It acts before `affine`."""
+    artefacts: Artefacts
+    turn_rad: np.ndarray
+    """(B, angles); this and the next three are what `affine` was made of, for people to read."""
+    scale: np.ndarray
+    """(B,); above 1 objects shrink."""
+    enlargement: np.ndarray
+    """(B,); above 1 objects grow."""
+    shear_rad: np.ndarray
+    """(B, axes that move)."""
 
     def source_shape(self, sample: int) -> tuple[int, ...]:
         """Shape of the box, centred on the patch centre, that sample number `sample` is made from."""
-        return geometry.source_shape(self.affine[sample], self.patch)
+        return geometry.source_shape(self.affine[sample], self.patch, self.displacement[sample])
 
     def is_mirrored(self, sample: int) -> tuple[bool, ...]:
         """Which axes of the patch are reversed in sample number `sample`."""
@@ -96,7 +76,7 @@ class Draws:
         arrays: dict[str, Any] = {
             name: value[samples] for name, value in vars(self).items() if isinstance(value, np.ndarray)
         }
-        return replace(self, **arrays)
+        return replace(self, artefacts=self.artefacts.part(samples), **arrays)
 
     def in_stacks(self, slices: int) -> "Draws":
         """The same for stacks of so many slices around each 2D patch, all of which are changed alike."""
@@ -109,6 +89,8 @@ class Draws:
             mirrored=np.pad(self.mirrored, ((0, 0), (1, 0))),
             blur_sigma=np.pad(self.blur_sigma, ((0, 0), (0, 0), (1, 0))),
             zoom=np.pad(self.zoom, ((0, 0), (0, 0), (1, 0)), constant_values=1.0),
+            displacement=np.pad(self.displacement, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :, None],
+            artefacts=self.artefacts.in_stacks(),
         )
 
 
@@ -133,7 +115,12 @@ class DefaultAugmentation:
         """Whether axis 0 of a 3D patch is so short that it takes no part in rotation, scaling and low resolution."""
         return is_planar(self.patch)
 
-    def draw(self, rng: np.random.Generator, batch: int, channels: int) -> Draws:
+    @property
+    def fixed(self) -> int:
+        """How many of the first axes take no part in these."""
+        return int(self.planar)
+
+    def draw(self, rng: np.random.Generator, batch: int, channels: int, cases: Sequence[str] = ()) -> Draws:
         """Decide everything for `batch` samples of `channels` channels.
 
         The count of numbers taken from `rng` depends on the shapes alone, never on what is drawn.
@@ -153,18 +140,27 @@ class DefaultAugmentation:
         noise_seed = rng.integers(2**63 - 1, size=batch)
         blurred = _chosen(rng, policy.blur, policy.blur_channel, each)
         blur_sigma = blurred[..., None] * rng.uniform(*policy.blur_sigma, (*each, axes))
-        brightness = _about_one(rng, policy.brightness, policy.brightness_factor, each)
-        contrast = _about_one(rng, policy.contrast, policy.contrast_factor, each)
+        brightness = _about_one(rng, policy.brightness, policy.brightness_factor, each, policy.halved)
+        contrast = _about_one(rng, policy.contrast, policy.contrast_factor, each, policy.halved)
         coarse = _chosen(rng, policy.low_resolution, policy.low_resolution_channel, each)
         zoom = np.repeat(np.where(coarse, rng.uniform(*policy.zoom, each), 1.0)[..., None], axes, axis=-1)
         if self.planar:
             zoom[..., 0] = 1.0
-        gamma_inverted = _about_one(rng, policy.gamma_inverted, policy.gamma_exponent, each)
-        gamma = _about_one(rng, policy.gamma, policy.gamma_exponent, each)
+        gamma_inverted = _about_one(rng, policy.gamma_inverted, policy.gamma_exponent, each, policy.halved)
+        gamma = _about_one(rng, policy.gamma, policy.gamma_exponent, each, policy.halved)
+        mirrored = (rng.random((batch, axes)) < policy.mirror) & np.isin(range(axes), self.flips.axes)
+        # What nnU-Net's list lacks comes from streams of its own: it moves nothing that is drawn for that list.
+        new, bends = rng.spawn(2)
+        enlargement = np.where(new.random(batch) < policy.enlarging, new.uniform(*policy.enlargement, batch), 1.0)
+        sheared = new.random((batch, 1)) < policy.shear
+        shear_rad = sheared * np.deg2rad(new.uniform(*policy.shear_degrees, (batch, axes - self.fixed)))
+        for matrix, larger, leaning in zip(affine, enlargement, shear_rad):
+            if larger != 1 or leaning.any():
+                matrix[self.fixed :, self.fixed :] @= geometry.shear(leaning) / larger
         draws = Draws(
             patch=self.patch,
             affine=affine,
-            mirrored=(rng.random((batch, axes)) < policy.mirror) & np.isin(range(axes), self.flips.axes),
+            mirrored=mirrored,
             noise_sigma=noise_sigma,
             noise_seed=noise_seed,
             blur_sigma=blur_sigma,
@@ -173,8 +169,27 @@ class DefaultAugmentation:
             zoom=zoom,
             gamma_inverted=gamma_inverted,
             gamma=gamma,
+            displacement=self._draw_displacement(bends, batch),
+            artefacts=artefacts.draw(new, policy, batch, channels, axes, self.fixed),
+            turn_rad=angles,
+            scale=scales,
+            enlargement=enlargement,
+            shear_rad=shear_rad,
         )
         return draws if self.context == 1 else draws.in_stacks(self.context)
+
+    def _draw_displacement(self, rng: np.random.Generator, batch: int) -> np.ndarray:
+        """Control points (B, D, *points) of displacements in voxels: none along, nor different along, a fixed axis.
+
+        Without elastic deformation there is one point, and nothing is drawn from `rng`, which is for this alone.
+        """
+        axes = len(self.patch)
+        if self.policy.elastic == 0:
+            return np.zeros((batch, axes, *[1] * axes))
+        points = [1] * self.fixed + [ELASTIC_CELLS + 3] * (axes - self.fixed)
+        share = (rng.random(batch) < self.policy.elastic) * rng.uniform(*self.policy.elastic_share, batch)
+        reach = share[:, None] * [spline.spacing(edge, count) for edge, count in zip(self.patch, points)]
+        return rng.uniform(-1, 1, (batch, axes, *points)) * reach.reshape(batch, axes, *[1] * axes)
 
     def apply(self, draws: Draws, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
         """Make a batch from one (image, labels) source a sample, on the device where the sources are.
@@ -216,11 +231,12 @@ class DefaultAugmentation:
         """Read a box, image (C, *source) and labels (*source), as drawn into (C, *patch) and (*patch)."""
         shape = draws.source_shape(sample)
         image, labels = geometry.centre(image, shape), geometry.centre(labels, shape)
-        affine, mirrored = draws.affine[sample], draws.mirrored[sample]
-        if np.array_equal(affine, np.eye(len(shape))):
+        affine, mirrored, bent = draws.affine[sample], draws.mirrored[sample], draws.displacement[sample]
+        if np.array_equal(affine, np.eye(len(shape))) and not bent.any():
             geometry.mirror_into(image, labels, mirrored, out_image, out_labels)
         else:
-            geometry.warp_into(image, labels, affine * np.where(mirrored, -1.0, 1.0), out_image, out_labels)
+            bent = geometry.mirror_displacement(bent, mirrored)
+            geometry.warp_into(image, labels, affine * np.where(mirrored, -1.0, 1.0), out_image, out_labels, bent)
         across = self.flips.left_right
         # Counted from the last axis, since a stack of slices has one more in front.
         if across is not None and self.flips.indices and mirrored[across - len(self.patch)]:
@@ -260,10 +276,12 @@ def _chosen(rng: np.random.Generator, sample: float, channel: float, each: tuple
     return (rng.random((each[0], 1)) < sample) & (rng.random(each) < channel)
 
 
-def _about_one(rng: np.random.Generator, probability: float, span: Range, each: tuple[int, int]) -> np.ndarray:
-    """(B, C) factors, 1 in samples not chosen; otherwise with equal chance below or above 1, uniform in that part."""
+def _about_one(
+    rng: np.random.Generator, probability: float, span: Range, each: tuple[int, int], halved: bool
+) -> np.ndarray:
+    """(B, C) factors, 1 in samples not chosen; otherwise uniform, `halved` with equal chance below or above 1."""
     chosen = rng.random((each[0], 1)) < probability
-    below = rng.random(each) < 0.5
+    below = rng.random(each) < (0.5 if halved else (1.0 - span[0]) / (span[1] - span[0]))
     factors = np.where(below, rng.uniform(span[0], 1.0, each), rng.uniform(1.0, span[1], each))
     return np.where(chosen, factors, 1.0)
 
@@ -286,3 +304,4 @@ def _shade(draws: Draws, sample: int, image: Tensor) -> None:
             intensity.change_gamma(values, float(draws.gamma_inverted[at]), inverted=True)
         if draws.gamma[at] != 1:
             intensity.change_gamma(values, float(draws.gamma[at]), inverted=False)
+    artefacts.spoil(draws.artefacts, sample, image)

@@ -4,7 +4,6 @@ Only a seed is drawn beforehand; the callable decides the rest. What it returns 
 would otherwise surface far away, in the network.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -60,7 +59,7 @@ class ForeignAugmentation:
     patch: tuple[int, ...]
     masked: tuple[bool, ...]
 
-    def draw(self, rng: np.random.Generator, batch: int, channels: int) -> SeedDraw:
+    def draw(self, rng: np.random.Generator, batch: int, channels: int, cases: Sequence[str] = ()) -> SeedDraw:
         """Draw the seed of one batch."""
         return SeedDraw(box=self.box, seed=int(rng.integers(2**63 - 1)))
 
@@ -109,19 +108,3 @@ class ForeignAugmentation:
         if wrong:
             raise AutosegError(f"the augmentation {self.name} returned {'; '.join(wrong)}")
         return image, labels
-
-
-def load(name: str) -> Transform:
-    """The callable called `package.module:name`. Raises AutosegError that says which part of the name is wrong."""
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise AutosegError(
-            f"augmentation {name!r}: there is no module {error.name!r}; "
-            "install its package or put its folder on PYTHONPATH"
-        ) from error
-    transform = getattr(module, attribute, None)
-    if not callable(transform):
-        raise AutosegError(f"augmentation {name!r}: {module_name} has no callable {attribute!r}")
-    return transform

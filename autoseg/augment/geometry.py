@@ -1,7 +1,8 @@
-"""Where every voxel of a patch is taken from: rotation, scaling and mirroring as one affine map in voxel units.
+"""Where every voxel of a patch is taken from: rotation, scaling, shear and mirroring as one affine map in voxel units.
 
 A map takes voxel offsets from the patch centre to voxel offsets from the centre of the source box, so the source need
-be no larger than `source_shape` says. Mirroring is folded into the map: a patch is read once. Nothing here is random.
+be no larger than `source_shape` says. Mirroring is folded into the map, and so is an elastic displacement, which moves
+an offset before the map does: a patch is read once, and interpolated once. Nothing here is random.
 """
 
 import math
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoseg.augment import spline
 from autoseg.labels import UNSEEN
 
 # Voxels handled at once: on the CPU what stays in the cache, elsewhere what keeps temporary arrays below ~0.5 GB.
@@ -40,17 +42,29 @@ def _turn(dimension: int, first: int, second: int, angle_rad: float) -> np.ndarr
     return matrix
 
 
-def source_shape(affine: np.ndarray, patch: tuple[int, ...]) -> tuple[int, ...]:
+def shear(angles_rad: np.ndarray) -> np.ndarray:
+    """Matrix (D, D) of volume 1: each axis in turn leans by its angle towards the next one, the last to the first."""
+    matrix = np.eye(len(angles_rad))
+    for axis, angle in enumerate(angles_rad):
+        step = np.eye(len(angles_rad))
+        step[axis, (axis + 1) % len(angles_rad)] += math.tan(angle)
+        matrix = matrix @ step
+    return matrix
+
+
+def source_shape(affine: np.ndarray, patch: tuple[int, ...], displacement: np.ndarray | None = None) -> tuple[int, ...]:
     """Shape of the smallest box, centred on the patch centre, that linear interpolation at the mapped patch reads.
 
-    Each edge is as even or odd as the patch edge, so that both centres are the same point of the voxel grid.
+    Each edge is as even or odd as the patch edge, so that both centres are the same point of the voxel grid. With a
+    displacement, as in `warp_into`, room for the largest one of each axis is added.
     """
+    moved = np.zeros(len(patch)) if displacement is None else np.abs(displacement).reshape(len(patch), -1).max(1)
     shape = []
     for axis, row in enumerate(affine):
-        if _is_exact(row, axis):
+        if _is_exact(row, axis) and not moved[axis]:
             shape.append(patch[axis])
             continue
-        reach = sum(abs(weight) * (edge - 1) / 2 for weight, edge in zip(row, patch))
+        reach = sum(abs(weight) * ((edge - 1) / 2 + far) for weight, edge, far in zip(row, patch, moved))
         shape.append(patch[axis] + 2 * math.ceil(reach - (patch[axis] - 1) / 2 + _ROUNDING))
     return tuple(shape)
 
@@ -89,8 +103,24 @@ def rename(labels: Tensor, indices: Sequence[int]) -> None:
     labels.copy_(table[labels.long()])
 
 
-def warp_into(image: Tensor, labels: Tensor, affine: np.ndarray, out_image: Tensor, out_labels: Tensor) -> None:
+def mirror_displacement(displacement: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """The displacement (D, *points) of the mirror image, where `mirrored` (D,) axes are reversed."""
+    signs = np.where(mirrored, -1.0, 1.0).reshape(-1, *[1] * len(mirrored))
+    return np.flip(displacement, tuple(1 + axis for axis in np.flatnonzero(mirrored).tolist())) * signs
+
+
+def warp_into(
+    image: Tensor,
+    labels: Tensor,
+    affine: np.ndarray,
+    out_image: Tensor,
+    out_labels: Tensor,
+    displacement: np.ndarray | None = None,
+) -> None:
     """Sample `image` (C, *source) and `labels` (*source) at the mapped voxels of a patch, into the outputs.
+
+    With a `displacement`, control points (D, *points) of a spline (`spline.weights`) in patch voxels, an offset o of
+    the patch is mapped as o + displacement(o).
 
     Intensities are interpolated linearly. A label is the one with the largest linearly interpolated weight, as if
     every label had been interpolated by itself; a tie goes to the nearest voxel. `out_image` is (C, *patch) float32,
@@ -98,7 +128,8 @@ def warp_into(image: Tensor, labels: Tensor, affine: np.ndarray, out_image: Tens
     """
     patch, source = out_labels.shape, labels.shape
     device = image.device
-    smooth = [axis for axis, row in enumerate(affine) if not _is_exact(row, axis)]
+    bends = None if displacement is None or not displacement.any() else _bends(affine, displacement, patch, device)
+    smooth = [axis for axis, row in enumerate(affine) if (bends and bends[axis]) or not _is_exact(row, axis)]
     strides = image.stride()[1:]
     if labels.stride() != strides:
         image, labels = image.contiguous(), labels.contiguous()
@@ -117,7 +148,8 @@ def warp_into(image: Tensor, labels: Tensor, affine: np.ndarray, out_image: Tens
     rows = max(1, (_SLAB_CPU if device.type == "cpu" else _SLAB_DEVICE) // row_voxels)
     for start in range(0, patch[0], rows):
         stop = min(start + rows, patch[0])
-        index, fractions = _cells(terms, start, stop, strides, smooth)
+        bent = [None if bend is None else bend[0][start:stop] @ bend[1] for bend in bends or [None] * len(patch)]
+        index, fractions = _cells(terms, start, stop, strides, smooth, bent)
         for channel, values in zip(out_image, flat_image):
             corners = [values[shift:].index_select(0, index) for shift in shifts]
             for fraction in reversed(fractions):
@@ -137,10 +169,31 @@ def _coordinate_terms(
     return [list(row.split(list(patch))) for row in torch.from_numpy(table.astype(np.float32)).to(device)]
 
 
+def _bends(
+    affine: np.ndarray, displacement: np.ndarray, patch: tuple[int, ...], device: torch.device
+) -> list[tuple[Tensor, Tensor] | None]:
+    """For each source axis what displacements add to the coordinate: a product of (rows, points) and (points, row).
+
+    None where they add nothing. Only the first axis is left to expand, so that a few rows at a time are made.
+    """
+    control = torch.from_numpy(np.einsum("ij,j...->i...", affine, displacement).astype(np.float32)).to(device)
+    first = torch.from_numpy(spline.weights(patch[0], control.shape[1])).to(control)
+    rows = spline.expand(control, tuple(patch[1:])).flatten(2)
+    return [(first, row) if row.any() else None for row in rows]
+
+
 def _cells(
-    terms: list[list[Tensor]], start: int, stop: int, strides: tuple[int, ...], smooth: list[int]
+    terms: list[list[Tensor]],
+    start: int,
+    stop: int,
+    strides: tuple[int, ...],
+    smooth: list[int],
+    bent: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Rows start:stop of the patch -> flat index of each voxel's lower source corner, and its place in the cell."""
+    """Rows start:stop of the patch -> flat index of each voxel's lower source corner, and its place in the cell.
+
+    bent: what displacements add along each source axis, (rows, voxels a row), None for nothing.
+    """
     index: Tensor | None = None
     fractions = []
     for axis, (first, *others) in enumerate(terms):
@@ -148,6 +201,8 @@ def _cells(
         for other, vector in enumerate(others, start=1):
             place = place + vector.view(-1, *[1] * (len(others) - other))
         place = place.reshape(-1)
+        if (bend := bent[axis]) is not None:
+            place = place + bend.view(-1)
         lower = place.floor()
         # Integers: a flat index beyond 2^24 has no exact float32.
         step = lower.int().mul_(strides[axis])

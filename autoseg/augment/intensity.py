@@ -35,7 +35,7 @@ def blur(image: Tensor, sigmas: tuple[float, ...]) -> None:
         radius, size = len(kernel) // 2, image.shape[axis]
         if radius == 0:
             continue
-        padded = _reflect(smooth, axis, radius)
+        padded = reflect(smooth, axis, radius)
         # Shifted sums: many times faster than a convolution for so short a kernel, and it is symmetric.
         smooth = padded.narrow(axis, radius, size) * kernel[radius]
         for step in range(1, radius + 1):
@@ -51,7 +51,7 @@ def gaussian_kernel(sigma: float) -> list[float]:
     return (weights / weights.sum()).tolist()
 
 
-def _reflect(image: Tensor, axis: int, radius: int) -> Tensor:
+def reflect(image: Tensor, axis: int, radius: int) -> Tensor:
     """`image` longer by `radius` voxels on both ends of `axis`, mirrored at the outermost voxels, however short."""
     size = image.shape[axis]
     if size <= radius:

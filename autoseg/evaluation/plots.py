@@ -1,4 +1,4 @@
-"""Pictures of numbers: the course of a training."""
+"""Pictures of numbers: the course of a training, bars."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,5 +39,19 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in (losses, dice):
         axes.legend(loc="best", fontsize="small")
         axes.grid(alpha=0.3)
+    with atomic_write(path, "wb") as file:
+        canvas.print_png(file)
+
+
+def bars(values: Mapping[str, float], what: str, path: Path) -> None:
+    """Draw `values` as horizontal bars with their numbers, the first on top, to the PNG `path`."""
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(values)), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    drawn = axes.barh([*values], [*values.values()], color="#6baed6")
+    axes.bar_label(drawn, [f"{value:,.3g}" for value in values.values()], padding=3)
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.15 * max(values.values(), default=1.0))
+    axes.set_xlabel(what)
     with atomic_write(path, "wb") as file:
         canvas.print_png(file)

@@ -15,7 +15,6 @@ hand in the tests.
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from autoseg.losses.scales import deep_supervision, scale_targets, scale_weights
 from autoseg.losses.skeleton import cldice
 from autoseg.losses.unified import unified_focal
 from autoseg.losses.voxelwise import bce, categorical_focal, focal, topk_ce, weighted_ce
+from autoseg.own import own
 from autoseg.records import AutosegError
 from autoseg.settings import parse_sum
 
@@ -161,16 +161,7 @@ def _own(name: str) -> Loss:
     if ":" not in name:
         known = ", ".join(LOSSES)
         raise AutosegError(f"unknown loss {name!r}; choose one of {known}, or name your own as package.module:Name")
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise AutosegError(
-            f"the loss {name!r} cannot be imported ({error}); is its folder on PYTHONPATH, its package installed?"
-        ) from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise AutosegError(f"the module {module_name!r} has no function {attribute!r}")
+    found = own(name, "loss")
     try:
         inspect.signature(found).bind(None, None, **dict.fromkeys(Given.__annotations__))
     except TypeError as error:

@@ -10,9 +10,8 @@ Naming a module imports it: a plan that does so is as trustworthy as the code be
 """
 
 import inspect
-from collections.abc import Callable
-from importlib import import_module
 from itertools import accumulate
+from typing import Any
 
 from torch import nn
 
@@ -33,10 +32,12 @@ from autoseg.networks.unet3d import RELATIVE_UNET3D, SLICE_UNET3D, UNET3D, UNET3
 from autoseg.networks.unet_vanilla import UNET_VANILLA
 from autoseg.networks.unetpp import UNETPP
 from autoseg.networks.vnet import RELATIVE_VNET, SLICE_VNET, VNET
+from autoseg.own import own
 from autoseg.records import AutosegError
-from autoseg.schema import NetworkSpec
+from autoseg.schema import Dimension, NetworkSpec
+from autoseg.settings import parse_call
 
-__all__ = ["NETWORKS", "Architecture", "build", "output_scales"]
+__all__ = ["NETWORKS", "Architecture", "asked", "build", "output_scales", "spec_of"]
 
 NETWORKS: dict[str, Architecture] = {
     "unet": UNET,
@@ -73,20 +74,55 @@ def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
     Raises AutosegError for a name that is unknown, cannot be imported or is no network, and ValueError for a
     specification that does not fit the architecture.
     """
-    if spec.name in NETWORKS:
-        return NETWORKS[spec.name].build(spec, in_channels, heads)
-    if ":" not in spec.name:
-        raise AutosegError(
-            f"unknown network {spec.name!r}; choose one of {', '.join(NETWORKS)}, or name your own as "
-            "package.module:Name"
-        )
-    network = _own(spec.name)(spec, in_channels, heads)
+    if (known := architecture(spec.name)) is not None:
+        return known.build(spec, in_channels, heads)
+    network = own(spec.name, "network")(spec, in_channels, heads)
     if not isinstance(network, nn.Module):
         raise AutosegError(f"{spec.name} gave a {type(network).__name__}; it must give a torch.nn.Module")
     parameters = inspect.signature(network.forward).parameters.values()
     if not any(p.name == "all_scales" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise AutosegError(f"the network {spec.name} must take `all_scales`: def forward(self, x, all_scales=False)")
     return network
+
+
+def architecture(name: str) -> Architecture | None:
+    """The entry of the table; None for one of your own. Raises AutosegError that lists the ones there are."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    if ":" not in name:
+        raise AutosegError(
+            f"unknown network {name!r}; choose one of {', '.join(NETWORKS)}, or name your own as package.module:Name"
+        )
+    return None
+
+
+def asked(text: str) -> tuple[str, Architecture | None, dict[str, Any]]:
+    """Name, entry of the table (None: one of your own) and options of `name(key=value, ...)` as people write it.
+
+    Raises AutosegError for a name that is unknown, and for options that the network does not have.
+    """
+    name, options = parse_call(text)
+    found = architecture(name)
+    there = [] if found is None else [key for key in [*inspect.signature(found.spec).parameters][1:] if key != "name"]
+    if odd := [option for option in options if option not in there]:
+        raise AutosegError(f"the network {name} has no option {odd[0]!r}; it has {', '.join(there) or 'none'}")
+    return name, found, options
+
+
+def spec_of(text: str, dimension: Dimension) -> NetworkSpec:
+    """The network of its source that `name(key=value, ...)` means.
+
+    Raises AutosegError for one that is not known or not of that dimension, and for options that do not fit.
+    """
+    name, found, options = asked(text)
+    if found is None:
+        raise AutosegError(f"{name} is a network of your own, whose stages are known only in a plan")
+    if dimension not in found.dimensions:
+        raise AutosegError(f"{name} is no network for {dimension}D images")
+    try:
+        return found.spec(dimension, **options)
+    except (TypeError, ValueError) as error:
+        raise AutosegError(f"{text}: {error}") from None
 
 
 def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...], ...]:
@@ -99,17 +135,3 @@ def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...
         return stated
     steps = accumulate(spec.strides[:-1], lambda total, stride: tuple(t * s for t, s in zip(total, stride)))
     return tuple(steps)
-
-
-def _own(name: str) -> Callable[[NetworkSpec, int, int], object]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise AutosegError(
-            f"the network {name!r} cannot be imported ({error}); is its folder on PYTHONPATH, its package installed?"
-        ) from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise AutosegError(f"the module {module_name!r} has no class or function {attribute!r}")
-    return found

@@ -6,7 +6,8 @@ compressed maps are flattened; here they are averaged, so that patches of any si
 where each sample is normalised by itself, as instance norm does, and batch norm in batches of one.
 
 `film` is the stronger form (Perez et al., AAAI 2018): scale and shift of every channel, computed from the position, on
-the result of every level of the decoder. No norm comes after the last of them.
+the result of every level of the decoder. No norm comes after the last of them. It is the default, since `add` does not
+learn a phantom whose label only the place tells, where `film` does.
 """
 
 from collections.abc import Sequence

@@ -166,7 +166,7 @@ UNET3D_NOHIGHWAY = Architecture(
 )
 RELATIVE_UNET3D = Architecture(
     build=partial(unet3d, relative=True),
-    spec=variant(unet3d_spec, "relative_unet3d", position="add"),
+    spec=variant(unet3d_spec, "relative_unet3d", position="film"),
     source=f"{SOURCE}, with the position of {KNEE}",
 )
 SLICE_UNET3D = Architecture(

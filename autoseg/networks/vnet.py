@@ -223,7 +223,7 @@ KNEE = "the knee-cartilage study of Imperial College"
 VNET = Architecture(build=vnet, spec=vnet_spec, source=SOURCE)
 RELATIVE_VNET = Architecture(
     build=partial(vnet, relative=True),
-    spec=variant(vnet_spec, "relative_vnet", position="add"),
+    spec=variant(vnet_spec, "relative_vnet", position="film"),
     source=f"{SOURCE}, with the position of {KNEE}",
 )
 SLICE_VNET = Architecture(

@@ -40,7 +40,7 @@ FirstKernel = Annotated[int, Field(ge=0, le=15), AfterValidator(_odd)]
 class RelativeOptions:
     """What networks have that are told of their place; see `position`."""
 
-    position: Mode = "add"
+    position: Mode = "film"
 
 
 @record

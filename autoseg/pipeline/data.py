@@ -7,6 +7,7 @@ preprocessing of every configuration. A second run decodes only what is missing 
 import inspect
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from autoseg.workspace import Workspace
 PLAN_OPTIONS = {
     "name": "--plan",
     "preset": "--preset",
+    "network": "--network",
     "gpu_memory_gb": "--gpu-memory",
     "planned": "--discard-edits",
     "configurations.2d.context": "--context",
@@ -68,6 +70,9 @@ class PlanOptions:
 
     name: str = "default"
     preset: str = "unet"
+    network: str | None = None
+    """In place of the preset's: `name(key=value, ...)` or `package.module:Name`; None: that of the plan, if it is there
+    and was made for one."""
     gpu_memory_gb: float | None = None
     spacing_mm: tuple[float, float, float] | None = None
     context: int | None = None
@@ -200,6 +205,9 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     planned = workspace.plan_folder(name, options.name)
     made = kept_plan(planned / "plan.json", fingerprint, dataset) if options.keep else None
     kept: dict[str, str] = {}
+    if options.network is None and options.like is None:
+        before = plan_in(planned, broken_too=options.discard_edits)
+        options = replace(options, network=None if before is None else before.network)
     if made is None:
         made, kept = make_plan(fingerprint, dataset, options, None if options.discard_edits else planned / "plan.json")
     every = tuple(c.name for c in made.configurations)
@@ -261,6 +269,16 @@ def kept_plan(path: Path, fingerprint: Fingerprint, dataset: Dataset) -> Plan | 
     return old if old.data_hash == fingerprint.data_hash() and old.labels == dataset.labels else None
 
 
+def plan_in(folder: Path, broken_too: bool) -> Plan | None:
+    """The plan in a plan folder; None if there is none, and with `broken_too` also if it cannot be read."""
+    try:
+        return load_json(Plan, folder / "plan.json") if (folder / "plan.json").is_file() else None
+    except AutosegError:
+        if broken_too:
+            return None
+        raise
+
+
 def make_plan(
     fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions, before: Path | None
 ) -> tuple[Plan, dict[str, str]]:
@@ -277,6 +295,11 @@ def make_plan(
     if options.combine is not None:
         preparation = replace(preparation, combined=fingerprint.channel_names)
     measured = as_prepared(fingerprint, preparation)
+    needs = None
+    if options.network is not None:
+        from autoseg.networks.footprint import needs_of
+
+        needs = needs_of(options.network, len(measured.channel_names), dataset.labels.heads)
     made = plan(
         measured,
         dataset.labels,
@@ -284,6 +307,7 @@ def make_plan(
         gpu_memory_gb=options.gpu_memory_gb,
         spacing_mm=options.spacing_mm,
         name=options.name,
+        needs=needs,
     )
     if source is None:
         made = with_preparation(made, preparation, fingerprint)
@@ -403,6 +427,33 @@ def _said(channel: ChannelNorm) -> str:
     return TypeAdapter(ChannelNorm).dump_json(channel, indent=2, exclude=left_out).decode() + "\n"
 
 
+def share_prepared(workspace: Workspace, plan: Plan, configuration: Configuration, fingerprint: Fingerprint) -> None:
+    """Take over cases that another plan of the dataset has prepared the same way; the patch does not matter to them.
+
+    A patch decides only how arrays are laid out in the file, for speed.
+    """
+    here = workspace.cases(plan.dataset, plan.name, configuration.name)
+    others = {
+        (folder / c.name, c.patch)
+        for folder in workspace.prepared(plan.dataset).glob("*/")
+        if folder.name != plan.name and (other := plan_in(folder, broken_too=True)) is not None
+        for c in other.configurations
+        if c.dimension == configuration.dimension
+    }
+    taken: Counter[str] = Counter()
+    for facts in fingerprint.cases:
+        key = case_key(plan, configuration, facts)
+        if stored_key(here, facts.case) == key:
+            continue
+        for folder, patch in sorted(others):
+            if stored_key(folder, facts.case) == case_key(plan, replace(configuration, patch=patch), facts):
+                store.share_case(folder, here, facts.case, key)
+                taken[str(folder)] += 1
+                break
+    for source, count in taken.items():
+        print(f"{configuration.name}: {count} prepared cases shared with {source}")
+
+
 def preprocess(
     workspace: Workspace,
     dataset: Dataset,
@@ -421,6 +472,10 @@ def preprocess(
     folders = {c.name: workspace.cases(plan.dataset, plan.name, c.name) for c in own}
     keys = {(c.name, facts.case): case_key(plan, c, facts) for c in own for facts in fingerprint.cases}
 
+    for configuration in own:
+        store.remove_leftovers(folders[configuration.name])
+        share_prepared(workspace, plan, configuration, fingerprint)
+
     def pending(case: Case) -> list[Configuration]:
         return [c for c in own if stored_key(folders[c.name], case.id) != keys[c.name, case.id]]
 
@@ -438,8 +493,6 @@ def preprocess(
             lost = lost_labels(source, ready.trace.crop, plan.labels) if plan.preparation.crops else (0, 0)
         return lost
 
-    for cases in folders.values():
-        store.remove_leftovers(cases)
     work = [case for case in dataset.cases if pending(case)]
     done = len(dataset.cases) - len(work)
     if done:

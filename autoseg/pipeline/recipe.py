@@ -87,6 +87,8 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     if options.epochs is not None:
         changes["budget_seconds"] = None
     recipe = settings.change(recipe, changes, where="option")
+    if not recipe.match_steps:  # of the stated length of an epoch: whoever repeats the command gets the same
+        recipe = replace(recipe, steps_per_epoch=recipe.steps_per_epoch * (recipe.offline_copies + 1))
     check_loss(recipe.loss)
     refuse_schedule(recipe)
     return replace(recipe, loss="".join(recipe.loss.split()))

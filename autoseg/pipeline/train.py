@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 import autoseg
-from autoseg.augment import make_augmentation
+from autoseg.augment import Augmentation, FixedCopies, make_augmentation
 from autoseg.bundle import printable
 from autoseg.checkpoint import checkpoints
 from autoseg.computing import describe, fits, safe_base, settle, untuned
@@ -332,21 +332,24 @@ def make_parts(
             maps=lambda name: StoredArray(priors[name]), foreground=tuple(plan.labels.foreground), corrupted=corrupted
         )
 
-    def sampler(names: Iterable[str], stream: Stream, augmentation: str, corrupted: bool) -> Sampler:
+    def augmented(name: str) -> Augmentation:
+        return make_augmentation(
+            name,
+            patch=configuration.patch,
+            dimension=configuration.dimension,
+            masked=masked,
+            flips=plan.flips(configuration),
+            context=configuration.context,
+        )
+
+    def sampler(names: Iterable[str], stream: Stream, augmentation: Augmentation, corrupted: bool) -> Sampler:
         return Sampler(
             cases=cases,
             case_names=tuple(names),
             patch=configuration.patch,
             batch_size=recipe.batch_size or configuration.batch_size,
             foreground_fraction=recipe.foreground_fraction,
-            augmentation=make_augmentation(
-                augmentation,
-                patch=configuration.patch,
-                dimension=configuration.dimension,
-                masked=masked,
-                flips=plan.flips(configuration),
-                context=configuration.context,
-            ),
+            augmentation=augmentation,
             seed=recipe.seed,
             stream=stream,
             prior=prior(corrupted),
@@ -355,10 +358,13 @@ def make_parts(
             team=team,
         )
 
+    plain, changed = augmented("none"), augmented(recipe.augmentation)
+    if recipe.offline_copies:
+        changed = FixedCopies(augmentation=changed, plain=plain, copies=recipe.offline_copies, seed=recipe.seed)
     return Parts(
         network=network,
-        training=sampler(run.cases.train, Stream.TRAINING, recipe.augmentation, corrupted=True),
-        validation=sampler(run.cases.val, Stream.VALIDATION, "none", corrupted=False),
+        training=sampler(run.cases.train, Stream.TRAINING, changed, corrupted=True),
+        validation=sampler(run.cases.val, Stream.VALIDATION, plain, corrupted=False),
         recipe=recipe,
         labels=plan.labels,
         scales=output_scales(network, configuration.network),

@@ -1,0 +1,167 @@
+"""Peak memory of real training steps against what `networks.footprint` counts without computing.
+
+    python benchmarks/footprint.py [--device cpu|cuda] [--precision float32|bfloat16] [NAME ...]
+
+Every case runs in a process of its own: a small step to load what torch loads, then two steps of the case, the second
+measured. On a CPU that is the peak of resident memory over what was resident before the network was built, with an
+allocator that gives freed memory back at once; oneDNN's copies within a kernel are in it, and in no count. On a GPU it
+is torch.cuda.max_memory_allocated. NAME: only cases of these networks.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
+MIB = 2**20
+SHAPES: dict[int, tuple[tuple[tuple[int, ...], int, float], ...]] = {
+    2: (((256, 192), 3, 1.0), ((320, 320), 2, 0.5), ((128, 160), 12, 0.5)),
+    3: (((48, 64, 80), 1, 0.5), ((96, 80, 64), 2, 0.25), ((32, 96, 96), 2, 0.25)),
+}
+"""Dimension -> (patch, batch, share of the features) of the cases of `NARROWED`."""
+NARROWED = ("unet", "resenc")
+OTHERS: dict[int, tuple[tuple[tuple[int, ...], int, float], ...]] = {
+    2: (((192, 160), 2, 1.0),),
+    3: (((32, 64, 48), 1, 1.0),),
+}
+"""The cases of all other networks, as wide as in their sources."""
+
+
+def every_case(names: list[str]) -> list[dict[str, Any]]:
+    """What to measure: every network, two of them in several sizes."""
+    from autoseg.networks import NETWORKS
+
+    return [
+        {"network": name, "patch": patch, "batch": batch, "share": share, "in_channels": channels, "heads": 4}
+        for name, architecture in NETWORKS.items()
+        if name in names or not names
+        for dimension in architecture.dimensions
+        for channels, (patch, batch, share) in enumerate((SHAPES if name in NARROWED else OTHERS)[dimension], 1)
+    ]
+
+
+def spec_of(case: dict[str, Any]) -> Any:
+    """The network of a case, narrower than in its paper."""
+    from autoseg.networks import NETWORKS
+
+    spec = NETWORKS[case["network"]].spec(len(case["patch"]))
+    return replace(spec, features=tuple(max(2, int(width * case["share"])) for width in spec.features))
+
+
+def channels_of(case: dict[str, Any]) -> int:
+    """Input channels: of each image channel as many as the network sees slices."""
+    return int(case["in_channels"]) * int(spec_of(case).slices)
+
+
+def counted(case: dict[str, Any], device: Any, precision: Any, optimizer: Any) -> Any:
+    """The footprint of a case."""
+    from autoseg.networks.footprint import footprint
+
+    sizes = {"batch": case["batch"], "in_channels": channels_of(case), "heads": case["heads"]}
+    return footprint(
+        spec_of(case), patch=tuple(case["patch"]), device=device, precision=precision, optimizer=optimizer, **sizes
+    )
+
+
+def measured(case: dict[str, Any], device: str, precision: str, optimizer: str) -> int:
+    """Peak bytes of the second training step of a case, in this process."""
+    import torch
+
+    resting = _resident("VmRSS")
+    if device == "cpu":
+        small = {**case, "patch": [64] * len(case["patch"]), "batch": 1}
+        _step(small, device, precision, optimizer)()
+        resting = _resident("VmRSS")
+    step = _step(case, device, precision, optimizer)
+    step()
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
+        step()
+        return _resident("VmHWM") - resting
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
+def _resident(which: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
+
+
+def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> Any:
+    """One call: one training step."""
+    import torch
+
+    from autoseg.computing import safe_base, scaler
+    from autoseg.labels import Labels
+    from autoseg.losses import make_loss
+    from autoseg.networks import build, output_scales
+    from autoseg.sampling import Batch
+    from autoseg.schema import Recipe
+    from autoseg.training import Parts, make_optimizer, training_step
+
+    spec, heads, unused = spec_of(case), case["heads"], None
+    place = torch.device(device)
+    labels = Labels(names=tuple(f"class {i}" for i in range(heads)), values=tuple(range(heads)))
+    network = build(spec, channels_of(case), heads).to(place).train()
+    parts = Parts(
+        network=network,
+        training=unused,  # type: ignore[arg-type]
+        validation=unused,  # type: ignore[arg-type]
+        recipe=Recipe(optimizer=optimizer),
+        labels=labels,
+        scales=output_scales(network, spec),
+        loss=make_loss("dice_ce", labels=labels, batch_dice=True),
+        device=place,
+        folder=Path(),
+        tuning=replace(safe_base(place), precision=precision),
+    )
+    optimizing, loss_scaler = make_optimizer(network, parts.recipe), scaler(parts.tuning, place)
+    # As patches come out of the sampler: made where they are used, so that nothing else holds them.
+    image = torch.randn(case["batch"], channels_of(case), *case["patch"], device=place)
+    batch = Batch(
+        step=0,
+        patches=(unused,) * case["batch"],  # type: ignore[arg-type]
+        image=image,
+        labels=torch.randint(heads, (case["batch"], *case["patch"]), device=place),
+    )
+    return lambda: training_step(parts, optimizing, loss_scaler, batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    how = (options.device, options.precision, options.optimizer)
+    if options.case:
+        print(measured(json.loads(options.case), *how))
+        return
+    print(f"{'network':20}{'patch':18}{'batch':>5}{'counted MiB':>13}{'measured MiB':>14}{'counted / measured':>20}")
+    for case in every_case(options.networks):
+        told = counted(case, *how).total
+        command = [sys.executable, __file__, "--case", json.dumps(case), "--device", how[0], "--precision", how[1]]
+        command += ["--optimizer", how[2]]
+        done = subprocess.run(command, env=os.environ | GIVE_BACK, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{case['network']:20}{done.stderr.strip().splitlines()[-1]}")
+            continue
+        real = int(done.stdout)
+        size = " x ".join(map(str, case["patch"]))
+        print(
+            f"{case['network']:20}{size:18}{case['batch']:5}{told / MIB:13.1f}{real / MIB:14.1f}{told / real:20.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Networks described: layers whose parameters add up, parts with the skip connections they have, a drawing of them."""
+
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import pytest
+
+from autoseg.networks import NETWORKS, spec_of
+from autoseg.networks.describe import describe, diagram, table, table_csv
+
+UNET = describe(spec_of("unet(stages=3)", 2), (16, 24), 2, 3)
+
+
+def test_the_layers_hold_all_parameters():
+    assert sum(layer.parameters for layer in UNET.layers) == UNET.parameters
+    first = UNET.layers[0]
+    assert (first.kind, first.channels, first.size, first.kernel) == ("Conv2d", 32, (16, 24), (3, 3))
+    assert first.parameters == 2 * 32 * 9 + 32
+    assert f"{UNET.parameters:,} parameters" in table(UNET)
+    assert len(table_csv(UNET).splitlines()) == 1 + len(UNET.layers)
+
+
+def test_a_stage_is_a_part_and_skip_connections_show():
+    reads = {part.name: part.reads for part in UNET.parts}
+    assert reads["encoder.0"] == {"image"}
+    assert reads["encoder.1"] == {"encoder.0"}
+    assert reads["merge.1"] == {"up.1", "encoder.1"}
+    assert reads["merge.0"] == {"up.0", "encoder.0"}
+    sizes = {part.name: (part.channels, part.size) for part in UNET.parts}
+    assert sizes["encoder.2"] == (128, (4, 6))
+    assert sizes["heads.0"] == (3, (16, 24))
+
+
+def test_without_highways_there_is_no_skip_connection():
+    if "unet3d_nohighway" in NETWORKS:
+        parts = describe(spec_of("unet3d_nohighway(size=tiny)", 2), (32, 32), 1, 2).parts
+        assert all(len(part.reads) <= 1 for part in parts)
+
+
+def test_the_drawing_names_every_part_once_and_none_lies_on_another():
+    root = ET.fromstring(diagram(UNET))
+    boxes = [group for group in root if group.tag.endswith("}g")]
+    assert [box[0].text.split(":")[0] for box in boxes] == [part.name for part in UNET.parts]
+    corners = [(float(box[1].get("x")), float(box[1].get("width"))) for box in boxes]
+    assert all(x + width < later for (x, width), (later, _) in pairwise(corners))
+    down = {part.name: float(box[1].get("y")) for part, box in zip(UNET.parts, boxes)}
+    assert down["encoder.0"] == down["heads.0"] < down["encoder.1"] < down["encoder.2"]
+    arrows = [path for path in root.iter() if path.get("marker-end")]
+    assert len(arrows) == sum(len(part.reads) for part in UNET.parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_can_be_drawn(name):
+    for dimension in NETWORKS[name].dimensions:
+        spec = spec_of(name, dimension)
+        made = describe(spec, (64,) * dimension, spec.slices, 2)
+        assert 2 < len(made.parts) < 120
+        ET.fromstring(diagram(made))
