@@ -240,6 +240,14 @@ def unsound(content: ModelFile) -> str | None:
         return f"its axis order {plan.axis_order} is none"
     if any(channel.scheme == "ct" and channel.stats is None for channel in plan.channels) or not plan.channels:
         return "it does not say how its channels are normalised"
+    if plan.preparation.function is not None:
+        return (
+            f"its images are prepared by {plan.preparation.function!r}, which is not part of autoseg. A model file "
+            "holds no code, so such a model goes to others as its run folder, together with that code"
+        )
+    for crop in plan.preparation.crops:
+        if crop.kind != "margins" and prod(edge or 1 for edge in crop.size) > MOST_PATCH:
+            return f"a crop to {crop.size} voxels is none"
     return None
 
 

@@ -99,6 +99,13 @@ def plan_and_preprocess_verb(
     context: Annotated[
         int | None, typer.Option(metavar="3|5|7", help="Slices that 2d sees, to label the middle one [1].")
     ] = None,
+    crop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CROP", help="crop_to(size=[Z,Y,X]), crop_around_mass, margins; may be repeated."),
+    ] = None,
+    combine: Annotated[
+        str | None, typer.Option(metavar="rss", help="Make all channels one: the root of the sum of squares.")
+    ] = None,
     plan: NewPlanOption = None,
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
@@ -112,15 +119,18 @@ def plan_and_preprocess_verb(
 ) -> None:
     """Check, fingerprint, plan and preprocess a dataset; a second run does only what is missing."""
     from autoseg import settings
+    from autoseg.crops import parse_crop
     from autoseg.pipeline.data import PlanOptions, describe_plan_fields, plan_and_preprocess
+    from autoseg.schema import Preparation
 
     place, name = Workspace.find(workspace), plan_name(plan, network)
     if help_fields:
         describe_plan_fields(place, dataset, name)
         return
-    if like is not None and (preset, network, gpu_memory, spacing) != (None,) * 4:
+    if like is not None and (preset or network or gpu_memory or spacing or crop or combine):
         raise AutosegError(
-            "--like takes over network, memory and spacing; leave out --preset, --network, --gpu-memory, --spacing"
+            "--like takes over network, memory, spacing, crops and channels; leave out --preset, --network, "
+            "--gpu-memory, --spacing, --crop, --combine"
         )
     plan_and_preprocess(
         place,
@@ -132,6 +142,8 @@ def plan_and_preprocess_verb(
             gpu_memory_gb=gpu_memory,
             spacing_mm=parse_spacing(spacing),
             context=context,
+            preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
+            combine=combine,
             like=like,
             configurations=tuple(configurations or ()),
             group_by=group_by,

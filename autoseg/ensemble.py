@@ -228,7 +228,7 @@ def open_choice(folder: Path, folds: Sequence[str] = ()) -> Chosen | None:
         members.append(trained)
     first = members[0].plan
     for trained in members[1:]:
-        if trained.plan.labels != first.labels or len(trained.plan.channels) != len(first.channels):
+        if trained.plan.labels != first.labels or len(trained.plan.sources) != len(first.sources):
             raise AutosegError(f"{where} names configurations of different labels or channels; {again}")
     return Chosen(where=where, choice=choice, members=tuple(members), whole=not folds)
 

@@ -59,7 +59,7 @@ class Predictor:
     @property
     def channels(self) -> tuple[str, ...]:
         """The channels that an image must have, in their order."""
-        return tuple(channel.channel for channel in self.model.plan.channels)
+        return self.model.plan.sources
 
     def predict(
         self,
@@ -120,7 +120,7 @@ def _decoded(image: Any, spacing: Sequence[float] | None, plan: Plan) -> tuple[l
         raise AutosegError("`spacing` goes with arrays; files and SimpleITK images have their own")
     parts = [image] if isinstance(image, str | Path | sitk.Image) else list(image)
     names = [Path(part) if isinstance(part, str | Path) else Path(f"channel_{n}") for n, part in enumerate(parts)]
-    expected = expected_in_file(len(parts), len(plan.channels))
+    expected = expected_in_file(len(parts), len(plan.sources))
     decoded = []
     for part, name in zip(parts, names):
         if isinstance(part, str | Path):
@@ -137,7 +137,7 @@ def _decoded(image: Any, spacing: Sequence[float] | None, plan: Plan) -> tuple[l
 
 
 def _of_array(array: np.ndarray, spacing: Sequence[float] | None, plan: Plan) -> Stored:
-    axes, channels = plan.dimension, len(plan.channels)
+    axes, channels = plan.dimension, len(plan.sources)
     form = "(Z, Y, X)" if axes == 3 else "(Y, X)"
     if spacing is None or len(spacing) != axes or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise AutosegError(f"an array needs its `spacing` {form}, {axes} lengths in mm, not {spacing}")
@@ -148,7 +148,7 @@ def _of_array(array: np.ndarray, spacing: Sequence[float] | None, plan: Plan) ->
     if array.ndim != axes + 1 or len(array) != channels or not array.size:
         raise AutosegError(
             f"the model reads arrays {form.replace('(', '(C, ')} of {channels} channels "
-            f"({', '.join(channel.channel for channel in plan.channels)}), not of shape {array.shape}"
+            f"({', '.join(plan.sources)}), not of shape {array.shape}"
         )
     array = array.reshape(channels, *(1,) * (3 - axes), *array.shape[1:])
     z, y, x = (*(1.0,) * (3 - axes), *(float(s) for s in spacing))

@@ -1,20 +1,24 @@
 """prepare(): a raw case becomes what a network reads; restore(): its exact way back.
 
-Order: crop to content -> plan order -> normalise -> resample. Normalising comes before resampling because
-interpolation would smear the empty border into the content. The image never depends on the labels, so training
-and prediction go through the same function and see the same numbers.
+Order: crop to content -> what `Plan.preparation` asks for -> normalise -> plan order -> resample. Normalising comes
+before resampling because interpolation would smear the empty border into the content, and before a crop pads, so that
+what is padded has no part in it. The image never depends on the labels, so training and prediction go through the same
+function and see the same numbers.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import cc3d
 import numpy as np
 
+from autoseg.crops import centre_of_mass, describe
 from autoseg.labels import UNSEEN, Labels
-from autoseg.records import record
+from autoseg.own import own
+from autoseg.records import AutosegError, record
 from autoseg.resample import resample_argmax, resample_image, resample_labels, resample_logits
-from autoseg.schema import ChannelNorm, Configuration, Orientation, Plan, Resampling
+from autoseg.schema import ChannelNorm, Configuration, Orientation, Plan, Preparation, Resampling
 from autoseg.volume import Box, Grid, Volume, bounding_box, canonical_axes, canonical_grid, cut, paste
 
 LOCATION_SEED = 1234
@@ -31,7 +35,7 @@ PREPROCESS_VERSION = 1
 class Trace:
     """All that leads from a prepared case back to its file. `axis_order`, `spacing_mm` and `shape` as in the plan.
 
-    `crop` is a box of the canonical grid.
+    `crop` is a box of the canonical grid, and reaches outside of it where the case was padded.
     """
 
     case: str
@@ -157,13 +161,73 @@ def crop_to_content(case: str, image: Volume, labels: np.ndarray | None, stored:
     )
 
 
+def crop_as_asked(cropped: Cropped, preparation: Preparation) -> tuple[Cropped, Box]:
+    """The crops of a plan: what they leave of the case, and the box of the canonical grid that it is to fill.
+
+    Raises AutosegError if they leave nothing.
+    """
+    box = inner = Box(start=(0, 0, 0), stop=cropped.labels.shape)
+    for crop in preparation.crops:
+        start, edges = crop.start(box.shape, partial(_middle, cropped.image, inner, box)), crop.extent(box.shape)
+        box = Box(start=start, stop=tuple(a + n for a, n in zip(start, edges))).moved(box.start)
+        # Of what is left, not of the image: what one crop has cut away does not come back as the padding of the next.
+        inner = box.moved(tuple(-a for a in inner.start)).within(inner.shape).moved(inner.start)
+        if min(inner.shape) < 1:
+            raise AutosegError(f"{describe(crop)} leaves nothing of the image but what was padded")
+    content = None if cropped.content is None else cropped.content[inner.slices()]
+    left = replace(
+        cropped,
+        image=cropped.image[inner.slices()],
+        labels=cropped.labels[inner.slices()],
+        # As of an empty image: statistics need voxels.
+        content=content if content is not None and content.any() else None,
+        crop=inner.moved(cropped.crop.start),
+    )
+    return left, box.moved(cropped.crop.start)
+
+
+def _middle(image: np.ndarray, inner: Box, box: Box) -> tuple[float, ...]:
+    """Centre of mass of the image within `inner`, counted from the start of `box`."""
+    found = centre_of_mass(image[inner.slices()])
+    return tuple(c + a - b for c, a, b in zip(found, inner.start, box.start))
+
+
+def lost_labels(cropped: Cropped, crop: Box, labels: Labels) -> tuple[int, int]:
+    """How many labelled voxels of a case lie outside of `crop`, a box of the canonical grid; and how many it has."""
+    every = labels.is_foreground(cropped.labels)
+    kept = every[crop.moved(tuple(-a for a in cropped.crop.start)).within(every.shape).slices()]
+    return int(every.sum() - kept.sum()), int(every.sum())
+
+
+def apply_own(name: str, image: np.ndarray, stored: Grid) -> np.ndarray:
+    """A user's preprocessing of an image (C, Z, Y, X), float32; see `Preparation.function`.
+
+    Raises AutosegError for a result of another shape, or with values that are not finite.
+    """
+    made = np.asarray(
+        own(name, "preprocessing")(np.array(image, np.float32), canonical_grid(stored).spacing_mm), np.float32
+    )
+    if made.shape != image.shape:
+        raise AutosegError(f"the preprocessing {name!r} made {made.shape} of an image of shape {image.shape}")
+    if not np.isfinite(made).all():
+        raise AutosegError(f"the preprocessing {name!r} made values that are not finite")
+    return made
+
+
 def normalise_channel(channel: np.ndarray, norm: ChannelNorm, content: np.ndarray | None) -> np.ndarray:
     """One channel (Z, Y, X) on its normalised scale, float32. Statistics are summed in float64."""
-    if norm.scheme == "zscore":
-        region = channel[content] if norm.masked and content is not None else channel
+    inside = content if norm.masked else None
+    if norm.outliers is not None:
+        channel = without_outliers(channel, norm.outliers, inside)
+    if norm.scheme in ("zscore", "zscore_minmax"):
+        region = channel if inside is None else channel[inside]
         mean, std = region.mean(dtype=np.float64), max(region.std(dtype=np.float64), 1e-8)
         scaled = (channel - np.float32(mean)) / np.float32(std)
-        return np.where(content, scaled, channel) if norm.masked and content is not None else scaled
+        if norm.scheme == "zscore_minmax":
+            region = scaled if inside is None else scaled[inside]
+            low = region.min()
+            scaled = (scaled - low) / max(region.max() - low, np.float32(1e-8))
+        return scaled if inside is None else np.where(inside, scaled, channel)
     if norm.scheme == "ct":
         if norm.stats is None:
             raise ValueError(f"channel {norm.channel!r}: CT normalisation needs the statistics of the fingerprint")
@@ -180,6 +244,17 @@ def normalise_channel(channel: np.ndarray, norm: ChannelNorm, content: np.ndarra
             )
         return channel / np.float32(255)
     return channel
+
+
+def without_outliers(channel: np.ndarray, deviations: float, inside: np.ndarray | None) -> np.ndarray:
+    """`channel` (Z, Y, X) with every voxel further than so many standard deviations from the mean replaced by the mean.
+
+    inside: where voxels count and change, None for everywhere. Of n voxels none is further than sqrt(n - 1) deviations.
+    """
+    region = channel if inside is None else channel[inside]
+    mean, std = region.mean(dtype=np.float64), region.std(dtype=np.float64)
+    far = np.abs(channel - mean) > deviations * std
+    return np.where(far if inside is None else far & inside, np.float32(mean), channel)
 
 
 def target_spacing_mm(configuration: Configuration, current_mm: Sequence[float]) -> tuple[float, float, float]:
@@ -218,14 +293,25 @@ def find_locations(indices: np.ndarray, labels: Labels) -> dict[int, np.ndarray]
 def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configuration]) -> Iterator[PreparedCase]:
     """Prepare one cropped case for several configurations; it is normalised once.
 
-    Raises ValueError if the image has another number of channels than the plan.
+    Raises ValueError if the image has another number of channels than the plan, AutosegError if nothing is left of it.
     """
-    if len(plan.channels) != cropped.image.shape[0]:
-        raise ValueError(f"the image has {cropped.image.shape[0]} channels, the plan expects {len(plan.channels)}")
+    if len(plan.sources) != cropped.image.shape[0]:
+        raise ValueError(f"the image has {cropped.image.shape[0]} channels, the plan expects {len(plan.sources)}")
+    asked, crop = plan.preparation, cropped.crop
+    if asked.combined:
+        cropped = replace(cropped, image=np.linalg.norm(cropped.image, axis=0, keepdims=True))
+    if asked.crops:
+        cropped, crop = crop_as_asked(cropped, asked)
+    if asked.function is not None:
+        cropped = replace(cropped, image=apply_own(asked.function, cropped.image, cropped.stored))
     axes = plan_axes(cropped.stored, plan.orientation, plan.axis_order)
     image = np.stack([normalise_channel(x, norm, cropped.content) for x, norm in zip(cropped.image, plan.channels)])
+    labels = cropped.labels
+    if crop != cropped.crop:
+        padded = crop.moved(tuple(-a for a in cropped.crop.start))
+        image, labels = cut(image, padded, 0), cut(labels, padded, UNSEEN)
     image = _turn(image.astype(np.float32, copy=False), axes)
-    labels = _turn(cropped.labels, axes)
+    labels = _turn(labels, axes)
     spacing = canonical_grid(cropped.stored).spacing_mm
     current = tuple(spacing[axis] for axis in axes[0])
     for configuration in configurations:
@@ -240,7 +326,7 @@ def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configur
             trace=Trace(
                 case=cropped.case,
                 stored=cropped.stored,
-                crop=cropped.crop,
+                crop=crop,
                 axis_order=plan.axis_order,
                 orientation=plan.orientation,
                 spacing_mm=target,
@@ -305,7 +391,7 @@ def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, conf
     probabilities = _uncrop(labels.probabilities(resampled).astype(np.float32), trace, 0)
     if labels.exclusive:
         outside = np.ones(probabilities.shape[1:], bool)
-        outside[trace.crop.slices()] = False
+        outside[trace.crop.within(outside.shape).slices()] = False
         probabilities[0][outside] = 1
     return probabilities
 

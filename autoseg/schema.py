@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from autoseg.crops import Crop
 from autoseg.labels import Labels
 from autoseg.mirroring import EVERY_AXIS, Flips, Mirroring, other_index
 from autoseg.records import SCHEMA_VERSION, AutosegError, hash_text, record
@@ -119,9 +120,24 @@ class ChannelNorm:
     """How one channel is normalised. `masked`: statistics and change only inside the non-zero region."""
 
     channel: str
-    scheme: Literal["zscore", "ct", "none", "rescale", "rgb"]
+    scheme: Literal["zscore", "zscore_minmax", "ct", "none", "rescale", "rgb"]
+    """`zscore_minmax`: z-score, then min-max to 0 ... 1."""
     masked: bool
     stats: ChannelStats | None
+    outliers: PositiveFloat | None = None
+    """Voxels further from the mean than so many standard deviations become the mean, before anything else."""
+
+
+@record
+class Preparation:
+    """What is done to an image between the crop to content and its normalisation, in this order; most often nothing."""
+
+    combined: tuple[str, ...] = ()
+    """The channels of the files whose root of the sum of squares is the one channel of the plan; empty: as they are."""
+    crops: tuple[Crop, ...] = ()
+    function: str | None = None
+    """A function of one's own as `package.module:name`: called with the image, float32 (C, Z, Y, X) in canonical axes,
+    and its spacing in mm (Z, Y, X), it gives an image of the same shape."""
 
 
 @record
@@ -186,6 +202,7 @@ class Plan:
     axis_order: tuple[int, int, int]
     """Plan axis i is axis axis_order[i] of `orientation`; the coarsest axis comes first."""
     orientation: Orientation = "canonical"
+    preparation: Preparation = Preparation()
     channels: tuple[ChannelNorm, ...]
     labels: Labels
     data_hash: str = ""
@@ -197,6 +214,8 @@ class Plan:
     """Configuration (and `channels`, and `plan`: the rest) -> hash as it was planned; any other one: edited by hand."""
 
     def __post_init__(self) -> None:
+        if self.preparation.combined and len(self.channels) > 1:
+            raise ValueError("channels that are combined make one, which is normalised in one way")
         if self.dimension == 2 and any(configuration.context > 1 for configuration in self.configurations):
             raise ValueError("context is for slices of 3D images; 2D images have no neighbouring slices")
         if not self.mirroring.swapped:
@@ -205,6 +224,11 @@ class Plan:
             other_index(self.labels, self.mirroring.swapped)
         except ValueError as error:
             raise ValueError(f"mirroring.swapped: {error}") from None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The channels that the images have in their files, in order."""
+        return self.preparation.combined or tuple(channel.channel for channel in self.channels)
 
     def in_channels(self, configuration: Configuration) -> int:
         """Input channels of a configuration's network: the images, and in a cascade one mask a foreground class.

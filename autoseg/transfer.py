@@ -230,6 +230,8 @@ def differences(plan: Plan, configuration: Configuration, source: Source) -> lis
         )
     if plan.axis_order != source.plan.axis_order:
         found.append("the order of the axes")
+    if plan.preparation != source.plan.preparation:
+        found.append("crops, combined channels or a preprocessing of one's own")
     there = {channel.channel: channel for channel in source.plan.channels}
     odd = [c.channel for c in plan.channels if c.channel in there and c != there[c.channel]]
     return [*found, *([f"the normalisation of {', '.join(odd)}"] if odd else [])]

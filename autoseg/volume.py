@@ -76,6 +76,17 @@ class Box:
         """Slices that cut the box from the trailing axes; the box must lie inside the array."""
         return (..., *(slice(a, b) for a, b in zip(self.start, self.stop)))
 
+    def within(self, shape: tuple[int, ...]) -> "Box":
+        """The part of it that lies inside an array of `shape`; empty or negative along an axis where none does."""
+        return Box(
+            start=tuple(min(max(a, 0), n) for a, n in zip(self.start, shape)),
+            stop=tuple(max(min(b, n), 0) for b, n in zip(self.stop, shape)),
+        )
+
+    def moved(self, by: tuple[int, ...]) -> "Box":
+        """The same block `by` voxels further."""
+        return Box(start=tuple(a + d for a, d in zip(self.start, by)), stop=tuple(b + d for b, d in zip(self.stop, by)))
+
 
 def bounding_box(mask: np.ndarray) -> Box:
     """Smallest box that holds every true voxel of `mask`; the whole array if there is none."""
@@ -91,19 +102,12 @@ def cut(array: np.ndarray, box: Box, fill: float) -> np.ndarray:
     """Copy `box` out of the trailing axes of `array`; voxels outside the array become `fill`."""
     size = array.shape[array.ndim - len(box.start) :]
     lead = array.shape[: array.ndim - len(box.start)]
-    inner = Box(
-        start=tuple(min(max(a, 0), n) for a, n in zip(box.start, size)),
-        stop=tuple(max(min(b, n), 0) for b, n in zip(box.stop, size)),
-    )
+    inner = box.within(size)
     if inner == box:
         return array[box.slices()].copy()
     out = np.full((*lead, *box.shape), fill, dtype=array.dtype)
-    if all(b > a for a, b in zip(inner.start, inner.stop)):
-        place = Box(
-            start=tuple(i - a for i, a in zip(inner.start, box.start)),
-            stop=tuple(i - a for i, a in zip(inner.stop, box.start)),
-        )
-        out[place.slices()] = array[inner.slices()]
+    if min(inner.shape) > 0:
+        out[inner.moved(tuple(-a for a in box.start)).slices()] = array[inner.slices()]
     return out
 
 
@@ -116,10 +120,15 @@ def relative_place(start: int, edge: int, size: int) -> float:
 
 
 def paste(array: np.ndarray, box: Box, shape: tuple[int, ...], fill: float) -> np.ndarray:
-    """Inverse of cutting `box` from an array of trailing `shape`: put `array` back, `fill` elsewhere."""
-    out = np.full((*array.shape[: array.ndim - len(shape)], *shape), fill, dtype=array.dtype)
-    out[box.slices()] = array
-    return out
+    """Inverse of cutting `box` from an array of trailing `shape`: put `array` back, `fill` elsewhere.
+
+    What the box has outside of `shape` is left out.
+    """
+    if array.shape[array.ndim - len(shape) :] != box.shape:
+        raise ValueError(f"an array of shape {array.shape} was not cut by a box of shape {box.shape}")
+    return cut(
+        array, Box(start=tuple(-a for a in box.start), stop=tuple(n - a for n, a in zip(shape, box.start))), fill
+    )
 
 
 def canonical_axes(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:

@@ -9,6 +9,7 @@ from autoseg.planners.default import plan
 from autoseg.planners.edits import added, difference, edited, keep_edits, stamped
 from autoseg.planners.explain import explain
 from autoseg.planners.like import plan_like
+from autoseg.planners.prepared import as_prepared, with_preparation
 from autoseg.planners.rules import PLANNERS, Budget, Rules
 from autoseg.planners.sides import says_sides
 
@@ -17,6 +18,7 @@ __all__ = [
     "Budget",
     "Rules",
     "added",
+    "as_prepared",
     "difference",
     "edited",
     "explain",
@@ -26,4 +28,5 @@ __all__ = [
     "says_sides",
     "stamped",
     "with_context",
+    "with_preparation",
 ]

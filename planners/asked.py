@@ -163,6 +163,8 @@ def adapted(network: NetworkSpec, spacing_mm: Sequence[float], size: Sequence[fl
         seen = [old or s / min(spacing) < 2 for old, s in zip(seen, spacing)]
         strides.append(step)
         kernels.append(tuple(k if see else 1 for k, see in zip(kernel, seen)))
+    if max(map(max, strides)) == 1:
+        return network  # a patch too short to be halved is padded, rather than seen at full resolution throughout
     return replace(network, strides=tuple(strides), kernels=tuple(kernels))
 
 

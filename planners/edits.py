@@ -39,7 +39,7 @@ def schemes(channels: tuple[ChannelNorm, ...]) -> tuple[ChannelNorm, ...]:
 
 def rest(plan: Plan) -> Plan:
     """The plan without what has hashes of its own, and without what says nothing: of the channels, the statistics."""
-    measured = tuple(replace(channel, scheme="none", masked=False) for channel in plan.channels)
+    measured = tuple(replace(channel, scheme="none", masked=False, outliers=None) for channel in plan.channels)
     return replace(_bare(plan), channels=measured)
 
 
@@ -101,8 +101,7 @@ def keep_edits(old: Plan, fresh: Plan) -> tuple[Plan, dict[str, str]]:
     if CHANNELS in changed:
         before = {channel.channel: channel for channel in old.channels}
         channels = tuple(
-            replace(c, scheme=before[c.channel].scheme, masked=before[c.channel].masked) if c.channel in before else c
-            for c in fresh.channels
+            replace(before[c.channel], stats=c.stats) if c.channel in before else c for c in fresh.channels
         )
         kept[CHANNELS] = f"normalisation: kept as edited: {', '.join(f'{c.channel} {c.scheme}' for c in channels)}"
     return replace(fresh, configurations=tuple(configurations), channels=channels), kept

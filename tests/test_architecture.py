@@ -15,6 +15,7 @@ ROWS = [
     {
         "records",
         "labels",
+        "crops",
         "mirroring",
         "schema",
         "needs",

@@ -115,3 +115,8 @@ def test_a_network_that_is_told_its_place_sees_no_mirror_images(told):
     made = planned(needs(told_place=lambda spec: told))
     assert {one.mirror_axes for one in made.configurations} == {() if told else None}
     assert ("3d_fullres: mirror images" in {reason.decision for reason in made.reasons}) == told
+
+
+def test_patches_too_short_to_be_halved_are_padded():
+    spec = toys.network(3, FIVE)
+    assert adapted(spec, (1, 1, 1), (6, 6, 6), 4) == spec

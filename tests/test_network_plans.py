@@ -11,6 +11,7 @@ from toys import balls_dataset, write_balls
 from typer.testing import CliRunner
 
 from autoseg.cli import app, plan_name
+from autoseg.networks import spec_of
 from autoseg.networks.unet import UNet, unet
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
@@ -145,3 +146,22 @@ def test_networks_are_listed_and_described(tmp_path):
         *(f"{name}_2d.{ending}" for name in ("unet", "resenc") for ending in ("txt", "csv", "svg")),
         "parameters.png",
     }
+
+
+def test_a_plan_is_not_silently_made_for_another_member_of_the_family(place):
+    plan_and_preprocess(place, "7", ASKED)
+    other = replace(ASKED, network="resenc(stages=2)")
+    with pytest.raises(AutosegError, match="is for resenc.stages=3., and .* --plan NAME"):
+        plan_and_preprocess(place, "7", other)
+    changes = {**FIXED, "configurations.3d_fullres.network.features": [4, 6]}
+    made = plan_and_preprocess(place, "7", replace(other, discard_edits=True, changes=changes))
+    assert made.network == "resenc(stages=2)"
+
+
+@pytest.mark.parametrize(
+    "text", ["unet_vanilla(norm=foo)", "unet3d(stages=1)", "unet3d(width=0)", "mednext(expansion=3)"]
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_planned(text):
+    with pytest.raises(AutosegError) as refused:
+        spec_of(text, 3)
+    assert str(refused.value).startswith(text)

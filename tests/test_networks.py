@@ -326,3 +326,11 @@ def test_a_network_of_ones_own_is_built_by_module_and_name(own_module):
 def test_a_network_of_ones_own_that_does_not_work_is_explained(own_module, name, said):
     with pytest.raises(AutosegError, match=said):
         build(replace(ANISOTROPIC, name=name.format(own_module)), 2, 3)
+
+
+@pytest.mark.parametrize("name", ["unet", "segnet", "r2_unet", "fc_densenet56", "mednext", "attention_unet"])
+def test_strides_that_no_tensor_shows_are_limited(name):
+    spec = NETWORKS[name].spec(2)
+    strides = (*spec.strides[:-2], (4096, 4096), spec.strides[-1])
+    with pytest.raises(ValueError, match="strides: at most 8"):
+        on_meta(replace(spec, strides=strides), 1)

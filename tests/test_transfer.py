@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 from autoseg.bundle import ModelFile, Stage, write
 from autoseg.cli import app
+from autoseg.crops import parse_crop
 from autoseg.labels import Labels
 from autoseg.networks import build
 from autoseg.networks.unet import UNet
 from autoseg.pipeline.data import plan_at
 from autoseg.planners import plan_like
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import CaseFingerprint, Fingerprint, Run
+from autoseg.schema import CaseFingerprint, Fingerprint, Preparation, Run
 from autoseg.transfer import Source, differences, inputs, open_source, outputs, tensor_table, transfer
 
 IMAGE = torch.randn(2, 1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -201,6 +202,8 @@ def test_what_reaches_the_network_differently_is_said():
         "the order of the axes",
         "the normalisation of MR",
     ]
+    cropped = replace(made, preparation=Preparation(crops=(parse_crop("crop_to(size=[4, 6, 8])"),)))
+    assert differences(cropped, here, given) == ["crops, combined channels or a preprocessing of one's own"]
 
 
 def test_a_plan_taken_over_has_the_median_shape_of_the_new_data():

@@ -10,9 +10,11 @@ Naming a module imports it: a plan that does so is as trustworthy as the code be
 """
 
 import inspect
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoseg.networks.attention_unet import ATTENTION_UNET
@@ -109,6 +111,7 @@ def asked(text: str) -> tuple[str, Architecture | None, dict[str, Any]]:
     return name, found, options
 
 
+@lru_cache(maxsize=64)
 def spec_of(text: str, dimension: Dimension) -> NetworkSpec:
     """The network of its source that `name(key=value, ...)` means.
 
@@ -120,9 +123,13 @@ def spec_of(text: str, dimension: Dimension) -> NetworkSpec:
     if dimension not in found.dimensions:
         raise AutosegError(f"{name} is no network for {dimension}D images")
     try:
-        return found.spec(dimension, **options)
-    except (TypeError, ValueError) as error:
+        spec = found.spec(dimension, **options)
+        # Much of a specification is only looked at where something is built of it.
+        with torch.device("meta"):
+            found.build(spec, spec.slices, 2)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise AutosegError(f"{text}: {error}") from None
+    return spec
 
 
 def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...], ...]:

@@ -121,7 +121,7 @@ def unet3d_spec(
     dimension: Dimension,
     *,
     size: str = "paper",
-    stages: int = 4,
+    stages: int | None = None,
     width: int = 32,
     norm: str = "batch",
     activation: str = "relu",
@@ -132,11 +132,11 @@ def unet3d_spec(
     """Of the paper: four stages of two convolutions, the first with 32 features. `size`: tiny, small or large, of two,
     three or five stages; large reads the image with a kernel of 5.
 
-    width: features of the first convolution. Raises ValueError for an unknown size.
+    stages: another number of them. width: features of the first convolution. Raises ValueError for an unknown size.
     """
     if size not in ("paper", *SIZES):
         raise ValueError(f"size: choose one of paper, {', '.join(SIZES)}, found {size!r}")
-    stages = SIZES.get(size, stages)
+    stages = SIZES.get(size, 4) if stages is None else stages
     first = 2 * width if widen else width
     return doubling_spec(
         "unet3d",

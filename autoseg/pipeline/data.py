@@ -4,23 +4,37 @@ Each file is decoded once: the same decoding serves the check, the fingerprint a
 preprocessing of every configuration. A second run decodes only what is missing or changed.
 """
 
+import inspect
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from autoseg import bundle, records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
-from autoseg.planners import PLANNERS, explain, keep_edits, plan, plan_like, says_sides, stamped, with_context
-from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, prepare_each
+from autoseg.planners import (
+    PLANNERS,
+    as_prepared,
+    explain,
+    keep_edits,
+    plan,
+    plan_like,
+    says_sides,
+    stamped,
+    with_context,
+    with_preparation,
+)
+from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, load_own, lost_labels, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
-from autoseg.schema import CaseFingerprint, Configuration, Fingerprint, Plan, Run
+from autoseg.schema import CaseFingerprint, ChannelNorm, Configuration, Fingerprint, Plan, Preparation, Run
 from autoseg.splits import Splits, make_splits, read_splits
 from autoseg.store import stored_key, write_case
 from autoseg.workspace import Workspace
@@ -32,6 +46,8 @@ PLAN_OPTIONS = {
     "gpu_memory_gb": "--gpu-memory",
     "planned": "--discard-edits",
     "configurations.2d.context": "--context",
+    "preparation.combined": "--combine",
+    "preparation.crops": "--crop",
 }
 """Plan fields that have an option of their own."""
 
@@ -61,6 +77,9 @@ class PlanOptions:
     spacing_mm: tuple[float, float, float] | None = None
     context: int | None = None
     """Slices that 2D networks see; None: as planned, which is one."""
+    preparation: Preparation = field(default_factory=Preparation)
+    combine: str | None = None
+    """`rss`: all channels become one, the root of the sum of their squares."""
     configurations: tuple[str, ...] = ()
     """What to preprocess; empty: what `choose` says, or all."""
     like: Path | None = None
@@ -189,6 +208,8 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     if options.network is None and options.like is None:
         before = plan_in(planned, broken_too=options.discard_edits)
         options = replace(options, network=None if before is None else before.network)
+    elif options.network is not None and not options.discard_edits:
+        refuse_other_network(plan_in(planned, broken_too=False), options.network)
     if made is None:
         made, kept = make_plan(fingerprint, dataset, options, None if options.discard_edits else planned / "plan.json")
     every = tuple(c.name for c in made.configurations)
@@ -250,6 +271,15 @@ def kept_plan(path: Path, fingerprint: Fingerprint, dataset: Dataset) -> Plan | 
     return old if old.data_hash == fingerprint.data_hash() and old.labels == dataset.labels else None
 
 
+def refuse_other_network(before: Plan | None, network: str) -> None:
+    """AutosegError if the plan that is there was made for another network: its runs could not go on."""
+    if before is not None and before.network not in (None, network):
+        raise AutosegError(
+            f"the plan {before.name!r} is for {before.network}, and {network} was asked for; give the new plan a name of "
+            "its own with --plan NAME, or put it in the place of the old one with --discard-edits"
+        )
+
+
 def plan_in(folder: Path, broken_too: bool) -> Plan | None:
     """The plan in a plan folder; None if there is none, and with `broken_too` also if it cannot be read."""
     try:
@@ -269,13 +299,20 @@ def make_plan(
     """
     if options.preset not in PLANNERS:
         raise AutosegError(f"unknown preset {options.preset!r}; choose one of {', '.join(PLANNERS)}")
+    source = None if options.like is None else plan_at(options.like)
+    preparation = options.preparation if source is None else source.preparation
+    if options.combine not in (None, "rss"):
+        raise AutosegError(f"--combine {options.combine}: channels are combined by rss, the root of the sum of squares")
+    if options.combine is not None:
+        preparation = replace(preparation, combined=fingerprint.channel_names)
+    measured = as_prepared(fingerprint, preparation)
     needs = None
     if options.network is not None:
         from autoseg.networks.footprint import needs_of
 
-        needs = needs_of(options.network, len(dataset.channel_names), dataset.labels.heads)
+        needs = needs_of(options.network, len(measured.channel_names), dataset.labels.heads)
     made = plan(
-        fingerprint,
+        measured,
         dataset.labels,
         PLANNERS[options.preset],
         gpu_memory_gb=options.gpu_memory_gb,
@@ -283,8 +320,10 @@ def make_plan(
         name=options.name,
         needs=needs,
     )
-    if options.like is not None:
-        made = plan_like(plan_at(options.like), fingerprint, dataset.labels, made, options.like.name)
+    if source is None:
+        made = with_preparation(made, preparation, fingerprint)
+    else:
+        made = plan_like(source, measured, dataset.labels, made, str(options.like.name if options.like else ""))
     if options.context is not None:
         made = with_context(made, options.context, options.configurations)
     made = fresh = replace(made, data_hash=fingerprint.data_hash())
@@ -292,6 +331,8 @@ def make_plan(
     if before is not None and before.is_file():
         made, kept = keep_edits(load_json(Plan, before), fresh)
     made = settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
+    if made.preparation.function is not None:
+        load_own(made.preparation.function)
     return stamped(made, fresh, kept), kept
 
 
@@ -360,14 +401,41 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
         PREPROCESS_VERSION,
         # As it always was for canonical plans, so that their cases need not be prepared again.
         plan.axis_order if plan.orientation == "canonical" else (plan.orientation, *plan.axis_order),
-        [to_json(channel) for channel in plan.channels],
+        [_said(channel) for channel in plan.channels],
         plan.labels.meaning,
         configuration.dimension,
         configuration.spacing_mm,
         to_json(configuration.resampling),
         configuration.patch,
+        *([] if plan.preparation == Preparation() else [to_json(plan.preparation), _code(plan.preparation.function)]),
     )
     return hash_text(facts.content_hash, repr(said))
+
+
+def _code(function: str | None) -> str:
+    """The source of a user's preprocessing, so that what an earlier state of it prepared is prepared again."""
+    if function is None:
+        return ""
+    try:
+        return inspect.getsource(load_own(function))
+    except (OSError, TypeError):  # an object, or compiled
+        return ""
+
+
+def warn_of_lost_labels(lost: Mapping[str, tuple[int, int]]) -> None:
+    """Say of which cases the crops of a plan lose labels. lost: case -> labelled voxels that are cut away, and all."""
+    if lost:
+        worst, (away, every) = max(lost.items(), key=lambda item: item[1][0] / item[1][1])
+        print(
+            f"warning: the crops cut labels away from {len(lost)} of the cases prepared now, most from {worst}: "
+            f"{away} of {every} labelled voxels ({away / every:.1%}); such voxels are never learnt nor predicted"
+        )
+
+
+def _said(channel: ChannelNorm) -> str:
+    """The normalisation of a channel for a key: without fields that came later and say nothing, as in earlier keys."""
+    left_out = {"outliers"} if channel.outliers is None else None
+    return TypeAdapter(ChannelNorm).dump_json(channel, indent=2, exclude=left_out).decode() + "\n"
 
 
 def share_prepared(workspace: Workspace, plan: Plan, configuration: Configuration, fingerprint: Fingerprint) -> None:
@@ -422,7 +490,7 @@ def preprocess(
     def pending(case: Case) -> list[Configuration]:
         return [c for c in own if stored_key(folders[c.name], case.id) != keys[c.name, case.id]]
 
-    def one(case: Case) -> None:
+    def one(case: Case) -> tuple[int, int]:
         source = cropped.get(case.id)
         if source is None:
             loaded = load_case(dataset, case)
@@ -433,6 +501,8 @@ def preprocess(
         todo = pending(case)
         for configuration, ready in zip(todo, prepare_each(source, plan, todo)):
             write_case(folders[configuration.name], ready, keys[configuration.name, case.id], patch=configuration.patch)
+            lost = lost_labels(source, ready.trace.crop, plan.labels) if plan.preparation.crops else (0, 0)
+        return lost
 
     work = [case for case in dataset.cases if pending(case)]
     done = len(dataset.cases) - len(work)
@@ -447,6 +517,7 @@ def preprocess(
             workers=workers,
             cost=bytes_needed,
         )
-        raise_failures(outcomes, "preprocess")
+        lost = dict(zip((case.id for case in work), raise_failures(outcomes, "preprocess")))
+        warn_of_lost_labels({name: counts for name, counts in lost.items() if counts[0]})
     for configuration in own:
         print(f"Prepared: {len(dataset.cases)} cases in {folders[configuration.name]}")

@@ -185,7 +185,7 @@ def differs(entry: Entry, first: Entry, facts: Fingerprint, dataset: Dataset) ->
     if open_run(entry.folds[0]).data_hash != facts.data_hash():
         return "it was trained on other data than there are now"
     own = entry.trained.plan
-    if own.labels != dataset.labels or len(own.channels) != len(dataset.channel_names):
+    if own.labels != dataset.labels or len(own.sources) != len(dataset.channel_names):
         return "it has other labels or channels than the dataset has now"
     if {score.case for score in entry.summary.scores} != {score.case for score in first.summary.scores}:
         return f"it held out other cases than {first.member.folder}"

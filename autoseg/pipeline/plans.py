@@ -33,12 +33,12 @@ def plan_called(workspace: Workspace, dataset_text: str, name: str) -> Plan:
 def show_plans(workspace: Workspace, dataset_text: str, only: str | None = None) -> None:
     """Print all plans, or `only` the one of that name, as one table, a line a configuration."""
     plans = plans_of(workspace, dataset_text) if only is None else {only: plan_called(workspace, dataset_text, only)}
-    rows = [("plan", "preset", "memory", "configuration", "patch", "batch", "spacing (mm)", "stages", "")]
+    rows = [("plan", "network", "memory", "configuration", "patch", "batch", "spacing (mm)", "stages", "")]
     for name, plan in plans.items():
         by_hand = dict.fromkeys(edited(plan), "edited by hand") | dict.fromkeys(added(plan), "added by hand")
         for c in plan.configurations:
             sizes = (" x ".join(map(str, c.patch)), str(c.batch_size), " x ".join(f"{s:.4g}" for s in c.spacing_mm))
-            facts = (plan.preset, f"{plan.gpu_memory_gb:g} GB")
+            facts = (plan.network or plan.preset, f"{plan.gpu_memory_gb:g} GB")
             rows.append((name, *facts, c.name, *sizes, str(len(c.network.features)), by_hand.get(c.name, "")))
     print(table(rows))
 

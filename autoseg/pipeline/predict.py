@@ -170,7 +170,7 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     keep_freed_memory()
     model = trained.open(device)
     key = model_key(trained, rule, options)
-    cases = find_cases(source, channels=len(trained.plan.channels))
+    cases = find_cases(source, channels=len(trained.plan.sources))
     refuse_overwriting(cases, target)
     with sole_writer(target):
         written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]
@@ -270,7 +270,7 @@ def predict_cases(
         with step(case, "reading"):
             keys[case.id] = case_key(case, key)
             remove_former(case, status)
-            image, stored = read_image([Path(p) for p in case.images], channels=len(model.plan.channels))
+            image, stored = read_image([Path(p) for p in case.images], channels=len(model.plan.sources))
             return model.prepare(case.id, image, stored)
 
     def write(case: Case, prepared: PreparedCase | EnsembleCase, logits: Any) -> None:

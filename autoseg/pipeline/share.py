@@ -15,7 +15,7 @@ from autoseg.model import Trained, in_file, open_run
 from autoseg.pipeline.predict import PredictOptions, choose_model
 from autoseg.postprocess import trials
 from autoseg.records import AutosegError, load_json
-from autoseg.schema import Fingerprint
+from autoseg.schema import Fingerprint, Plan
 from autoseg.training import WEIGHTS
 from autoseg.workspace import Workspace
 
@@ -86,6 +86,14 @@ def _fingerprint(workspace: Workspace, trained: Trained) -> Fingerprint | None:
     return replace(found, cases=tuple(cases))
 
 
+def _channels(plan: Plan) -> str:
+    schemes = [channel.scheme for channel in plan.channels]
+    if plan.preparation.combined:
+        named = ", ".join(f"{n} {channel}" for n, channel in enumerate(plan.sources))
+        return f"{named}; one is made of them, the root of the sum of squares ({schemes[0]})"
+    return ", ".join(f"{n} {channel} ({scheme})" for n, (channel, scheme) in enumerate(zip(plan.sources, schemes)))
+
+
 def _licence(text: str) -> str:
     try:
         return Path(text).read_text() if text and Path(text).is_file() else text
@@ -117,8 +125,7 @@ def describe(path: Path, content: ModelFile, counts: dict[str, int]) -> str:
         f"{content.autoseg_version} on {content.created}; all checksums are right",
         "",
         f"Segments    {', '.join(f'{name} = {value}' for name, value in zip(labels.names, labels.values))}",
-        f"Reads       {plan.dimension}D images, channels in this order: "
-        + ", ".join(f"{n} {channel.channel} ({channel.scheme})" for n, channel in enumerate(plan.channels)),
+        f"Reads       {plan.dimension}D images, channels in this order: {_channels(plan)}",
         f"Trained on  {plan.dataset}{_cases(content.fingerprint)}",
     ]
     for stage in content.stages:
