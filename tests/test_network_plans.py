@@ -151,7 +151,7 @@ def test_networks_are_listed_and_described(tmp_path):
 def test_a_plan_is_not_silently_made_for_another_member_of_the_family(place):
     plan_and_preprocess(place, "7", ASKED)
     other = replace(ASKED, network="resenc(stages=2)")
-    with pytest.raises(AutosegError, match="is for resenc.stages=3., and .* --plan NAME"):
+    with pytest.raises(AutosegError, match=r"is for resenc.stages=3., and .* --plan NAME"):
         plan_and_preprocess(place, "7", other)
     changes = {**FIXED, "configurations.3d_fullres.network.features": [4, 6]}
     made = plan_and_preprocess(place, "7", replace(other, discard_edits=True, changes=changes))

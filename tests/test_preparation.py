@@ -337,7 +337,7 @@ def test_a_function_of_ones_own_changes_the_image_before_it_is_normalised(mine):
     for name, reason in {
         f"{mine}:smaller": r"made \(1, 5, 7, 10\) of an image of shape \(1, 5, 7, 11\)",
         f"{mine}:wild": "not finite",
-        f"{mine}:nothing": "no function 'nothing'",
+        f"{mine}:nothing": "no class or function 'nothing'",
         "no_such_module_anywhere:f": "cannot be imported",
         "doubled": "write package.module:name",
     }.items():

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from autoseg import bundle, records, settings, store
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Case, Dataset, open_dataset
+from autoseg.own import own
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
 from autoseg.planners import (
     PLANNERS,
@@ -31,7 +32,7 @@ from autoseg.planners import (
     with_context,
     with_preparation,
 )
-from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, load_own, lost_labels, prepare_each
+from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, lost_labels, prepare_each
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError, hash_text, load_json, save_json, sole_writer, to_json
 from autoseg.schema import CaseFingerprint, ChannelNorm, Configuration, Fingerprint, Plan, Preparation, Run
@@ -275,8 +276,8 @@ def refuse_other_network(before: Plan | None, network: str) -> None:
     """AutosegError if the plan that is there was made for another network: its runs could not go on."""
     if before is not None and before.network not in (None, network):
         raise AutosegError(
-            f"the plan {before.name!r} is for {before.network}, and {network} was asked for; give the new plan a name of "
-            "its own with --plan NAME, or put it in the place of the old one with --discard-edits"
+            f"the plan {before.name!r} is for {before.network}, and {network} was asked for; give the new plan a name "
+            "of its own with --plan NAME, or put it in the place of the old one with --discard-edits"
         )
 
 
@@ -332,7 +333,7 @@ def make_plan(
         made, kept = keep_edits(load_json(Plan, before), fresh)
     made = settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
     if made.preparation.function is not None:
-        load_own(made.preparation.function)
+        own(made.preparation.function, "preprocessing")
     return stamped(made, fresh, kept), kept
 
 
@@ -417,7 +418,7 @@ def _code(function: str | None) -> str:
     if function is None:
         return ""
     try:
-        return inspect.getsource(load_own(function))
+        return inspect.getsource(own(function, "preprocessing"))
     except (OSError, TypeError):  # an object, or compiled
         return ""
 
