@@ -15,7 +15,9 @@ def own(name: str, what: str) -> Callable[..., Any]:
 
     Raises AutosegError that says which part of the name is wrong.
     """
-    module_name, _, attribute = name.partition(":")
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise AutosegError(f"the {what} {name!r}: write package.module:name")
     try:
         module = import_module(module_name)
     except (ImportError, ValueError) as error:

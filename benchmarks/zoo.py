@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workspace", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("zoo.md"))
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     dimension = 2 if options.configuration == "2d" else 3
     entries = options.losses or options.networks
     entries = entries or [name for name, known in NETWORKS.items() if dimension in known.dimensions]
