@@ -143,6 +143,9 @@ def sized(size: Sequence[float], spacing_mm: Sequence[float], needs: NetworkNeed
         max(math.ceil(edge / divisor) * divisor, least)
         for edge, divisor, least in zip(size, divisors, needs.smallest(network))
     )
+    if "grid" in network.options:  # of tokens, which positions are learnt for
+        tokens = tuple(edge // divisor for edge, divisor in zip(patch, divisors))
+        network = replace(network, options={**network.options, "grid": tokens})
     return Sized(patch=patch, divisors=divisors, network=network)
 
 

@@ -120,3 +120,12 @@ def test_a_network_that_is_told_its_place_sees_no_mirror_images(told):
 def test_patches_too_short_to_be_halved_are_padded():
     spec = toys.network(3, FIVE)
     assert adapted(spec, (1, 1, 1), (6, 6, 6), 4) == spec
+
+
+def test_learnt_positions_are_those_of_the_tokens_of_the_patch():
+    asked = replace(
+        needs(), spec=lambda dimension: replace(toys.network(dimension, FIVE), options={"grid": (16,) * dimension})
+    )
+    for made in planned(asked).configurations:
+        divisors = [math.prod(steps) for steps in zip(*made.network.strides)]
+        assert made.network.options["grid"] == tuple(edge // unit for edge, unit in zip(made.patch, divisors))

@@ -13,7 +13,7 @@ import toys
 from torch import nn
 
 from autoseg.networks import NETWORKS, build
-from autoseg.networks.footprint import footprint, needs_of
+from autoseg.networks.footprint import footprint, needs_of, on_meta
 from autoseg.networks.meta import Living
 from autoseg.planners.asked import adapted
 from autoseg.records import AutosegError
@@ -149,3 +149,12 @@ def test_peaks_on_this_cpu_are_within_ten_percent(precision):
     ratios = [float(line.split()[-1]) for line in done.stdout.splitlines()[1:]]
     assert len(ratios) >= 10, json.dumps(done.stdout)
     assert all(0.9 < ratio < 1.1 for ratio in ratios), done.stdout
+
+
+def test_attention_on_a_gpu_keeps_no_shares_of_all_pairs():
+    """Twice the tokens need twice the bytes, not four times; every patch is then on the line of the smallest ones."""
+    needs = needs_of("primus_v3", 1, 2)
+    spec = needs.spec(2)
+    small, large = (needs.bytes(spec, (edge, 256), 2) for edge in (256, 512))
+    weights = sum(p.numel() for p in on_meta(spec, 1, 2).parameters()) * 16
+    assert (large - weights) / (small - weights) == pytest.approx(2, rel=0.15)

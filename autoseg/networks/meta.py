@@ -102,12 +102,31 @@ class Autocast(TorchFunctionMode):
         if func == IS_CUDA:
             return self.device == "cuda"
         name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention" and self.device == "cuda":
+            return FusedAttention.apply(*_cast(args[:3], self.lower or args[0].dtype))
         if self.lower is not None:
             if name in LOWERED:
                 args, kwargs = _cast((args, kwargs), self.lower)
             elif name in RAISED[self.device] and kwargs.get("dtype") is None:
                 args, kwargs = _cast((args, kwargs), torch.float32)
         return func(*args, **kwargs)
+
+
+class FusedAttention(torch.autograd.Function):
+    """What attention keeps on a GPU: its inputs, its output and a number a row, never the shares of all pairs.
+
+    Its values are never looked at; the meta device itself would count the shares (Dao et al., NeurIPS 2022).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(part) for part in ctx.saved_tensors[:3])
 
 
 class Unfilled(TorchFunctionMode):
