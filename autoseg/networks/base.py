@@ -100,13 +100,28 @@ LARGEST_TOTAL = 1024
 """Of all stages along one axis: an image is padded to a multiple of it."""
 
 
-def stride_problems(strides: Sequence[Sequence[int]]) -> list[str]:
-    """What is wrong with strides that are too large to be meant.
+def spec_problems(spec: NetworkSpec, levels: int) -> list[str]:
+    """What is wrong with the stages of a specification, whatever is built of them; none: it can be tried.
 
-    A specification may come with a file of unknown origin, and strides do not show in the shape of any tensor.
+    levels: how many entries `decoder_blocks` has.
     """
-    if any(step > LARGEST_STRIDE for stride in strides for step in stride):
-        return [f"strides: at most {LARGEST_STRIDE} in one stage, found {strides}"]
-    if max((prod(steps) for steps in zip(*strides)), default=1) > LARGEST_TOTAL:
-        return [f"strides: at most {LARGEST_TOTAL} in all along one axis, found {strides}"]
-    return []
+    stages, problems = len(spec.features), []
+    expected = {"strides": stages, "kernels": stages, "encoder_blocks": stages, "decoder_blocks": levels}
+    for field, count in expected.items():
+        if len(getattr(spec, field)) != count:
+            problems.append(f"{field}: {count} entries are needed for {stages} stages, found {getattr(spec, field)}")
+    for field in ("features", "encoder_blocks", "decoder_blocks"):
+        if min(getattr(spec, field), default=1) < 1:
+            problems.append(f"{field}: every entry must be 1 or more, found {getattr(spec, field)}")
+    for field in ("strides", "kernels"):
+        for entry in getattr(spec, field):
+            if len(entry) != spec.dimension or min(entry) < 1:
+                problems.append(f"{field}: {spec.dimension} positive numbers a stage are needed, found {entry}")
+    if any(edge % 2 == 0 for kernel in spec.kernels for edge in kernel):
+        problems.append(f"kernels: sizes must be odd, found {spec.kernels}")
+    # A specification may come with a file of unknown origin, and strides do not show in the shape of any tensor.
+    if any(step > LARGEST_STRIDE for stride in spec.strides for step in stride):
+        problems.append(f"strides: at most {LARGEST_STRIDE} in one stage, found {spec.strides}")
+    elif max((prod(steps) for steps in zip(*spec.strides)), default=1) > LARGEST_TOTAL:
+        problems.append(f"strides: at most {LARGEST_TOTAL} in all along one axis, found {spec.strides}")
+    return problems

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
-from autoseg.networks.base import stride_problems
+from autoseg.networks.base import spec_problems
 from autoseg.schema import NetworkSpec
 
 OutputStride = Literal[4, 8, 16, 32]
@@ -20,23 +20,9 @@ def check_stages(spec: NetworkSpec, *, levels: int) -> None:
 
     levels: how many entries `decoder_blocks` has.
     """
-    count, problems = len(spec.features), []
-    if count < 3:
-        problems.append(f"features: three or more stages are needed, found {count}")
-    expected = {"strides": count, "kernels": count, "encoder_blocks": count, "decoder_blocks": levels}
-    for field, entries in expected.items():
-        if len(getattr(spec, field)) != entries:
-            problems.append(f"{field}: {entries} entries are needed, found {getattr(spec, field)}")
-    for field in ("features", "encoder_blocks", "decoder_blocks"):
-        if min(getattr(spec, field), default=1) < 1:
-            problems.append(f"{field}: every entry must be 1 or more, found {getattr(spec, field)}")
-    for field in ("strides", "kernels"):
-        for entry in getattr(spec, field):
-            if len(entry) != spec.dimension or min(entry) < 1:
-                problems.append(f"{field}: {spec.dimension} positive numbers a stage are needed, found {entry}")
-    if any(edge % 2 == 0 for kernel in spec.kernels for edge in kernel):
-        problems.append(f"kernels: sizes must be odd, found {spec.kernels}")
-    problems += stride_problems(spec.strides)
+    count = len(spec.features)
+    problems = [] if count > 2 else [f"features: three or more stages are needed, found {count}"]
+    problems += spec_problems(spec, levels)
     if problems:
         raise ValueError(f"the network specification {spec.name!r} is wrong:\n  " + "\n  ".join(problems))
 

@@ -12,7 +12,7 @@ from operator import mul
 
 from torch import Tensor, nn
 
-from autoseg.networks.base import Architecture, Network, stride_problems
+from autoseg.networks.base import Architecture, Network, spec_problems
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED, ConvBlock, initialise
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -60,23 +60,9 @@ class UNet(Network):
 
 def check_spec(spec: NetworkSpec) -> None:
     """Raise ValueError, with all problems, unless `spec` describes a U-Net."""
-    stages, problems = len(spec.features), []
-    expected = {"strides": stages, "kernels": stages, "encoder_blocks": stages, "decoder_blocks": stages - 1}
-    if stages < 2:
-        problems.append(f"features: a U-Net needs two stages or more, found {stages}")
-    for field, count in expected.items():
-        if len(getattr(spec, field)) != count:
-            problems.append(f"{field}: {count} entries are needed for {stages} stages, found {getattr(spec, field)}")
-    for field in ("features", "encoder_blocks", "decoder_blocks"):
-        if min(getattr(spec, field), default=1) < 1:
-            problems.append(f"{field}: every entry must be 1 or more, found {getattr(spec, field)}")
-    for field in ("strides", "kernels"):
-        for entry in getattr(spec, field):
-            if len(entry) != spec.dimension or min(entry) < 1:
-                problems.append(f"{field}: {spec.dimension} positive numbers a stage are needed, found {entry}")
-    if any(edge % 2 == 0 for kernel in spec.kernels for edge in kernel):
-        problems.append(f"kernels: sizes must be odd, found {spec.kernels}")
-    problems += stride_problems(spec.strides)
+    stages = len(spec.features)
+    problems = [] if stages > 1 else [f"features: a U-Net needs two stages or more, found {stages}"]
+    problems += spec_problems(spec, stages - 1)
     if any(step != 1 for stride in spec.strides[:1] for step in stride):
         problems.append(f"strides: the first stage keeps full resolution, found {spec.strides[0]}")
     if problems:
