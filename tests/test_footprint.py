@@ -140,9 +140,9 @@ def test_unknown_networks_and_options_are_refused_with_those_there_are():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_peaks_on_this_cpu_are_within_ten_percent(precision):
-    command = [sys.executable, str(BENCHMARK), "--precision", precision, "unet", "resenc"]
+def test_peaks_on_this_cpu_are_within_ten_percent():
+    # Not in bfloat16: without instructions for it a step takes twenty times as long, by other kernels.
+    command = [sys.executable, str(BENCHMARK), "--precision", "float32", "unet", "resenc"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
