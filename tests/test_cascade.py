@@ -12,8 +12,9 @@ from autoseg.augment import make_augmentation
 from autoseg.layout import open_dataset
 from autoseg.model import earlier_folds, open_model
 from autoseg.pipeline.cascade import NextStage, find_priors, held_out_by, map_path, maps_folder
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess, preprocess
+from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.predict import PredictOptions, predict
+from autoseg.pipeline.preparing import preprocess
 from autoseg.pipeline.probabilities import find_probabilities
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.preprocess import project

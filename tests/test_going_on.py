@@ -417,13 +417,13 @@ def test_a_case_that_has_preprocessing_killed_is_named_and_the_others_are_prepar
     done = command(
         """
 def change():
-    import autoseg.pipeline.data as data
-    real = data.write_case
+    import autoseg.pipeline.preparing as preparing
+    real = preparing.write_case
     def write(folder, ready, *more, **and_more):
         if ready.case == "p1":
             die()
         real(folder, ready, *more, **and_more)
-    data.write_case = write
+    preparing.write_case = write
 """,
         *("plan_and_preprocess", "-d", "7", "-c", "3d_fullres", "--workers", "2", "--workspace", tmp_path),
         cwd=tmp_path,

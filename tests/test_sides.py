@@ -14,7 +14,7 @@ from toys import plan as toy_plan
 from autoseg.fingerprint import measure_case
 from autoseg.labels import Labels
 from autoseg.mirroring import ALL_AXES, EVERY_AXIS, Flips, Mirroring, other_index
-from autoseg.pipeline.data import case_key
+from autoseg.pipeline.preparing import case_key
 from autoseg.planners import PLANNERS, explain, plan, plan_like
 from autoseg.planners.sides import mirroring, sided
 from autoseg.preprocess import crop_to_content

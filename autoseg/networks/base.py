@@ -4,6 +4,7 @@
 an entry of the table of networks: how it is built, the specification of its paper, and what it can do.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from autoseg.schema import NetworkSpec
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """Base of the architectures that accept any size; a subclass sets the attributes and writes `scales_of`.
 
     Zeros are added behind the last voxels, so that lower scales stay where they are; images are normalised, so zero
@@ -36,12 +37,12 @@ class Network(nn.Module):
     """Whether `forward` is called with `position`: where in its image each patch lies, see `sampling.Batch`. It takes
     None for the middle."""
 
+    @abstractmethod
     def scales_of(self, x: Tensor, all_scales: bool) -> Sequence[Tensor]:
         """Images (B, C, *spatial), of a fitting size -> logits (B, heads, *spatial / scale), highest resolution first.
 
         Without `all_scales` only the first is asked for.
         """
-        raise NotImplementedError
 
     def forward(self, x: Tensor, all_scales: bool = False) -> Tensor | list[Tensor]:
         """Images (B, C, *spatial) of any size -> logits (B, heads, *spatial); with `all_scales` a list, see `scales`.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from autoseg.model import Model, is_finished, open_model, open_run, weights_hash
-from autoseg.pipeline.data import unprepared
+from autoseg.pipeline.preparing import unprepared
 from autoseg.preprocess import Trace, project
 from autoseg.progress import Progress
 from autoseg.records import AutosegError, hash_text, load_json

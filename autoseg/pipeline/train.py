@@ -30,8 +30,8 @@ from autoseg.networks import build, output_scales
 from autoseg.parallel import free_memory
 from autoseg.pipeline.cascade import find_priors, next_stages
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
-from autoseg.pipeline.data import unprepared
 from autoseg.pipeline.orders import give_order, refuse_small_batch
+from autoseg.pipeline.preparing import unprepared
 from autoseg.pipeline.recipe import (
     LENGTH,
     TrainOptions,
