@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import IO, NoReturn
 
 import torch
@@ -166,6 +167,10 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
     if own_device.startswith("cuda"):
         torch.cuda.set_device(own_device)
     backend = "cpu:gloo,cuda:nccl" if own_device.startswith("cuda") else "gloo"
+    # Its functions keep the group that exists when they are defined, as their default. Imported by the way later on
+    # (torch.compile does), it would keep gloo's threads past the end of the group, up to that of Python, when a thread
+    # that still lets go of a tensor aborts the process.
+    import_module("torch.distributed.nn")
     try:
         with _followers(size) if not started else nullcontext(_leaders_store(size)) as store:
             # Without a store the processes meet where the variables of torchrun say.

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_pipeline import NAME, PLAN
 from test_training import parts, write_cases
 from torch import nn
+from torch.distributed import TCPStore
 from toys import balls_dataset
 
 from autoseg.checkpoint import read_progress
@@ -172,6 +173,34 @@ def test_a_device_for_each_process():
         one_each("mps", 0, 2)
     with pytest.raises(AutosegError, match=r"1000 processes need a GPU each, and \d+ can be seen"):
         one_each("cuda", 0, 1000)
+
+
+MEETING = """
+import os
+from autoseg.team import assembled
+with assembled(2, "cpu") as (team, _):
+    import torch._dynamo
+    team.wait()
+print(*[open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the threads of a process")
+def test_no_thread_of_the_exchange_outlives_it():
+    """One that still lets go of a tensor when Python ends would abort the process."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    known = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    known["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as under torchrun: the processes find the store, none makes it
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETING], env=environment() | known | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert all(words and "gloo" not in words for words in said), said
 
 
 # Whole processes. What they train with is exact enough to compare: SGD, no probing.
