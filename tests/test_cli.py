@@ -10,7 +10,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from autoseg import __version__
-from autoseg.cli import LOSS_HELP, app, parse_folds, parse_spacing
+from autoseg.cli import app
+from autoseg.cli.options import LOSS_HELP, parse_folds, parse_spacing
 from autoseg.losses import LOSSES
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import Run

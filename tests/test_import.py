@@ -14,7 +14,8 @@ import pytest
 from toys import OBLIQUE, ball, balls_dataset, grid
 from typer.testing import CliRunner
 
-from autoseg.cli import app, parse_labels, parse_names
+from autoseg.cli import app
+from autoseg.cli.options import parse_labels, parse_names
 from autoseg.datasets import IMPORTS, PROFILES
 from autoseg.datasets.folders import by_channel
 from autoseg.datasets.importing import Draft, Entry, common_ending, encode, merge, put, write_draft

@@ -267,7 +267,7 @@ def test_a_kill_in_the_whole_case_validation_costs_no_training(prepared, monkeyp
 
 def test_the_command_saves_and_goes_on_after_sigterm(prepared):
     whole = train(prepared, "whole", replace(TRAIN, epochs=8))
-    command = [sys.executable, "-P", "-m", "autoseg.cli", "train", "7", "3d_fullres", "0", "--epochs", "8"]
+    command = [sys.executable, "-P", "-m", "autoseg", "train", "7", "3d_fullres", "0", "--epochs", "8"]
     command += ["--device", "cpu", "--run", "stopped", "--workspace", str(prepared.root)]
     command += [f"--set={name}={value}" for name, value in CHANGES.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,8 @@ from test_pipeline import NAME, QUICK
 from toys import balls_dataset, write_balls
 from typer.testing import CliRunner
 
-from autoseg.cli import app, plan_name
+from autoseg.cli import app
+from autoseg.cli.options import plan_name
 from autoseg.networks import spec_of
 from autoseg.networks.unet import UNet, unet
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess

@@ -1,0 +1,186 @@
+"""Verbs before training: look at a dataset, plan it, prepare it, look at plans, networks and augmentation."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoseg.cli.options import (
+    PRESET_HELP,
+    ChannelsOption,
+    ClassesOption,
+    DatasetOption,
+    DeviceOption,
+    GpuMemoryOption,
+    GroupByOption,
+    NetworkOption,
+    NewPlanOption,
+    PatchOption,
+    PlanOption,
+    SetOption,
+    SpacingOption,
+    TestFractionOption,
+    WorkersOption,
+    WorkspaceOption,
+    parse_patch,
+    parse_spacing,
+    plan_name,
+)
+from autoseg.records import AutosegError
+from autoseg.workspace import Workspace
+
+
+def check_verb(dataset: DatasetOption, workspace: WorkspaceOption = None, workers: WorkersOption = None) -> None:
+    """Check a raw dataset: files, geometry, labels, voxels. Writes nothing."""
+    from autoseg.pipeline.data import check
+
+    check(Workspace.find(workspace), dataset, workers)
+
+
+def plan_and_preprocess_verb(
+    dataset: DatasetOption,
+    configurations: Annotated[
+        list[str] | None, typer.Option("-c", "--configuration", help="Preprocess only this; may be repeated.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} [unet]")] = None,
+    network: NetworkOption = None,
+    gpu_memory: GpuMemoryOption = None,
+    spacing: SpacingOption = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Take over the plan of this model (a file or a fold folder), for fine-tuning.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="3|5|7", help="Slices that 2d sees, to label the middle one [1].")
+    ] = None,
+    crop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CROP", help="crop_to(size=[Z,Y,X]), crop_around_mass, margins; may be repeated."),
+    ] = None,
+    combine: Annotated[
+        str | None, typer.Option(metavar="rss", help="Make all channels one: the root of the sum of squares.")
+    ] = None,
+    plan: NewPlanOption = None,
+    group_by: GroupByOption = None,
+    test_fraction: TestFractionOption = 0.0,
+    discard_edits: Annotated[
+        bool, typer.Option("--discard-edits", help="Plan anew what was edited in plan.json by hand.")
+    ] = False,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+    set_: SetOption = None,
+    help_fields: Annotated[bool, typer.Option("--help-fields", help="List the fields that --set takes.")] = False,
+) -> None:
+    """Check, fingerprint, plan and preprocess a dataset; a second run does only what is missing."""
+    from autoseg import settings
+    from autoseg.crops import parse_crop
+    from autoseg.pipeline.data import PlanOptions, describe_plan_fields, plan_and_preprocess
+    from autoseg.schema import Preparation
+
+    place, name = Workspace.find(workspace), plan_name(plan, network)
+    if help_fields:
+        describe_plan_fields(place, dataset, name)
+        return
+    if like is not None and (preset or network or gpu_memory or spacing or crop or combine):
+        raise AutosegError(
+            "--like takes over network, memory, spacing, crops and channels; leave out --preset, --network, "
+            "--gpu-memory, --spacing, --crop, --combine"
+        )
+    plan_and_preprocess(
+        place,
+        dataset,
+        PlanOptions(
+            name=name,
+            preset=preset or "unet",
+            network=network,
+            gpu_memory_gb=gpu_memory,
+            spacing_mm=parse_spacing(spacing),
+            context=context,
+            preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
+            combine=combine,
+            like=like,
+            configurations=tuple(configurations or ()),
+            group_by=group_by,
+            test_fraction=test_fraction,
+            discard_edits=discard_edits,
+            workers=workers,
+            changes=settings.parse(set_ or ()),
+        ),
+    )
+
+
+def plan_verb(
+    dataset: DatasetOption,
+    plan: Annotated[str | None, typer.Option("--plan", help="Show only this plan.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the reason of each decision.")] = False,
+    diff: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="PLAN PLAN", help="What differs between two plans.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Show the plans of a dataset side by side, the reasons of one, or what differs between two. Changes nothing."""
+    from autoseg.pipeline.plans import show_difference, show_plan, show_plans
+
+    place = Workspace.find(workspace)
+    if explain:
+        show_plan(place, dataset, plan or "default")
+    if diff is not None:
+        show_difference(place, dataset, *diff)
+    if not explain and diff is None:
+        show_plans(place, dataset, plan)
+
+
+def networks_verb(
+    patch: PatchOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 2,
+    channels: ChannelsOption = 1,
+    classes: ClassesOption = 2,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 where autocast allows.")] = "bfloat16",
+    timed: Annotated[bool, typer.Option("--time", help="Run steps and time them.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """List the networks for `--network`: parameters, memory of a training step, source."""
+    from autoseg.pipeline.networks import Sizes, show_networks
+
+    if precision not in ("float32", "bfloat16"):
+        raise AutosegError(f"--precision {precision}: choose float32 or bfloat16")
+    sizes = Sizes(patch=parse_patch(patch), batch=batch, channels=channels, classes=classes)
+    show_networks(sizes, "float32" if precision == "float32" else "bfloat16", timed, device)
+
+
+def describe_verb(
+    names: Annotated[list[str], typer.Argument(help="Networks: name or name(key=value, ...).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for tables and diagrams.")] = Path("."),
+    patch: PatchOption = None,
+    channels: ChannelsOption = 1,
+    classes: ClassesOption = 2,
+    compare: Annotated[bool, typer.Option("--compare", help="Draw their numbers of parameters as bars.")] = False,
+) -> None:
+    """Write the table of layers and a diagram (SVG) of networks."""
+    from autoseg.pipeline.networks import Sizes, describe_networks
+
+    sizes = Sizes(patch=parse_patch(patch), channels=channels, classes=classes)
+    describe_networks(names, output, sizes, compare)
+
+
+def preview_verb(
+    dataset: DatasetOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The picture to draw, FILE.png.")],
+    configuration: Annotated[
+        str | None, typer.Option("-c", "--configuration", help="Whose patches [3d_fullres, else 2d].")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Augmentation, as in --set augmentation=NAME.")] = "default",
+    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Augmented samples to draw.")] = 8,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="Instead: each transform of the policy, alone and after all before it.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another patch and other samples.")] = 0,
+    plan: PlanOption = "default",
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Draw a page of one patch and what an augmentation makes of it, with the masks outlined. Changes nothing."""
+    from autoseg.pipeline.preview import PreviewOptions, preview
+
+    options = PreviewOptions(
+        configuration=configuration, policy=policy, samples=samples, chain=chain, seed=seed, plan=plan
+    )
+    preview(Workspace.find(workspace), dataset, output, options)
