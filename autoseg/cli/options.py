@@ -102,22 +102,16 @@ def plan_options(
     """The options of planning as the pipeline takes them; own: fields of PlanOptions that the verb has alone."""
     from autoseg.crops import parse_crop
     from autoseg.pipeline.data import PlanOptions
-    from autoseg.schema import Preparation
 
-    if like is not None and (preset or network or gpu_memory or spacing or crop or combine):
-        raise AutosegError(
-            "--like takes over network, memory, spacing, crops and channels; leave out --preset, --network, "
-            "--gpu-memory, --spacing, --crop, --combine"
-        )
     return PlanOptions(
         name=plan_name(plan, network),
-        preset=preset or "unet",
+        preset=preset,
         network=network,
         gpu_memory_gb=gpu_memory,
         spacing_mm=parse_spacing(spacing),
         like=like,
         context=context,
-        preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
+        crops=tuple(map(parse_crop, crop or ())),
         combine=combine,
         group_by=group_by,
         test_fraction=test_fraction,

@@ -160,7 +160,7 @@ def fit_verb(
         test_fraction=test_fraction,
         discard_edits=discard_edits,
         workers=workers,
-        keep=not (preset or network or gpu_memory or spacing or like or context or crop or combine or discard_edits),
+        keep=True,
     )
     training = TrainOptions(
         plan=planning.name,
