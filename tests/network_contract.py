@@ -65,7 +65,7 @@ def fresh(spec: NetworkSpec, seed: int = 0) -> nn.Module:
 def check_contract(
     name: str, dimension: int, *, spec: NetworkSpec | None = None, size: Sequence[int] = (), **options: object
 ) -> None:
-    """All checks on a narrow network called `name`, and on an anisotropic one where it adapts.
+    """All checks on a narrow network called `name`, and on one for voxels that are not alike along all axes.
 
     spec: in place of the first three stages of its paper's; options: of `Architecture.spec`.
     """
@@ -84,9 +84,8 @@ def check_contract(
     check_gradients(spec, image_size)
     check_padding(spec, image_size)
     check_file(spec, image_size)
-    if architecture.adapts:
-        check_shapes(anisotropic(spec), image_size)
-        check_gradients(anisotropic(spec), image_size)
+    check_shapes(anisotropic(spec), image_size)
+    check_gradients(anisotropic(spec), image_size)
 
 
 def check_names(spec: NetworkSpec) -> None:

@@ -11,7 +11,6 @@ Naming a module imports it: a plan that does so is as trustworthy as the code be
 
 import inspect
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from autoseg.networks.r2_unet import R2_ATTENTION_UNET, R2_UNET
 from autoseg.networks.resenc import RESENC
 from autoseg.networks.resnet_unet import RESNET34_UNET
 from autoseg.networks.segnet import SEGNET
+from autoseg.networks.strides import running
 from autoseg.networks.unet import UNET
 from autoseg.networks.unet3d import RELATIVE_UNET3D, SLICE_UNET3D, UNET3D, UNET3D_NOHIGHWAY
 from autoseg.networks.unet_vanilla import UNET_VANILLA
@@ -138,7 +138,4 @@ def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...
     A network of one's own that does not say has a scale for every stage of `spec` but the last.
     """
     stated: tuple[tuple[int, ...], ...] | None = getattr(network, "scales", None)
-    if stated is not None:
-        return stated
-    steps = accumulate(spec.strides[:-1], lambda total, stride: tuple(t * s for t, s in zip(total, stride)))
-    return tuple(steps)
+    return running(spec.strides[:-1]) if stated is None else stated

@@ -9,8 +9,6 @@ A network with kernels of 5 is meant to begin as one with kernels of 3 that has 
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from operator import mul
 from typing import Annotated
 
 import torch.nn.functional as F
@@ -21,6 +19,7 @@ from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED
 from autoseg.networks.options import read_options
 from autoseg.networks.parts import ACTIVATIONS, INTERPOLATION, NORMS, choose
+from autoseg.networks.strides import running, total
 from autoseg.networks.unet import check_spec
 from autoseg.networks.volumetric import doubling_spec
 from autoseg.records import record
@@ -95,8 +94,7 @@ class MedNeXt(Network):
         ratios = options.expansion * (stages if len(options.expansion) == 1 else 1)
         if len(ratios) != stages:
             raise ValueError(f"option expansion of the network {spec.name!r}: {stages} numbers or one, found {ratios}")
-        self.scales = tuple(accumulate(spec.strides, lambda total, stride: tuple(map(mul, total, stride))))
-        self.divisor = self.scales[-1]
+        self.divisor, self.scales = total(spec.strides), running(spec.strides)
 
         def blocks(stage: int, count: int) -> nn.Sequential:
             width, kernel = spec.features[stage], spec.kernels[stage]

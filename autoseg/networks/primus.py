@@ -13,7 +13,6 @@ in fine-tuning, the projection beside it is not.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
 from typing import Annotated, Any
 
 import torch
@@ -25,6 +24,7 @@ from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION, SLOPE, TRANSPOSED, ResidualBlock, initialise
 from autoseg.networks.options import Share, read_options
 from autoseg.networks.parts import INTERPOLATION
+from autoseg.networks.strides import total
 from autoseg.networks.unet import check_spec
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec
@@ -164,8 +164,7 @@ class Primus(Network):
         grid = options.grid or (16,) * spec.dimension
         _check(spec, options.attention_heads, grid)
         axes, width, depth = spec.dimension, spec.features[-1], spec.encoder_blocks[-1]
-        self.divisor = tuple(prod(stride[axis] for stride in spec.strides) for axis in range(axes))
-        self.scales = ((1,) * axes,)
+        self.divisor, self.scales = total(spec.strides), ((1,) * axes,)
 
         self.stages = nn.ModuleList()
         channels = in_channels
@@ -187,7 +186,7 @@ class Primus(Network):
         )
         self.projections = nn.ModuleList()
         for level, features in enumerate(spec.features[:-2]):
-            left = tuple(prod(stride[axis] for stride in spec.strides[level + 1 :]) for axis in range(axes))
+            left = total(spec.strides[level + 1 :])
             self.projections.append(convolution(features, width, left, left))
         self.projection_scales = nn.Parameter(torch.full((len(self.projections),), 1e-5))
 
