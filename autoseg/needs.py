@@ -17,8 +17,8 @@ class NetworkNeeds:
     """As it was asked for, options included."""
     dimensions: tuple[int, ...]
     spec: Callable[[Dimension], NetworkSpec] | None
-    """The network of its source, for voxels that are alike along all axes, whose strides and kernels may be changed axis
-    by axis where they are not; None: it takes the stages of the preset."""
+    """The network of its source, for voxels that are alike along all axes; where they are not, its strides and kernels
+    may be changed axis by axis. None: it takes the stages of the preset."""
     divisors: Callable[[NetworkSpec], tuple[int, ...]]
     """What patches should be multiples of, lest they be padded."""
     smallest: Callable[[NetworkSpec], tuple[int, ...]]

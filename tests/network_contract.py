@@ -92,9 +92,13 @@ def check_names(spec: NetworkSpec) -> None:
     """The tensors that transfer adapts are there, with the channels and heads where they should be."""
     network = on_meta(spec)
     tensors = network.state_dict()
-    first = tensors[network.first_weight]
-    assert first.ndim == spec.dimension + 2
-    assert first.shape[1] == IN_CHANNELS
+    more = on_meta(spec, IN_CHANNELS + 1).state_dict()
+    assert tensors.keys() == more.keys()
+    first = {name for name, tensor in tensors.items() if tensor.shape != more[name].shape}
+    assert first == {network.first_weight, *network.beside_first}
+    for name in first:
+        assert tensors[name].ndim == spec.dimension + 2
+        assert (tensors[name].shape[1], more[name].shape[1]) == (IN_CHANNELS, IN_CHANNELS + 1)
     heads = [tensor for tensor_name, tensor in tensors.items() if tensor_name.startswith(network.heads_prefixes)]
     assert heads
     assert all(tensor.shape[0] == HEADS for tensor in heads)

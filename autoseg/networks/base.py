@@ -29,6 +29,10 @@ class Network(nn.Module, ABC):
     """By how much each of the outputs of `scales_of` is smaller than the image, axis by axis; the first: not at all."""
     first_weight: str = ""
     """Name of the tensor that reads the image, (features, input channels, *kernel)."""
+    beside_first: tuple[str, ...] = ()
+    """Names of further tensors that read it, as those of a shortcut beside the first convolution."""
+    grows_kernels: bool = False
+    """Whether kernels may begin as smaller ones that have been trained, up-sampled; see `autoseg.transfer`."""
     heads_prefixes: tuple[str, ...] = ("heads.",)
     """What names of tensors that give logits, (heads, ...), begin with."""
     encoder_prefixes: tuple[str, ...] = ("encoder.",)

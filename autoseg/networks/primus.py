@@ -7,8 +7,7 @@ channel, and left out at random in training, the later ones more often. Transpos
 
 The learnt positions are those of a grid of tokens, option `grid`: patch / 8, for the patch that is trained with.
 Elsewhere they are interpolated; rotary positions go on as they are. The sources are for 3D with 8 x 8 x 8 voxels a
-token; other strides and 2D are our extension of the same rules. A first layer of another number of channels is adapted
-in fine-tuning, the projection beside it is not.
+token; other strides and 2D are our extension of the same rules.
 """
 
 from collections.abc import Sequence
@@ -154,6 +153,7 @@ class Primus(Network):
     """
 
     first_weight = "stages.0.0.first.conv.weight"
+    beside_first = ("stages.0.0.shortcut.0.conv.weight",)
     heads_prefixes = ("head.",)
     encoder_prefixes = ("stages.", "to_tokens.", "projection", "places", "blocks.", "norm.")
 

@@ -130,8 +130,8 @@ class Slices(Network):
         self.scales = tuple(scale[1:] for scale in inner.scales)
         self.heads_prefixes = tuple(f"inner.{prefix}" for prefix in inner.heads_prefixes)
         self.encoder_prefixes = tuple(f"inner.{prefix}" for prefix in inner.encoder_prefixes)
-        # The tensor that reads the image has an entry a channel, not one a slice: its channels have no names.
-        self.first_weight = ""
+        # It has an entry a channel of the image, not one a slice.
+        self.first_weight = f"inner.{inner.first_weight}"
 
     def scales_of(self, x: Tensor, all_scales: bool) -> list[Tensor]:
         """As `Network.scales_of`; x: (B, channels of the image * context, Y, X)."""
