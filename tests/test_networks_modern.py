@@ -215,7 +215,7 @@ def test_the_features_of_the_decoder_fall_in_a_geometric_row():
 def test_blocks_are_left_out_in_training_only():
     spec = replace(small_primus(2), options=small_primus(2).options | {"drop_path": 0.8})
     network, image = fresh(spec), torch.randn(1, IN_CHANNELS, 16, 24)
-    assert [block.drop for block in network.blocks] == [0, 0.8]
+    assert [block.drop.p for block in network.blocks] == [0, 0.8]
     with torch.no_grad():
         assert len({network(image).sum().item() for _ in range(12)}) > 1
         assert len({network.eval()(image).sum().item() for _ in range(3)}) == 1

@@ -104,12 +104,23 @@ class SwiGLU(nn.Module):
         return out
 
 
+class DropPath(nn.Dropout):
+    """In training leaves what it is given out with probability `p`, sample by sample; the rest is larger for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> the same."""
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.p
+        return x * kept.to(x.dtype) / (1 - self.p)
+
+
 class TransformerBlock(nn.Module):
     """Attention and SwiGLU, each normed before, scaled after, and added; left out at random in training."""
 
     def __init__(self, width: int, heads: int, scale: float, drop: float) -> None:
         super().__init__()
-        self.drop = drop
+        self.drop = DropPath(drop)
         self.first_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.first_scale = nn.Parameter(torch.full((width,), scale))
@@ -119,14 +130,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         """(B, tokens, C) -> the same."""
-        x = x + self._kept(self.first_scale * self.attention(self.first_norm(x), angles))
-        return x + self._kept(self.second_scale * self.mlp(self.second_norm(x)))
-
-    def _kept(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop == 0:
-            return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop
-        return x * kept.to(x.dtype) / (1 - self.drop)
+        x = x + self.drop(self.first_scale * self.attention(self.first_norm(x), angles))
+        dropped: Tensor = self.drop(self.second_scale * self.mlp(self.second_norm(x)))
+        return x + dropped
 
 
 class Head(nn.Module):
