@@ -65,7 +65,7 @@ def fresh(spec: NetworkSpec, seed: int = 0) -> nn.Module:
 def check_contract(
     name: str, dimension: int, *, spec: NetworkSpec | None = None, size: Sequence[int] = (), **options: object
 ) -> None:
-    """All checks on a narrow network called `name`, and on an anisotropic one where it adapts.
+    """All checks on a narrow network called `name`, and on one for voxels that are not alike along all axes.
 
     spec: in place of the first three stages of its paper's; options: of `Architecture.spec`.
     """
@@ -84,18 +84,21 @@ def check_contract(
     check_gradients(spec, image_size)
     check_padding(spec, image_size)
     check_file(spec, image_size)
-    if architecture.adapts:
-        check_shapes(anisotropic(spec), image_size)
-        check_gradients(anisotropic(spec), image_size)
+    check_shapes(anisotropic(spec), image_size)
+    check_gradients(anisotropic(spec), image_size)
 
 
 def check_names(spec: NetworkSpec) -> None:
     """The tensors that transfer adapts are there, with the channels and heads where they should be."""
     network = on_meta(spec)
     tensors = network.state_dict()
-    first = tensors[network.first_weight]
-    assert first.ndim == spec.dimension + 2
-    assert first.shape[1] == IN_CHANNELS
+    more = on_meta(spec, IN_CHANNELS + 1).state_dict()
+    assert tensors.keys() == more.keys()
+    first = {name for name, tensor in tensors.items() if tensor.shape != more[name].shape}
+    assert first == {network.first_weight, *network.beside_first}
+    for name in first:
+        assert tensors[name].ndim == spec.dimension + 2
+        assert (tensors[name].shape[1], more[name].shape[1]) == (IN_CHANNELS, IN_CHANNELS + 1)
     heads = [tensor for tensor_name, tensor in tensors.items() if tensor_name.startswith(network.heads_prefixes)]
     assert heads
     assert all(tensor.shape[0] == HEADS for tensor in heads)

@@ -22,6 +22,7 @@ from autoseg.losses import deep_supervision, dice_ce, scale_targets
 from autoseg.needs import NetworkNeeds
 from autoseg.networks import asked, build, output_scales, spec_of
 from autoseg.networks.meta import Autocast, Device, Living, Unfilled
+from autoseg.networks.strides import total
 from autoseg.records import AutosegError, record
 from autoseg.schema import NetworkSpec
 
@@ -89,7 +90,7 @@ class Step:
         self.mode = Autocast(device, LOWER[precision])
         self.scales = output_scales(self.network, spec)
         stated = getattr(self.network, "divisor", None)
-        self.divisors = tuple(stated or (math.prod(steps) for steps in zip(*spec.strides)))
+        self.divisors = tuple(stated or total(spec.strides))
         self.weights = sum(_bytes(parameter) for parameter in self.network.parameters())
         self.buffers = sum(_bytes(buffer) for buffer in self.network.buffers())
         self.states = STATES[optimizer] * self.weights
@@ -234,7 +235,6 @@ def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bf
         name=text,
         dimensions=(2, 3) if found is None else found.dimensions,
         spec=None if found is None else partial(spec_of, text),
-        adapts=found is not None and found.adapts,
         divisors=lambda spec: forecast(spec).step.divisors,
         smallest=lambda spec: forecast(spec).smallest,
         bytes=lambda spec, patch, batch: forecast(spec).total(patch, batch),

@@ -20,9 +20,9 @@ from autoseg.networks.pooled import (
     first_weight,
     halving_spec,
     pooled,
-    total_stride,
     transposed,
 )
+from autoseg.networks.strides import total
 from autoseg.networks.unet import check_spec
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -40,7 +40,7 @@ class UNetPlusPlus(Network):
         options = read_options(Options, spec)
         features = spec.features
         outputs = len(features) - 1
-        self.divisor, self.scales = total_stride(spec), ((1,) * spec.dimension,) * outputs
+        self.divisor, self.scales = total(spec.strides), ((1,) * spec.dimension,) * outputs
         before = (in_channels, *features)
         encoder = [
             convolutions((before[i], *(features[i],) * blocks), spec.kernels[i], options)
