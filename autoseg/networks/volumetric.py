@@ -129,6 +129,7 @@ class Slices(Network):
         self.reduce = reduce
         self.divisor = inner.divisor[1:]
         self.scales = tuple(scale[1:] for scale in inner.scales)
+        self.output_weights = inner.output_weights
         self.heads_prefixes = tuple(f"inner.{prefix}" for prefix in inner.heads_prefixes)
         self.encoder_prefixes = tuple(f"inner.{prefix}" for prefix in inner.encoder_prefixes)
         # The tensor that reads the image has an entry a channel, not one a slice: its channels have no names.
