@@ -129,7 +129,7 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
     from autoseg.computing import safe_base, scaler
     from autoseg.labels import Labels
     from autoseg.losses import make_loss
-    from autoseg.networks import build, output_scales
+    from autoseg.networks import build, output_scales, output_weights
     from autoseg.sampling import Batch
     from autoseg.schema import Recipe
     from autoseg.training import Parts, make_optimizer, training_step
@@ -145,6 +145,7 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
         recipe=Recipe(optimizer=optimizer),
         labels=labels,
         scales=output_scales(network, spec),
+        output_weights=output_weights(network),
         loss=make_loss("dice_ce", labels=labels, batch_dice=True),
         device=place,
         folder=Path(),

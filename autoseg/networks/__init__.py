@@ -3,7 +3,8 @@
 A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
 `forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
 list of logits, highest resolution first, that shrink by `scales` of the module, or where it has none by
-`spec.strides`; a list of one is allowed. With `encoder_prefixes`, what names of its encoder's parameters begin with,
+`spec.strides`; a list of one is allowed. With `output_weights` the outputs count so in deep supervision, see
+`base.Network`. With `encoder_prefixes`, what names of its encoder's parameters begin with,
 that can be frozen or have a rate of its own. One with an attribute `takes_position` that is true is called with
 `position` too: where in its image each patch lies, (B, axes) float32 from -1 to 1 along each axis, 0 in the middle.
 Naming a module imports it: a plan that does so is as trustworthy as the code beside it.
@@ -39,7 +40,7 @@ from autoseg.records import AutosegError
 from autoseg.schema import Dimension, NetworkSpec
 from autoseg.settings import parse_call
 
-__all__ = ["NETWORKS", "Architecture", "asked", "build", "options_of", "output_scales", "spec_of"]
+__all__ = ["NETWORKS", "Architecture", "asked", "build", "options_of", "output_scales", "output_weights", "spec_of"]
 
 NETWORKS: dict[str, Architecture] = {
     "unet": UNET,
@@ -158,3 +159,8 @@ def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...
     """
     stated: tuple[tuple[int, ...], ...] | None = getattr(network, "scales", None)
     return running(spec.strides[:-1]) if stated is None else stated
+
+
+def output_weights(network: nn.Module) -> tuple[float, ...]:
+    """How much each output counts in deep supervision, as the network states it; (): `losses.scale_weights` says."""
+    return tuple(getattr(network, "output_weights", ()))

@@ -27,6 +27,9 @@ class Network(nn.Module, ABC):
     """What the spatial sizes that `scales_of` sees are multiples of."""
     scales: tuple[tuple[int, ...], ...]
     """By how much each of the outputs of `scales_of` is smaller than the image, axis by axis; the first: not at all."""
+    output_weights: tuple[float, ...] = ()
+    """How much each of the outputs counts in deep supervision, in all 1; (): each half of the one before, the last not
+    at all, as fits a decoder whose outputs are smaller and smaller (`losses.scale_weights`)."""
     first_weight: str = ""
     """Name of the tensor that reads the image, (features, input channels, *kernel)."""
     beside_first: tuple[str, ...] = ()

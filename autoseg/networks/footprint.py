@@ -20,7 +20,7 @@ from torch import nn
 
 from autoseg.losses import deep_supervision, dice_ce, scale_targets
 from autoseg.needs import NetworkNeeds
-from autoseg.networks import asked, build, output_scales, spec_of
+from autoseg.networks import asked, build, output_scales, output_weights, spec_of
 from autoseg.networks.meta import Autocast, Device, Living, Unfilled
 from autoseg.networks.strides import total
 from autoseg.records import AutosegError, record
@@ -30,6 +30,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 LOWER: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Optimizer = Literal["sgd", "adamw"]
+LOSS = partial(dice_ce, batch_dice=True)
 STATES = {"sgd": 1, "adamw": 2}
 """Optimizer -> tensors of the size of the weights that it keeps."""
 
@@ -88,7 +89,7 @@ class Step:
         self.spec, self.in_channels = spec, in_channels
         self.network = on_meta(spec, in_channels, heads).train()
         self.mode = Autocast(device, LOWER[precision])
-        self.scales = output_scales(self.network, spec)
+        self.scales, self.output_weights = output_scales(self.network, spec), output_weights(self.network)
         stated = getattr(self.network, "divisor", None)
         self.divisors = tuple(stated or total(spec.strides))
         self.weights = sum(_bytes(parameter) for parameter in self.network.parameters())
@@ -133,7 +134,7 @@ class Step:
             outputs = self.network(image, all_scales=True)
             living.kind = "loss"
             targets = scale_targets(labels, self.scales)
-            loss = deep_supervision(lambda logits, target: dice_ce(logits, target, batch_dice=True), outputs, targets)
+            loss = deep_supervision(LOSS, outputs, targets, self.output_weights)
             held = _bytes(image) + _bytes(labels) + _bytes(outputs[0])
             del outputs, targets
             living.kind = "passing"

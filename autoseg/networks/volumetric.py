@@ -128,6 +128,7 @@ class Slices(Network):
         self.reduce = reduce
         self.divisor = inner.divisor[1:]
         self.scales = tuple(scale[1:] for scale in inner.scales)
+        self.output_weights = inner.output_weights
         self.heads_prefixes = tuple(f"inner.{prefix}" for prefix in inner.heads_prefixes)
         self.encoder_prefixes = tuple(f"inner.{prefix}" for prefix in inner.encoder_prefixes)
         # It has an entry a channel of the image, not one a slice.

@@ -26,7 +26,7 @@ from autoseg.history import METRICS
 from autoseg.layout import open_dataset
 from autoseg.losses import make_loss
 from autoseg.model import open_run
-from autoseg.networks import build, output_scales
+from autoseg.networks import build, output_scales, output_weights
 from autoseg.parallel import free_memory
 from autoseg.pipeline.cascade import find_priors, next_stages
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
@@ -371,6 +371,7 @@ def make_parts(
         recipe=recipe,
         labels=plan.labels,
         scales=output_scales(network, configuration.network),
+        output_weights=output_weights(network),
         loss=make_loss(
             recipe.loss,
             labels=plan.labels,
