@@ -169,7 +169,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     dataset = open_dataset(folder)
     for remark in dataset.remarks():
         print(f"Labels: {remark}")
-    prepared = workspace.prepared(name)
+    prepared, planned = workspace.prepared(name), workspace.plan_folder(name, options.name)
     fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
     cropped: dict[str, Cropped] = {}
     if fingerprint is None:
@@ -181,7 +181,6 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     else:
         print(f"{name}: raw data unchanged since the last run, fingerprint reused")
 
-    planned = workspace.plan_folder(name, options.name)
     made = kept_plan(planned / "plan.json", fingerprint, dataset) if options.keep else None
     kept: dict[str, str] = {}
     if options.network is None and options.like is None:
@@ -195,6 +194,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
 
     with sole_writer(prepared):
         splits = choose_splits(dataset, folder, prepared, options)
+        workspace.remember(name, folder)
         planned.mkdir(exist_ok=True)
         records.remove_leftovers(prepared, ("fingerprint.json", "splits.json"))
         records.remove_leftovers(planned, ("plan.json",))
