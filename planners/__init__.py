@@ -9,7 +9,7 @@ from autoseg.planners.default import plan
 from autoseg.planners.edits import added, difference, edited, keep_edits, stamped
 from autoseg.planners.explain import explain
 from autoseg.planners.like import plan_like
-from autoseg.planners.prepared import as_prepared, with_preparation
+from autoseg.planners.prepared import as_prepared, thinning, with_preparation
 from autoseg.planners.rules import PLANNERS, Budget, Rules
 from autoseg.planners.sides import says_sides
 
@@ -27,6 +27,7 @@ __all__ = [
     "plan_like",
     "says_sides",
     "stamped",
+    "thinning",
     "with_context",
     "with_preparation",
 ]

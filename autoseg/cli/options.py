@@ -39,6 +39,10 @@ GpuMemoryOption = Annotated[
 SpacingOption = Annotated[
     str | None, typer.Option(metavar="Z,Y,X", help="Target spacing of 3d_fullres in mm, instead of the rule's.")
 ]
+MergeOption = Annotated[
+    list[str] | None,
+    typer.Option("--merge", metavar="NAME=1,2", help="Make labels one class, by value or name; may be repeated."),
+]
 GroupByOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Cases with the same match stay in one fold.")]
 TestFractionOption = Annotated[float, typer.Option(help="Share of the groups to lock away for testing.")]
 RecipeOption = Annotated[
@@ -100,3 +104,14 @@ def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
     except ValueError:
         raise AutosegError(f"--spacing {text!r}: give three lengths in mm, for example --spacing 3,0.5,0.5") from None
     return z, y, x
+
+
+def parse_thin(text: str | None) -> tuple[int, ...]:
+    """`2` -> (2,), `1,1,2` -> (1, 1, 2), nothing -> (); AutosegError for anything else."""
+    parts = [] if text is None else text.split(",")
+    if text is not None and not (len(parts) in (1, 3) and all(part.isdecimal() and int(part) for part in parts)):
+        raise AutosegError(
+            f"--thin {text!r}: give how many neighbouring slices become one, for example --thin 2, or a number of "
+            "voxels for each axis (Z, Y, X), for example --thin 1,1,2"
+        )
+    return tuple(map(int, parts))

@@ -13,6 +13,7 @@ from autoseg.cli.options import (
     DeviceOption,
     GpuMemoryOption,
     GroupByOption,
+    MergeOption,
     NetworkOption,
     NewPlanOption,
     PatchOption,
@@ -24,6 +25,7 @@ from autoseg.cli.options import (
     WorkspaceOption,
     parse_patch,
     parse_spacing,
+    parse_thin,
     plan_name,
 )
 from autoseg.records import AutosegError
@@ -59,6 +61,11 @@ def plan_and_preprocess_verb(
     combine: Annotated[
         str | None, typer.Option(metavar="rss", help="Make all channels one: the root of the sum of squares.")
     ] = None,
+    thin: Annotated[
+        str | None,
+        typer.Option(metavar="N|Z,Y,X", help="Make N neighbouring slices one: root of the sum of squares, all labels."),
+    ] = None,
+    merge: MergeOption = None,
     plan: NewPlanOption = None,
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
@@ -73,6 +80,7 @@ def plan_and_preprocess_verb(
     """Check, fingerprint, plan and preprocess a dataset; a second run does only what is missing."""
     from autoseg import settings
     from autoseg.crops import parse_crop
+    from autoseg.merging import parse_merges
     from autoseg.pipeline.data import PlanOptions, describe_plan_fields, plan_and_preprocess
     from autoseg.schema import Preparation
 
@@ -80,10 +88,10 @@ def plan_and_preprocess_verb(
     if help_fields:
         describe_plan_fields(place, dataset, name)
         return
-    if like is not None and (preset or network or gpu_memory or spacing or crop or combine):
+    if like is not None and (preset or network or gpu_memory or spacing or crop or combine or thin):
         raise AutosegError(
-            "--like takes over network, memory, spacing, crops and channels; leave out --preset, --network, "
-            "--gpu-memory, --spacing, --crop, --combine"
+            "--like takes over network, memory, spacing, crops, slices and channels; leave out --preset, --network, "
+            "--gpu-memory, --spacing, --crop, --combine, --thin"
         )
     plan_and_preprocess(
         place,
@@ -97,6 +105,8 @@ def plan_and_preprocess_verb(
             context=context,
             preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
             combine=combine,
+            thin=parse_thin(thin),
+            merge=parse_merges(merge) if merge else None,
             like=like,
             configurations=tuple(configurations or ()),
             group_by=group_by,

@@ -12,6 +12,7 @@ from autoseg.cli.options import (
     GpuMemoryOption,
     GroupByOption,
     LossOption,
+    MergeOption,
     NetworkOption,
     NewPlanOption,
     PlanOption,
@@ -117,6 +118,7 @@ def fit_verb(
     network: NetworkOption = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
+    merge: MergeOption = None,
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
@@ -132,6 +134,7 @@ def fit_verb(
 ) -> None:
     """Everything: plan, preprocess, train all folds, cross-validate, fit post-processing. Again: goes on."""
     from autoseg import settings
+    from autoseg.merging import parse_merges
     from autoseg.pipeline.data import PlanOptions
     from autoseg.pipeline.fit import FitOptions, fit
     from autoseg.pipeline.train import TrainOptions
@@ -145,6 +148,7 @@ def fit_verb(
         network=network,
         gpu_memory_gb=gpu_memory,
         spacing_mm=parse_spacing(spacing),
+        merge=parse_merges(merge) if merge else None,
         group_by=group_by,
         test_fraction=test_fraction,
         workers=workers,

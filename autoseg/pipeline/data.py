@@ -12,7 +12,9 @@ from typing import Any
 
 from autoseg import bundle, records, settings
 from autoseg.fingerprint import Measured, measure_case, summarise
+from autoseg.labels import Labels
 from autoseg.layout import Case, Dataset, open_dataset
+from autoseg.merging import Merges, merge, seen_as
 from autoseg.own import own
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
 from autoseg.pipeline.preparing import bytes_needed, plan_in, preprocess
@@ -25,6 +27,7 @@ from autoseg.planners import (
     plan_like,
     says_sides,
     stamped,
+    thinning,
     with_context,
     with_preparation,
 )
@@ -44,6 +47,8 @@ PLAN_OPTIONS = {
     "configurations.2d.context": "--context",
     "preparation.combined": "--combine",
     "preparation.crops": "--crop",
+    "preparation.thin": "--thin",
+    "labels.parts": "--merge",
 }
 """Plan fields that have an option of their own."""
 
@@ -73,6 +78,10 @@ class PlanOptions:
     preparation: Preparation = field(default_factory=Preparation)
     combine: str | None = None
     """`rss`: all channels become one, the root of the sum of their squares."""
+    thin: tuple[int, ...] = ()
+    """So many neighbouring slices become one; or a number of voxels for each axis (Z, Y, X)."""
+    merge: Merges | None = None
+    """Labels that become one class; None: those of the plan, if it is there."""
     configurations: tuple[str, ...] = ()
     """What to preprocess; empty: what `choose` says, or all."""
     like: Path | None = None
@@ -182,15 +191,17 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         print(f"{name}: raw data unchanged since the last run, fingerprint reused")
 
     planned = workspace.plan_folder(name, options.name)
-    made = kept_plan(planned / "plan.json", fingerprint, dataset) if options.keep else None
+    before = plan_in(planned, broken_too=options.discard_edits)
+    labels = labels_for(dataset.labels, options, before)
+    made = kept_plan(planned / "plan.json", fingerprint, labels) if options.keep else None
     kept: dict[str, str] = {}
     if options.network is None and options.like is None:
-        before = plan_in(planned, broken_too=options.discard_edits)
         options = replace(options, network=None if before is None else before.network)
     elif options.network is not None and not options.discard_edits:
-        refuse_other_network(plan_in(planned, broken_too=False), options.network)
+        refuse_other_network(before, options.network)
     if made is None:
-        made, kept = make_plan(fingerprint, dataset, options, None if options.discard_edits else planned / "plan.json")
+        edits = None if options.discard_edits else planned / "plan.json"
+        made, kept = make_plan(seen_as(fingerprint, dataset.labels, labels), labels, options, edits)
     every = tuple(c.name for c in made.configurations)
     wanted = options.configurations or (every if options.choose is None else options.choose(made))
     chosen = [made.configuration(entry) for entry in wanted]
@@ -242,12 +253,30 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     return old if [outcome.value for outcome in outcomes] == [case.content_hash for case in old.cases] else None
 
 
-def kept_plan(path: Path, fingerprint: Fingerprint, dataset: Dataset) -> Plan | None:
+def kept_plan(path: Path, fingerprint: Fingerprint, labels: Labels) -> Plan | None:
     """The plan at `path` if it was made from these very data and labels."""
     if not path.is_file():
         return None
     old = load_json(Plan, path)
-    return old if old.data_hash == fingerprint.data_hash() and old.labels == dataset.labels else None
+    return old if old.data_hash == fingerprint.data_hash() and old.labels == labels else None
+
+
+def labels_for(labels: Labels, options: PlanOptions, before: Plan | None) -> Labels:
+    """The labels of a dataset, merged as asked, or as in the plan that is there.
+
+    Raises AutosegError if that plan has others merged than are asked for: its runs could not go on.
+    """
+    there = {} if before is None else before.labels.merges
+    if options.merge is None:
+        return merge(labels, there)
+    merged = merge(labels, options.merge)
+    if before is not None and not options.discard_edits and merged.merges != there:
+        said = "; ".join(before.labels.remarks()) or "each label is a class of its own"
+        raise AutosegError(
+            f"in the plan {before.name!r} {said}, and --merge asks for {'; '.join(merged.remarks())}; give the new "
+            "plan a name of its own with --plan NAME, or put it in the place of the old one with --discard-edits"
+        )
+    return merged
 
 
 def refuse_other_network(before: Plan | None, network: str) -> None:
@@ -260,11 +289,12 @@ def refuse_other_network(before: Plan | None, network: str) -> None:
 
 
 def make_plan(
-    fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions, before: Path | None
+    fingerprint: Fingerprint, labels: Labels, options: PlanOptions, before: Path | None
 ) -> tuple[Plan, dict[str, str]]:
     """The plan for a fingerprint with the changes of --set made and validated, and name -> line for each edit kept.
 
-    `before`: the file of an earlier plan, whose edits by hand are kept.
+    `labels`: of the plan; the fingerprint counts them so. `before`: the file of an earlier plan, whose edits by hand
+    are kept.
     """
     if options.preset not in PLANNERS:
         raise AutosegError(f"unknown preset {options.preset!r}; choose one of {', '.join(PLANNERS)}")
@@ -274,15 +304,17 @@ def make_plan(
         raise AutosegError(f"--combine {options.combine}: channels are combined by rss, the root of the sum of squares")
     if options.combine is not None:
         preparation = replace(preparation, combined=fingerprint.channel_names)
+    if options.thin:
+        preparation = replace(preparation, thin=thinning(options.thin, fingerprint))
     measured = as_prepared(fingerprint, preparation)
     needs = None
     if options.network is not None:
         from autoseg.networks.footprint import needs_of
 
-        needs = needs_of(options.network, len(measured.channel_names), dataset.labels.heads)
+        needs = needs_of(options.network, len(measured.channel_names), labels.heads)
     made = plan(
         measured,
-        dataset.labels,
+        labels,
         PLANNERS[options.preset],
         gpu_memory_gb=options.gpu_memory_gb,
         spacing_mm=options.spacing_mm,
@@ -292,7 +324,7 @@ def make_plan(
     if source is None:
         made = with_preparation(made, preparation, fingerprint)
     else:
-        made = plan_like(source, measured, dataset.labels, made, str(options.like.name if options.like else ""))
+        made = plan_like(source, measured, labels, made, str(options.like.name if options.like else ""))
     if options.context is not None:
         made = with_context(made, options.context, options.configurations)
     made = fresh = replace(made, data_hash=fingerprint.data_hash())

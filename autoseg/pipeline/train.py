@@ -25,6 +25,7 @@ from autoseg.fingerprint import median_frequency_weights
 from autoseg.history import METRICS
 from autoseg.layout import open_dataset
 from autoseg.losses import make_loss
+from autoseg.merging import seen_as
 from autoseg.model import open_run
 from autoseg.networks import build, output_scales
 from autoseg.parallel import free_memory
@@ -105,6 +106,7 @@ def train_fold(
     folder = workspace.fold(name, options.run, configuration_name, fold)
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
+    fingerprint = seen_as(fingerprint, dataset.labels, plan.labels)
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, f"{dataset_text}{workspace.option}")
     refuse_never_annotated(fold, cases, plan, fingerprint)
     device = choose_device(options.device)
