@@ -6,26 +6,31 @@ from typing import Annotated
 import typer
 
 from autoseg.cli.options import (
-    PRESET_HELP,
+    CombineOption,
+    ContextOption,
+    CropOption,
     DatasetOption,
     DeviceOption,
+    DiscardEditsOption,
     GpuMemoryOption,
     GroupByOption,
+    LikeOption,
     LossOption,
     MergeOption,
     NetworkOption,
     NewPlanOption,
     PlanOption,
+    PresetOption,
     RecipeOption,
     RunOption,
     SetOption,
     SpacingOption,
     TestFractionOption,
+    ThinOption,
     WorkersOption,
     WorkspaceOption,
     parse_folds,
-    parse_spacing,
-    plan_name,
+    plan_options,
 )
 from autoseg.records import AutosegError
 from autoseg.workspace import Workspace
@@ -114,13 +119,19 @@ def fit_verb(
         str | None, typer.Option(metavar="TIME", help="Time for everything: 8h, 90m, shared out among the folds.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of 250 steps a fold [default: 1000].")] = None,
-    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    preset: PresetOption = None,
     network: NetworkOption = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
+    like: LikeOption = None,
+    context: ContextOption = None,
+    crop: CropOption = None,
+    combine: CombineOption = None,
+    thin: ThinOption = None,
     merge: MergeOption = None,
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
+    discard_edits: DiscardEditsOption = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     loss: LossOption = None,
     device: DeviceOption = "auto",
@@ -134,28 +145,33 @@ def fit_verb(
 ) -> None:
     """Everything: plan, preprocess, train all folds, cross-validate, fit post-processing. Again: goes on."""
     from autoseg import settings
-    from autoseg.merging import parse_merges
-    from autoseg.pipeline.data import PlanOptions
     from autoseg.pipeline.fit import FitOptions, fit
     from autoseg.pipeline.train import TrainOptions
 
     if budget is not None and epochs is not None:
         raise AutosegError("give --budget or --epochs, not both: one of them ends the training")
-    name = plan_name(plan, network)
-    planning = PlanOptions(
-        name=name,
-        preset=preset or "unet",
+    planning = plan_options(
+        plan=plan,
+        preset=preset,
         network=network,
-        gpu_memory_gb=gpu_memory,
-        spacing_mm=parse_spacing(spacing),
-        merge=parse_merges(merge) if merge else None,
+        gpu_memory=gpu_memory,
+        spacing=spacing,
+        like=like,
+        context=context,
+        crop=crop,
+        combine=combine,
+        thin=thin,
+        merge=merge,
         group_by=group_by,
         test_fraction=test_fraction,
+        discard_edits=discard_edits,
         workers=workers,
-        keep=(preset, network, gpu_memory, spacing) == (None,) * 4,
+        keep=not (
+            preset or network or gpu_memory or spacing or like or context or crop or combine or thin or discard_edits
+        ),
     )
     training = TrainOptions(
-        plan=name,
+        plan=planning.name,
         run=run,
         epochs=epochs,
         seed=seed,

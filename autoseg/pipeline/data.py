@@ -64,7 +64,7 @@ class Examined:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of plan_and_preprocess."""
+    """The options of plan_and_preprocess, which fit has too."""
 
     name: str = "default"
     preset: str = "unet"
@@ -202,9 +202,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     if made is None:
         edits = None if options.discard_edits else planned / "plan.json"
         made, kept = make_plan(seen_as(fingerprint, dataset.labels, labels), labels, options, edits)
-    every = tuple(c.name for c in made.configurations)
-    wanted = options.configurations or (every if options.choose is None else options.choose(made))
-    chosen = [made.configuration(entry) for entry in wanted]
+    chosen = [made.configuration(name) for name in wanted_of(made, options)]
 
     with sole_writer(prepared):
         splits = choose_splits(dataset, folder, prepared, options)
@@ -226,6 +224,13 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         print(f"Folds: {len(splits.folds)}, locked test cases: {len(splits.test)} ({prepared / 'splits.json'})")
         preprocess(workspace, dataset, made, chosen, fingerprint, cropped, options.workers)
     return made
+
+
+def wanted_of(made: Plan, options: PlanOptions) -> tuple[str, ...]:
+    """The configurations of a plan that are to be prepared."""
+    if options.configurations:
+        return options.configurations
+    return tuple(c.name for c in made.configurations) if options.choose is None else tuple(options.choose(made))
 
 
 def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> Fingerprint | None:
@@ -326,7 +331,7 @@ def make_plan(
     else:
         made = plan_like(source, measured, labels, made, str(options.like.name if options.like else ""))
     if options.context is not None:
-        made = with_context(made, options.context, options.configurations)
+        made = with_context(made, options.context, wanted_of(made, options))
     made = fresh = replace(made, data_hash=fingerprint.data_hash())
     kept: dict[str, str] = {}
     if before is not None and before.is_file():
