@@ -157,7 +157,7 @@ class Labels:
     @property
     def scored(self) -> dict[str, int | tuple[int, ...]]:
         """Name of each class but the background -> its value in files, or all values of a region or merged class."""
-        return dict(zip(self.names[1:], self.regions or self.values[1:])) | self.merges
+        return {**dict(zip(self.names[1:], self.regions or self.values[1:])), **self.merges}
 
     @property
     def meaning(self) -> tuple[object, ...]:

@@ -445,8 +445,9 @@ def _uncrop(array: np.ndarray, trace: Trace, fill: float) -> np.ndarray:
     covered = trace.covered
     box = covered.moved(tuple(-a for a in trace.crop.start))
     for axis, factor in enumerate(trace.thin):
+        first, last = box.start[axis], box.stop[axis]
         if factor > 1:
-            back = back.take(np.arange(box.start[axis], box.stop[axis]) // factor, lead + axis)
+            back = back.take(np.arange(first, last) // factor, lead + axis)
         else:
-            back = back[(..., slice(box.start[axis], box.stop[axis]), *(slice(None),) * (2 - axis))]
+            back = back[(*[slice(None)] * (lead + axis), slice(first, last))]
     return paste(back, covered, canonical_grid(trace.stored).shape, fill)
