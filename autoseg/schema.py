@@ -190,6 +190,27 @@ class Reason:
 
 
 @record
+class Request:
+    """What was asked of the planner by options; None and empty: nothing. It holds for later plans of the same name."""
+
+    preset: str | None = None
+    network: str | None = None
+    gpu_memory_gb: float | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    context: int | None = None
+    crops: tuple[Crop, ...] = ()
+    combine: str | None = None
+    thin: tuple[PositiveInt, ...] = ()
+    """Voxels that become one, along slices or along each axis (Z, Y, X)."""
+    merge: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Class -> the labels that it is made of, each by name or value."""
+    like: str | None = None
+    """The path of the model whose plan was taken over."""
+    changes: dict[str, str] = field(default_factory=dict)
+    """Field of the plan -> its value as JSON, as given by --set."""
+
+
+@record
 class Plan:
     """All that preprocessing, training and prediction need to know about the data and the network."""
 
@@ -215,6 +236,7 @@ class Plan:
     reasons: tuple[Reason, ...] = ()
     planned: dict[str, str] = field(default_factory=dict)
     """Configuration (and `channels`, and `plan`: the rest) -> hash as it was planned; any other one: edited by hand."""
+    request: Request = Request()
 
     def __post_init__(self) -> None:
         if self.preparation.combined and len(self.channels) > 1:
@@ -253,7 +275,7 @@ class Plan:
                 read = (known[name].prepared, known[name].previous_stage)
                 kept += [other for other in read if other is not None and other not in kept]
         chosen = tuple(configuration for configuration in self.configurations if configuration.name in kept)
-        return replace(self, configurations=chosen, reasons=(), planned={})
+        return replace(self, configurations=chosen, reasons=(), planned={}, request=Request())
 
     def flips(self, configuration: Configuration) -> Flips:
         """The mirror images of a configuration's patches, in training and prediction."""

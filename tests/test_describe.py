@@ -20,6 +20,20 @@ def test_the_layers_hold_all_parameters():
     assert len(table_csv(UNET).splitlines()) == 1 + len(UNET.layers)
 
 
+@pytest.mark.parametrize(
+    ("patch", "said"),
+    [
+        ((16, 24), "2 x 16 x 24 to"),
+        ((17, 24), "2 x 17 x 24 padded to 20 x 24 to"),
+        ((3, 5), "2 x 3 x 5 padded to 4 x 8"),
+    ],
+)
+def test_a_patch_that_is_padded_is_said_to_be(patch, said):
+    made = describe(spec_of("unet(stages=3)", 2), patch, 2, 3)
+    assert said in made.title and made.title in table(made) and made.title in diagram(made)
+    assert ("padded" in made.title) == (made.layers[0].size != patch), "the layers have the sizes that they compute"
+
+
 def test_a_stage_is_a_part_and_skip_connections_show():
     reads = {part.name: part.reads for part in UNET.parts}
     assert reads["encoder.0"] == {"image"}

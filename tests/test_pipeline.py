@@ -268,12 +268,11 @@ def test_a_model_file_is_planned_like_and_fine_tuned(place, tmp_path, capsys):
 def test_a_plan_is_kept_only_for_the_data_and_labels_it_was_made_from(place):
     keeping = PlanOptions(keep=True, configurations=("2d",))
     first = plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
-    assert plan_and_preprocess(place, "7", keeping) == first, "edited fields survive"
+    assert plan_and_preprocess(place, "7", keeping) == first
     card = place.raw(NAME) / "dataset.json"
     card.write_text(card.read_text().replace("big", "huge"))
     renamed = plan_and_preprocess(place, "7", keeping)
     assert renamed.labels.names == ("background", "huge", "small")
-    assert renamed != replace(first, labels=renamed.labels)
     card.write_text(card.read_text().replace('"MR"', '"CT"'))
     assert plan_and_preprocess(place, "7", PlanOptions(configurations=("2d",))).channels[0].scheme == "ct"
 

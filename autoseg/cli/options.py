@@ -113,25 +113,19 @@ def plan_options(
     from autoseg.crops import parse_crop
     from autoseg.merging import parse_merges
     from autoseg.pipeline.data import PlanOptions
-    from autoseg.schema import Preparation
 
-    if like is not None and (preset or network or gpu_memory or spacing or crop or combine or thin):
-        raise AutosegError(
-            "--like takes over network, memory, spacing, crops, slices and channels; leave out --preset, --network, "
-            "--gpu-memory, --spacing, --crop, --combine, --thin"
-        )
     return PlanOptions(
         name=plan_name(plan, network),
-        preset=preset or "unet",
+        preset=preset,
         network=network,
         gpu_memory_gb=gpu_memory,
         spacing_mm=parse_spacing(spacing),
         like=like,
         context=context,
-        preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
+        crops=tuple(map(parse_crop, crop or ())),
         combine=combine,
         thin=parse_thin(thin),
-        merge=parse_merges(merge) if merge else None,
+        merge=parse_merges(merge or ()),
         group_by=group_by,
         test_fraction=test_fraction,
         discard_edits=discard_edits,

@@ -166,9 +166,7 @@ def fit_verb(
         test_fraction=test_fraction,
         discard_edits=discard_edits,
         workers=workers,
-        keep=not (
-            preset or network or gpu_memory or spacing or like or context or crop or combine or thin or discard_edits
-        ),
+        keep=True,
     )
     training = TrainOptions(
         plan=planning.name,

@@ -15,7 +15,7 @@ from autoseg.model import Trained, in_file, open_run
 from autoseg.pipeline.predict import PredictOptions, choose_model
 from autoseg.postprocess import trials
 from autoseg.records import AutosegError, load_json
-from autoseg.schema import Fingerprint, Plan
+from autoseg.schema import Fingerprint, Plan, Request
 from autoseg.training import WEIGHTS
 from autoseg.workspace import Workspace
 
@@ -46,7 +46,7 @@ def export_model(
         autoseg_version=autoseg.__version__,
         versions=run.versions | {"autoseg": run.autoseg_version},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        plan=trained.plan,
+        plan=replace(trained.plan, request=Request()),  # which may name folders of this machine
         stages=tuple(stage for _, stage in stages),
         fingerprint=_fingerprint(workspace, trained),
         licence=_licence(licence),
