@@ -23,7 +23,8 @@ OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
         "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
-        "context", "crop", "combine", "thin", "merge", "discard_edits", "workers", "workspace", "set_", "help_fields", "network",
+        "context", "crop", "combine", "thin", "merge", "discard_edits", "workers", "workspace", "set_", "help_fields",
+        "network",
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
