@@ -134,6 +134,9 @@ class Preparation:
 
     combined: tuple[str, ...] = ()
     """The channels of the files whose root of the sum of squares is the one channel of the plan; empty: as they are."""
+    thin: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 1)
+    """So many neighbouring voxels along each canonical axis (Z, Y, X) become one: slices thicker ones. It has the root
+    of the sum of their squares, and their labels, see `Labels.union`."""
     crops: tuple[Crop, ...] = ()
     function: str | None = None
     """A function of one's own as `package.module:name`: called with the image, float32 (C, Z, Y, X) in canonical axes,
@@ -197,6 +200,10 @@ class Request:
     context: int | None = None
     crops: tuple[Crop, ...] = ()
     combine: str | None = None
+    thin: tuple[PositiveInt, ...] = ()
+    """Voxels that become one, along slices or along each axis (Z, Y, X)."""
+    merge: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Class -> the labels that it is made of, each by name or value."""
     like: str | None = None
     """The path of the model whose plan was taken over."""
     changes: dict[str, str] = field(default_factory=dict)

@@ -20,10 +20,12 @@ OPTIONS = {
     "context": "--context",
     "crops": "--crop",
     "combine": "--combine",
+    "thin": "--thin",
+    "merge": "--merge",
     "changes": "--set",
 }
 """Field of a request -> the option that says it."""
-TAKEN_OVER = ("preset", "network", "gpu_memory_gb", "spacing_mm", "crops", "combine")
+TAKEN_OVER = ("preset", "network", "gpu_memory_gb", "spacing_mm", "crops", "combine", "thin")
 """What a plan has from the model that --like names."""
 
 
@@ -40,8 +42,10 @@ def words(request: Request) -> str:
             texts = [describe(crop) for crop in value]
         elif name == "changes":
             texts = [f"{field}={new}" for field, new in value.items()]
-        elif name == "spacing_mm":
-            texts = [",".join(f"{mm:g}" for mm in value)]
+        elif name == "merge":
+            texts = [f"{merged}={','.join(parts)}" for merged, parts in value.items()]
+        elif name in ("spacing_mm", "thin"):
+            texts = [",".join(f"{number:g}" for number in value)]
         else:
             texts = [f"{value:g}" if isinstance(value, float) else str(value)]
         said += [f"{OPTIONS[name]} {shlex.quote(text)}" for text in texts]
@@ -68,8 +72,8 @@ def joined(before: Request, now: Request) -> Request:
     both = asks(before) | asks(now) | {"changes": before.changes | now.changes}
     if "like" in both and (more := [option for name, option in OPTIONS.items() if name in TAKEN_OVER and name in both]):
         raise AutosegError(
-            f"--like takes over network, memory, spacing, crops and channels; leave out {', '.join(more)}, or make a "
-            "plan of another name with --plan NAME if that was asked for before"
+            f"--like takes over network, memory, spacing, crops, slices and channels; leave out {', '.join(more)}, or "
+            "make a plan of another name with --plan NAME if that was asked for before"
         )
     return Request(**both)
 

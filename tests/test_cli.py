@@ -23,7 +23,8 @@ OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
         "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
-        "context", "crop", "combine", "discard_edits", "workers", "workspace", "set_", "help_fields", "network",
+        "context", "crop", "combine", "thin", "merge", "discard_edits", "workers", "workspace", "set_", "help_fields",
+        "network",
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
@@ -33,7 +34,7 @@ OPTIONS = {
     "fit": {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
         "test_fraction", "seed", "loss", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
-        "network", "like", "context", "crop", "combine", "discard_edits",
+        "network", "like", "context", "crop", "combine", "thin", "merge", "discard_edits",
     },
     "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {
@@ -44,7 +45,7 @@ OPTIONS = {
     "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
     "info": {"file"},
     "import-nnunet": {"source", "target", "configuration", "folds"},
-    "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
+    "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace", "merge"},
     "postprocess": {"source", "target", "truth", "rule", "dataset", "workers", "workspace"},
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
@@ -104,6 +105,7 @@ def test_fit_refuses_two_ends():
 PLANNING = [
     *("--preset", "resenc_m", "--network", "resenc(stages=3)", "--gpu-memory", "6", "--spacing", "3,1,0.5"),
     *("--context", "5", "--crop", "crop_to(size=[0, 7, 11])", "--crop", "margins(low=[1, 0, 0], high=[0, 0, 2])"),
+    *("--thin", "1,1,2", "--merge", "both=1,2"),
     *("--combine", "rss", "--plan", "mine", "--group-by", "p(.)", "--test-fraction", "0.2", "--discard-edits"),
     *("--workers", "3"),
 ]

@@ -25,6 +25,8 @@ ALL = Request(
     context=5,
     crops=CROPS,
     combine="rss",
+    thin=(1, 1, 2),
+    merge={"both": ("big", "300")},
     changes={"configurations.2d.batch_size": "3", "preparation.function": '"mine:doubled"'},
 )
 FLAT = PlanOptions(configurations=("2d",))
@@ -34,7 +36,8 @@ def test_a_request_is_said_as_it_is_typed(tmp_path, monkeypatch):
     assert words(Request()) == ""
     assert words(Request(network="resenc(stages=3)", context=1)) == "--network 'resenc(stages=3)' --context 1"
     assert words(replace(ALL, crops=(), changes={})) == (
-        "--preset resenc_m --gpu-memory 6.5 --spacing 3,1,0.5 --context 5 --combine rss"
+        "--preset resenc_m --gpu-memory 6.5 --spacing 3,1,0.5 --context 5 --combine rss "
+        "--thin 1,1,2 --merge both=big,300"
     )
     given = []
     monkeypatch.setattr("autoseg.pipeline.data.plan_and_preprocess", lambda *line: given.append(line[-1].request()))
@@ -49,7 +52,7 @@ def test_what_is_asked_for_now_changes_that_alone():
     assert kept(before, Request()) == ALL
     now = Request(context=3, crops=CROPS[:1], changes={"configurations.2d.batch_size": "7"})
     left = kept(before, now)
-    assert asks(left).keys() == {"preset", "gpu_memory_gb", "spacing_mm", "combine", "changes"}
+    assert asks(left).keys() == {"preset", "gpu_memory_gb", "spacing_mm", "combine", "thin", "merge", "changes"}
     assert left.changes == {"preparation.function": '"mine:doubled"'}
     assert joined(left, now) == replace(
         ALL, context=3, crops=CROPS[:1], changes={**ALL.changes, "configurations.2d.batch_size": "7"}

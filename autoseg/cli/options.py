@@ -59,6 +59,14 @@ CropOption = Annotated[
 CombineOption = Annotated[
     str | None, typer.Option("--combine", metavar="rss", help="Make all channels one: the root of the sum of squares.")
 ]
+ThinOption = Annotated[
+    str | None,
+    typer.Option("--thin", metavar="N|Z,Y,X", help="Make N neighbouring slices one: root of the sum of squares."),
+]
+MergeOption = Annotated[
+    list[str] | None,
+    typer.Option("--merge", metavar="NAME=1,2", help="Make labels one class, by value or name; may be repeated."),
+]
 DiscardEditsOption = Annotated[
     bool, typer.Option("--discard-edits", help="Plan anew what was edited in plan.json by hand.")
 ]
@@ -93,6 +101,8 @@ def plan_options(
     context: int | None,
     crop: list[str] | None,
     combine: str | None,
+    thin: str | None,
+    merge: list[str] | None,
     group_by: str | None,
     test_fraction: float,
     discard_edits: bool,
@@ -101,6 +111,7 @@ def plan_options(
 ) -> "PlanOptions":
     """The options of planning as the pipeline takes them; own: fields of PlanOptions that the verb has alone."""
     from autoseg.crops import parse_crop
+    from autoseg.merging import parse_merges
     from autoseg.pipeline.data import PlanOptions
 
     return PlanOptions(
@@ -113,6 +124,8 @@ def plan_options(
         context=context,
         crops=tuple(map(parse_crop, crop or ())),
         combine=combine,
+        thin=parse_thin(thin),
+        merge=parse_merges(merge or ()),
         group_by=group_by,
         test_fraction=test_fraction,
         discard_edits=discard_edits,
@@ -162,3 +175,14 @@ def parse_spacing(text: str | None) -> tuple[float, float, float] | None:
     except ValueError:
         raise AutosegError(f"--spacing {text!r}: give three lengths in mm, for example --spacing 3,0.5,0.5") from None
     return z, y, x
+
+
+def parse_thin(text: str | None) -> tuple[int, ...]:
+    """`2` -> (2,), `1,1,2` -> (1, 1, 2), nothing -> (); AutosegError for anything else."""
+    parts = [] if text is None else text.split(",")
+    if text is not None and not (len(parts) in (1, 3) and all(part.isdecimal() and int(part) for part in parts)):
+        raise AutosegError(
+            f"--thin {text!r}: give how many neighbouring slices become one, for example --thin 2, or a number of "
+            "voxels for each axis (Z, Y, X), for example --thin 1,1,2"
+        )
+    return tuple(map(int, parts))

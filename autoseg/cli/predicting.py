@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from autoseg.cli.options import DeviceOption, WorkersOption, WorkspaceOption
+from autoseg.cli.options import DeviceOption, MergeOption, WorkersOption, WorkspaceOption
 from autoseg.workspace import Workspace
 
 
@@ -81,12 +81,14 @@ def evaluate_verb(
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Tolerance of the surface Dice in mm.")] = 1.0,
     partial: Annotated[bool, typer.Option("--partial", help="Score only the cases that were predicted.")] = False,
+    merge: MergeOption = None,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Score predictions: Dice, IoU, volume error, HD95, ASSD and surface Dice, per case and class."""
     from autoseg.evaluation import evaluate_folders, save_summary, table
     from autoseg.layout import labels_in
+    from autoseg.merging import parse_merges
 
     labels, annotated = (None, None) if dataset is None else labels_in(Workspace.find(workspace).dataset(dataset)[1])
     summary = evaluate_folders(
@@ -94,6 +96,7 @@ def evaluate_verb(
         prediction,
         labels=labels,
         annotated=annotated,
+        merges=parse_merges(merge or ()),
         tolerance_mm=tolerance,
         workers=workers,
         partial=partial,

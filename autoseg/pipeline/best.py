@@ -109,7 +109,7 @@ def fit_rule(
     held_out, labels, annotated = (
         pair.held_out(dataset, cases),
         pair.entries[0].trained.plan.labels,
-        dataset.annotated(),
+        dataset.annotated(pair.entries[0].trained.plan.labels),
     )
     rule = fit_postprocessing(held_out, labels, annotated, workers)
     return rule, dice_of(score_processed(held_out, labels, annotated, rule, raw, workers) if rule.steps else raw)

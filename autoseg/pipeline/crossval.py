@@ -70,7 +70,7 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
         (score for summary in summaries for score in summary.scores), summaries[0].labels, summaries[0].tolerance_mm
     )
     pairs = [pair for fold, run in zip(folds, runs) for pair in held_out(fold, run, dataset)]
-    annotated = dataset.annotated()
+    annotated = dataset.annotated(labels)
     rule = fit_postprocessing(pairs, labels, annotated, workers)
     processed = score_processed(pairs, labels, annotated, rule, merged, workers) if rule.steps else merged
     card = ModelCard(

@@ -14,7 +14,9 @@ from typing import Any
 from autoseg import bundle, records, settings
 from autoseg.crops import Crop
 from autoseg.fingerprint import Measured, measure_case, summarise
+from autoseg.labels import Labels
 from autoseg.layout import Case, Dataset, open_dataset
+from autoseg.merging import merge, seen_as
 from autoseg.own import own
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
 from autoseg.pipeline.preparing import bytes_needed, plan_in, preprocess
@@ -31,6 +33,7 @@ from autoseg.planners import (
     request_of,
     says_sides,
     stamped,
+    thinning,
     with_context,
     with_preparation,
     words,
@@ -52,6 +55,8 @@ PLAN_OPTIONS = {
     "configurations.2d.context": "--context",
     "preparation.combined": "--combine",
     "preparation.crops": "--crop",
+    "preparation.thin": "--thin",
+    "labels.parts": "--merge",
 }
 """Plan fields that have an option of their own."""
 
@@ -84,6 +89,10 @@ class PlanOptions:
     crops: tuple[Crop, ...] = ()
     combine: str | None = None
     """`rss`: all channels become one, the root of the sum of their squares."""
+    thin: tuple[int, ...] = ()
+    """So many neighbouring slices become one; or a number of voxels for each axis (Z, Y, X)."""
+    merge: Mapping[str, Sequence[str]] | None = None
+    """Class -> labels that become one, see `merging.merge`."""
     like: Path | None = None
     """A model whose plan is taken over: a model file, the folder of a configuration, or of a fold."""
     changes: Mapping[str, Any] | None = None
@@ -108,6 +117,8 @@ class PlanOptions:
             context=self.context,
             crops=self.crops,
             combine=self.combine,
+            thin=self.thin,
+            merge={name: tuple(parts) for name, parts in (self.merge or {}).items()},
             like=None if self.like is None else str(self.like.absolute()),
             changes={field: json.dumps(value) for field, value in (self.changes or {}).items()},
         )
@@ -207,6 +218,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
             f"{planned / 'plan.json'})"
         )
     request = joined(earlier, request)
+    labels = merge(dataset.labels, request.merge)
     fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
     cropped: dict[str, Cropped] = {}
     if fingerprint is None:
@@ -221,10 +233,11 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     if options.discard_edits:
         before = None
     edits: dict[str, str] = {}
-    if options.keep and before is not None and holds(before, request, fingerprint, dataset):
+    if options.keep and before is not None and holds(before, request, fingerprint, labels):
         made = before
     else:
-        made, edits = make_plan(fingerprint, dataset, options, request, earlier.changes, before)
+        facts = seen_as(fingerprint, dataset.labels, labels)
+        made, edits = make_plan(facts, labels, options, request, earlier.changes, before)
     chosen = [made.configuration(name) for name in wanted_of(made, options)]
 
     with sole_writer(prepared):
@@ -282,15 +295,15 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     return old if [outcome.value for outcome in outcomes] == [case.content_hash for case in old.cases] else None
 
 
-def holds(plan: Plan, request: Request, fingerprint: Fingerprint, dataset: Dataset) -> bool:
+def holds(plan: Plan, request: Request, fingerprint: Fingerprint, labels: Labels) -> bool:
     """Whether a plan was made as asked, from these very data and labels."""
-    same = plan.data_hash == fingerprint.data_hash() and plan.labels == dataset.labels
+    same = plan.data_hash == fingerprint.data_hash() and plan.labels == labels
     return same and request_of(plan) == request
 
 
 def make_plan(
     fingerprint: Fingerprint,
-    dataset: Dataset,
+    labels: Labels,
     options: PlanOptions,
     request: Request,
     earlier: Mapping[str, str],
@@ -298,8 +311,9 @@ def make_plan(
 ) -> tuple[Plan, dict[str, str]]:
     """The plan for a fingerprint with the changes of --set made and validated, and name -> line for each edit kept.
 
-    `earlier`: the changes of `request` that were asked for before. `before`: an earlier plan, whose edits by hand are
-    kept; they are later than `earlier`, and what is asked for now is later than they.
+    `labels`: of the plan; the fingerprint counts them so. `earlier`: the changes of `request` that were asked for
+    before. `before`: an earlier plan, whose edits by hand are kept; they are later than `earlier`, and what is asked
+    for now is later than they.
     """
     preset = request.preset or "unet"
     if preset not in PLANNERS:
@@ -310,15 +324,17 @@ def make_plan(
         raise AutosegError(f"--combine {request.combine}: channels are combined by rss, the root of the sum of squares")
     if request.combine is not None:
         preparation = replace(preparation, combined=fingerprint.channel_names)
+    if request.thin:
+        preparation = replace(preparation, thin=thinning(request.thin, fingerprint))
     measured = as_prepared(fingerprint, preparation)
     needs = None
     if request.network is not None:
         from autoseg.networks.footprint import needs_of
 
-        needs = needs_of(request.network, len(measured.channel_names), dataset.labels.heads)
+        needs = needs_of(request.network, len(measured.channel_names), labels.heads)
     made = plan(
         measured,
-        dataset.labels,
+        labels,
         PLANNERS[preset],
         gpu_memory_gb=request.gpu_memory_gb,
         spacing_mm=request.spacing_mm,
@@ -328,7 +344,7 @@ def make_plan(
     if source is None:
         made = with_preparation(made, preparation, fingerprint)
     else:
-        made = plan_like(source, measured, dataset.labels, made, Path(request.like or "").name)
+        made = plan_like(source, measured, labels, made, Path(request.like or "").name)
     if request.context is not None:
         # One of before holds for the 2D configurations, whatever is prepared now.
         made = with_context(made, request.context, () if options.context is None else wanted_of(made, options))

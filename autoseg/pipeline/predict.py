@@ -15,7 +15,7 @@ from typing import Any
 from autoseg.bundle import printable
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
-from autoseg.evaluation.folders import PROBABILITIES
+from autoseg.evaluation.folders import PROBABILITIES, note_merged
 from autoseg.layout import Case, ending_of, find_cases
 from autoseg.model import Model, Trained, at, is_finished
 from autoseg.parallel import Outcome, map_cases, raise_failures
@@ -178,6 +178,7 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     with sole_writer(target):
         written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]
         remove_leftovers(target, (NAME, *(path.name for path in written)))
+        note_merged(trained.plan.labels, target)
         status = Status(target)
         outcomes = settled_before(cases, status, key, options)
         failed = sum(outcome.error is not None for outcome in outcomes.values())

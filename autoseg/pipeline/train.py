@@ -25,6 +25,7 @@ from autoseg.fingerprint import median_frequency_weights
 from autoseg.history import METRICS
 from autoseg.layout import open_dataset
 from autoseg.losses import make_loss
+from autoseg.merging import seen_as
 from autoseg.model import open_run
 from autoseg.networks import build, output_scales, output_weights
 from autoseg.parallel import free_memory
@@ -107,6 +108,7 @@ def train_fold(
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     cure = workspace.command("plan_and_preprocess", "-d", dataset_text, *given("--plan", plan.name))
+    fingerprint = seen_as(fingerprint, dataset.labels, plan.labels)
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, cure)
     refuse_never_annotated(fold, cases, plan, fingerprint)
     device = choose_device(options.device)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from autoseg.evaluation import Summary, evaluate_pairs, save_summary, table
+from autoseg.evaluation.folders import note_merged
 from autoseg.layout import Dataset
 from autoseg.model import CARD, open_model, open_run
 from autoseg.pipeline import probabilities
@@ -46,8 +47,10 @@ def validate_fold(
     probabilities.forget(folder)
     give_order("validate", run, folder, prepared, priors, team, ending=dataset.file_ending)
     predict_held_out(folder, dataset.file_ending, prepared, device, priors, later, team)
-    summary = evaluate_pairs(held_out(folder, run, dataset), run.plan.labels, annotated=dataset.annotated())
+    labels = run.plan.labels
+    summary = evaluate_pairs(held_out(folder, run, dataset), labels, annotated=dataset.annotated(labels))
     save_summary(summary, out)
+    note_merged(labels, out)
     print(table(summary))
     probabilities.say_room(folder)
     return summary
