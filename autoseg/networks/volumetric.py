@@ -130,6 +130,7 @@ class Slices(Network):
         self.scales = tuple(scale[1:] for scale in inner.scales)
         self.heads_prefixes = tuple(f"inner.{prefix}" for prefix in inner.heads_prefixes)
         self.encoder_prefixes = tuple(f"inner.{prefix}" for prefix in inner.encoder_prefixes)
+        self.adds_image = inner.adds_image
         # It has an entry a channel of the image, not one a slice.
         self.first_weight = f"inner.{inner.first_weight}"
 
