@@ -80,22 +80,25 @@ def transfer(
     if source.plan is None:
         source = replace(source, tensors=by_our_names(source.tensors, fresh))
     begin, lines = dict(fresh), []
-    known = isinstance(network, Network)
-    entries = (network.first_weight, *network.beside_first) if isinstance(network, Network) else ()
-    heads = network.heads_prefixes if isinstance(network, Network) else ()
-    grows = isinstance(network, Network) and network.grows_kernels
-    for block in dict.fromkeys(_block(name, known) for name in fresh):
-        names = [name for name in fresh if _block(name, known) == block]
+    known = network if isinstance(network, Network) else None
+    entries = () if known is None else (known.first_weight, *known.beside_first)
+    heads = () if known is None else known.heads_prefixes
+    for block in dict.fromkeys(_block(name, known is not None) for name in fresh):
+        names = [name for name in fresh if _block(name, known is not None) == block]
         if names[0].startswith(heads):
             lines += [_head(name, begin, plan, source) for name in names]
             continue
         first = [name for name in names if name in entries]
-        smaller = [name for name in names if grows and _is_smaller(source.tensors.get(name), fresh[name])]
+        smaller = [name for name in names if _is_smaller(source.tensors.get(name), fresh[name])]
+        if known is None or not known.grows_kernels:
+            smaller = []
         fits = all(
             name in smaller or _fits(fresh[name], source.tensors.get(name)) for name in names if name not in first
         )
         if fits and first:
             line = _first(first[0], begin, plan, configuration, source)
+            if line.what == "adapted" and known is not None and known.adds_image:
+                line = replace(line, how=f"{line.how}; the image is added to its result too, in other channels now")
             fits = line.what != "new"
             lines.append(line)
             names.remove(first[0])

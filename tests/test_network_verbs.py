@@ -2,8 +2,9 @@
 
 A row trains, stops, goes on, is exported, predicts from the file, is averaged with another fold and with another
 network, and is fine-tuned from its file. Rows take turns in what else there is: 2D or 3D, as the second stage of a
-cascade or alone, which weights are kept, with or without deep supervision. The normal suite has one row a network, the
-slow one those with the other choices, and a plan and a fit by name.
+cascade or alone, which weights are kept, with or without deep supervision. The normal suite has one row a network,
+trained by the loop; the slow one has those with the other choices, trained and validated by the verb, and plans and
+fits by name.
 """
 
 import json
@@ -29,11 +30,12 @@ from autoseg.pipeline.cascade import find_priors
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, fit
 from autoseg.pipeline.predict import PredictOptions
+from autoseg.pipeline.recipe import SHORT
 from autoseg.pipeline.share import export_model
 from autoseg.pipeline.train import PRETRAINED, TrainOptions, make_parts, train_fold
-from autoseg.readers import read_image
+from autoseg.readers import read_image, read_labels
 from autoseg.records import load_json, save_json
-from autoseg.schema import NetworkSpec, Run
+from autoseg.schema import NetworkSpec, Recipe, Run
 from autoseg.signals import Requests, Stopped
 from autoseg.splits import read_splits
 from autoseg.training import WEIGHTS, train
@@ -44,6 +46,7 @@ NAME = "Dataset007_Balls"
 CPU = torch.device("cpu")
 CASES = ["p0_0", "p0_1", "p1_0"]
 QUICK = {"steps_per_epoch": 1, "validation_steps": 1, "tune": False, "keep_probabilities": False}
+QUICKLY = {"mirror": False, "step": 1.0}
 PATCHES = {"2d": [12, 12], "3d_fullres": [8, 12, 12]}
 FIRST = "first"
 """The configuration that the cascades begin with."""
@@ -79,7 +82,7 @@ def configuration_name(name: str, dimension: int, late: bool) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Three prepared cases, and one plan in which every network has its configurations."""
+    """Three prepared cases, and the plan of what they are prepared for; the first stage of cascades is trained."""
     workspace = Workspace(tmp_path_factory.mktemp("verbs"))
     balls_dataset(workspace.raw(NAME), cases=3)
     folds = [{"train": CASES[:2], "val": CASES[2:]}, {"train": CASES[2:], "val": CASES[:2]}]
@@ -89,67 +92,98 @@ def place(tmp_path_factory):
     fixed |= {f"configurations.{name}.network.features": [4, 6, 8] for name in PATCHES}
     options = PlanOptions(configurations=(*PATCHES,), changes=fixed, spacing_mm=(1.6, 1.5, 1.4))
     made = plan_and_preprocess(workspace, "7", options)
-    bases = {one.dimension: one for one in made.configurations if one.name in PATCHES}
-    rows = [replace(bases[3], name=FIRST, network=network(3))]
-    for name, architecture in NETWORKS.items():
-        for dimension in architecture.dimensions:
-            spec, base = small(name, dimension), bases[dimension]
-            told = getattr(build(spec, spec.slices, 3), "takes_position", False)
-            # The axes along which a network that is told its place may be mirrored all the same.
-            one = replace(base, network=spec, context=spec.slices, mirror_axes=(dimension - 1,) if told else None)
-            rows += [
-                replace(one, name=configuration_name(name, dimension, False)),
-                replace(one, name=configuration_name(name, dimension, True), previous_stage=FIRST),
-            ]
-    made = replace(made, configurations=(*made.configurations, *rows))
+    kept = tuple(made.configuration(name) for name in PATCHES)
+    first = replace(made.configuration("3d_fullres"), name=FIRST, network=network(3))
+    made = replace(made, configurations=(*kept, first))
     save_json(made, workspace.plan_folder(NAME, "default") / "plan.json")
     for fold in ("0", "1"):
         train_row(workspace, FIRST, fold=fold)
     return workspace, made
 
 
+def planned(place, *rows):
+    """The plan with a configuration for each row (network, dimension, whether it is the second stage of a cascade)."""
+    workspace, made = place
+    bases, added = {one.dimension: one for one in made.configurations if one.name in PATCHES}, []
+    for name, dimension, late in rows:
+        spec = small(name, dimension)
+        # Where its place is told, the axes along which there may be mirror images all the same.
+        axes = (dimension - 1,) if "position" in spec.options else None
+        one = replace(bases[dimension], network=spec, context=spec.slices, mirror_axes=axes)
+        where = configuration_name(name, dimension, late)
+        added.append(replace(one, name=where, previous_stage=FIRST if late else None))
+    made = replace(made, configurations=(*made.configurations, *added))
+    save_json(made, workspace.plan_folder(NAME, "default") / "plan.json")
+    return made
+
+
 def train_row(workspace, where, run="default", fold="0", **changes):
-    """One fold of the configuration `where`, trained for two epochs of one step; its folder."""
+    """One fold of the configuration `where`, trained by the verb for two epochs of one step; its folder."""
     options = TrainOptions(run=run, epochs=2, device="cpu", changes=QUICK | changes)
     train_fold(workspace, "7", where, fold, options)
     return workspace.fold(NAME, run, where, int(fold))
 
 
-def check_going_on(workspace, folder, again):
-    """The run in `folder`, trained once more in `again` with a stop after its first epoch, has the same weights."""
-    run = load_json(Run, folder / "run.json")
+def run_of(workspace, made, where, **changes):
+    """As the verb begins it, to be trained by the loop alone, without scores and curves."""
+    splits = read_splits(workspace.prepared(NAME) / "splits.json", CASES)
+    return Run(
+        autoseg_version=autoseg.__version__,
+        versions={},
+        dataset=NAME,
+        configuration=where,
+        fold=0,
+        cases=splits.fold(0),
+        plan=made,
+        recipe=Recipe(**QUICK, **SHORT, epochs=2, **changes),
+        data_hash=made.data_hash,
+        device="cpu",
+        started="2026-01-01T00:00:00+00:00",
+        finished="2026-01-01T00:00:01+00:00",
+    )
+
+
+def parts_of(workspace, run, folder):
     configuration = run.plan.configuration(run.configuration)
     splits = read_splits(workspace.prepared(NAME) / "splits.json", CASES)
     priors = find_priors(workspace, run.plan, configuration, "default", run.cases, splits, CPU)
-    prepared = workspace.cases(NAME, "default", configuration.prepared)
+    return make_parts(
+        run, configuration, workspace.cases(NAME, "default", configuration.prepared), folder, CPU, priors, {}
+    )
+
+
+def check_going_on(workspace, folder, again):
+    """The run in `folder`, trained once more in `again` with a stop after its first epoch, has the same weights."""
+    run = load_json(Run, folder / "run.json")
     requests = Requests()
 
     def stop(lines):
         requests.stop = signal.SIGTERM
 
     with pytest.raises(Stopped):
-        train(make_parts(run, configuration, prepared, again, CPU, priors, {}), stop, requests)
+        train(parts_of(workspace, run, again), stop, requests)
     begun = read_progress(again)
     assert (begun.step, begun.epoch) == (1, 1)
-    train(make_parts(run, configuration, prepared, again, CPU, priors, {}))
+    train(parts_of(workspace, run, again))
     whole, parts = (read_weights(one / WEIGHTS) for one in (folder, again))
     assert [name for name, tensor in whole.items() if not torch.equal(tensor, parts[name])] == []
 
 
-def check_file(workspace, folder, path, late):
-    """Exported to `path` the fold predicts what its folder predicts, and if it was trained alone what it wrote."""
+def check_file(workspace, folder, path, validated):
+    """Exported to `path` the fold predicts what its folder predicts, or what was written when it was validated."""
     where = folder.parent.name
     export_model(workspace, path, PredictOptions(dataset="7", configuration=where, folds=("0",), device="cpu"), "", "")
     loaded, model = autoseg.load(path, device="cpu"), at(folder).open(CPU)
     image = workspace.raw(NAME) / "imagesTr" / "p1_0_0000.nii.gz"
     case = model.prepare("p1_0", *read_image([image]))
-    logits = model.logits(case)
-    assert logits.std() > 0
+    found = loaded.model.logits(case)
+    assert found.std() > 0
     # Kernels may round otherwise where a tensor begins at another place in memory.
-    np.testing.assert_allclose(loaded.model.logits(case), logits, rtol=1e-3, atol=1e-4)
-    if not late:  # in validation its priors are of one fold, in prediction of all
-        written = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "validation" / "p1_0.nii.gz")))
-        assert (loaded.predict(image).labels != written).mean() < 0.01
+    if validated:
+        written, _ = read_labels(folder / "validation" / "p1_0.nii.gz")
+        assert (loaded.model.labels(found, case.trace) != written.array.squeeze()).mean() < 0.01
+    else:
+        np.testing.assert_allclose(found, model.logits(case), rtol=1e-3, atol=1e-4)
 
 
 def check_averages(workspace, folder, place):
@@ -165,15 +199,15 @@ def check_averages(workspace, folder, place):
     image = workspace.raw(NAME) / "imagesTr" / "p0_0_0000.nii.gz"
     volume, stored = read_image([image])
     case = two.prepare("p0_0", volume, stored)
-    each = [replace(two, networks=(network,)).logits(case) for network in two.networks]
+    each = [replace(two, networks=(network,)).logits(case, **QUICKLY) for network in two.networks]
     assert not np.allclose(*each)
-    np.testing.assert_allclose(two.logits(case), np.mean(each, 0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(two.logits(case, **QUICKLY), np.mean(each, 0), rtol=1e-3, atol=1e-4)
 
     first = open_model([workspace.fold(NAME, "default", FIRST, 0)], CPU)
     both = Ensemble(members=(model, first))
     mixed = both.prepare("p0_0", volume, stored)
-    found = both.probabilities(both.logits(mixed), mixed.trace)
-    alone = [one.probabilities(one.logits(own), own.trace) for one, own in zip(both.members, mixed.members)]
+    found = both.probabilities(both.logits(mixed, **QUICKLY), mixed.trace)
+    alone = [one.probabilities(one.logits(own, **QUICKLY), own.trace) for one, own in zip(both.members, mixed.members)]
     np.testing.assert_allclose(found, np.mean(alone, 0), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.sum(0), 1, atol=1e-4)
 
@@ -188,12 +222,9 @@ def check_start(path, folder):
     assert all(torch.equal(begin[name], tensor) for name, tensor in read_weights(folder / WEIGHTS).items())
 
 
-def check_row(place, tmp_path, name, dimension, late, weights, deep):
-    workspace, _ = place
-    where = configuration_name(name, dimension, late)
-    folder = train_row(workspace, where, weights=weights, deep_supervision=deep)
+def check_row(workspace, folder, tmp_path, validated):
     check_going_on(workspace, folder, tmp_path / "again")
-    check_file(workspace, folder, tmp_path / "one.autoseg", late)
+    check_file(workspace, folder, tmp_path / "one.autoseg", validated)
     check_averages(workspace, folder, tmp_path)
     check_start(tmp_path / "one.autoseg", folder)
 
@@ -206,41 +237,56 @@ ROWS = [
 ]
 """Network, dimension, whether it is the second stage of a cascade, which weights are kept, deep supervision."""
 OTHER_ROWS = [
-    (name, other, turned != late, {"last": "ema", "ema": "best", "best": "last"}[kept], not deep)
+    (
+        name,
+        NETWORKS[name].dimensions[(NETWORKS[name].dimensions.index(dimension) + 1) % len(NETWORKS[name].dimensions)],
+        not late,
+        {"last": "ema", "ema": "best", "best": "last"}[kept],
+        not deep,
+    )
     for name, dimension, late, kept, deep in ROWS
-    for other, turned in [(dimension, True), *((two, False) for two in NETWORKS[name].dimensions if two != dimension)]
 ]
 
 
 @pytest.mark.parametrize(("name", "dimension", "late", "weights", "deep"), ROWS)
 def test_every_network_through_every_verb(place, tmp_path, name, dimension, late, weights, deep):
-    check_row(place, tmp_path, name, dimension, late, weights, deep)
+    workspace, _ = place
+    made, where = planned(place, (name, dimension, late)), configuration_name(name, dimension, late)
+    folder = workspace.fold(NAME, "default", where, 0)
+    run = run_of(workspace, made, where, weights=weights, deep_supervision=deep)
+    train(parts_of(workspace, run, folder))
+    save_json(run, folder / "run.json")
+    check_row(workspace, folder, tmp_path, validated=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dimension", "late", "weights", "deep"), OTHER_ROWS)
 def test_every_network_through_every_verb_otherwise(place, tmp_path, name, dimension, late, weights, deep):
-    check_row(place, tmp_path, name, dimension, late, weights, deep)
+    """With the other choices, and trained and validated by the verb."""
+    workspace, _ = place
+    planned(place, (name, dimension, late))
+    where = configuration_name(name, dimension, late)
+    folder = train_row(workspace, where, weights=weights, deep_supervision=deep)
+    # In validation the priors of a second stage are of one fold, in prediction of all.
+    check_row(workspace, folder, tmp_path, validated=not late)
 
 
-def test_the_table_has_every_network_in_every_dimension_and_as_a_second_stage():
-    assert {row[0] for row in ROWS} == {*NETWORKS}
-    rows = [*ROWS, *OTHER_ROWS]
-    for name, architecture in NETWORKS.items():
-        own = {(dimension, late) for one, dimension, late, _, _ in rows if one == name}
-        assert {dimension for dimension, _ in own} == {*architecture.dimensions}
-        assert {late for _, late in own} == {True, False}
-    kinds = {row[1:] for row in ROWS}
-    assert {(row[0], row[1]) for row in kinds} == {(d, late) for d in (2, 3) for late in (True, False)}
+def test_the_table_has_every_network_in_every_dimension_alone_and_as_a_second_stage():
+    for number, name in enumerate(NETWORKS):
+        first, other = ROWS[number], OTHER_ROWS[number]
+        assert first[0] == other[0] == name
+        assert {first[1], other[1]} == {*NETWORKS[name].dimensions}
+        assert {first[2], other[2]} == {first[4], other[4]} == {True, False}
+    assert {row[1:3] for row in ROWS} == {(dimension, late) for dimension in (2, 3) for late in (True, False)}
 
 
 @pytest.mark.slow
 def test_different_networks_are_compared_and_the_best_is_followed(place, tmp_path):
     """One that is told its place, one that sees slices, one with an auxiliary head, in 3D and 2D."""
     workspace, _ = place
-    names = [
-        configuration_name(*row, False) for row in (("relative_unet3d", 3), ("slice_vnet", 2), ("fcn_resnet50", 2))
-    ]
+    rows = [("relative_unet3d", 3, False), ("slice_vnet", 2, False), ("fcn_resnet50", 2, False)]
+    planned(place, *rows)
+    names = [configuration_name(*row) for row in rows]
     for where in names:
         for fold in ("0", "1"):
             train_row(workspace, where, run="pair", fold=fold, keep_probabilities=True)

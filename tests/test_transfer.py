@@ -138,6 +138,16 @@ def test_channels_of_a_network_that_takes_slices_apart_are_matched_by_name():
     assert lines[new.first_weight].how == "T2 taken over, T1 taken over"
 
 
+def test_an_image_that_is_added_as_it_is_cannot_be_adapted_and_the_table_says_so():
+    spec = narrow(NETWORKS["vnet"].spec(2))
+    _, given = source(planned(spec, "T1"))
+    new, lines = begun(planned(spec, "T1", "T2"), given)
+    assert lines[new.first_weight].how == (
+        "T1 taken over, T2 zero; the image is added to its result too, in other channels now"
+    )
+    assert begun(planned(spec, "T1"), given)[1][new.first_weight].what == "reused"
+
+
 def mednext(*kernels):
     spec = narrow(NETWORKS["mednext"].spec(2, expansion=(2,)), (4, 6))
     return replace(spec, kernels=kernels)

@@ -34,6 +34,8 @@ class Network(nn.Module, ABC):
     """Name of the tensor that reads the image, (features, input channels, *kernel)."""
     beside_first: tuple[str, ...] = ()
     """Names of further tensors that read it, as those of a shortcut beside the first convolution."""
+    adds_image: bool = False
+    """Whether the image is also added to what the first convolution gives, without weights that could be adapted."""
     grows_kernels: bool = False
     """Whether kernels may begin as smaller ones that have been trained, up-sampled; see `autoseg.transfer`."""
     heads_prefixes: tuple[str, ...] = ("heads.",)

@@ -131,6 +131,7 @@ class Slices(Network):
         self.output_weights = inner.output_weights
         self.heads_prefixes = tuple(f"inner.{prefix}" for prefix in inner.heads_prefixes)
         self.encoder_prefixes = tuple(f"inner.{prefix}" for prefix in inner.encoder_prefixes)
+        self.adds_image = inner.adds_image
         # It has an entry a channel of the image, not one a slice.
         self.first_weight = f"inner.{inner.first_weight}"
 
