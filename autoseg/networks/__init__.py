@@ -146,5 +146,5 @@ def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...
 
 
 def output_weights(network: nn.Module) -> tuple[float, ...]:
-    """How much each output counts in deep supervision, as the network states it; (): as `losses.scale_weights` has it."""
+    """How much each output counts in deep supervision, as the network states it; (): as `losses.scale_weights` says."""
     return tuple(getattr(network, "output_weights", ()))
