@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from autoseg.records import atomic_write
 
 METRICS = "metrics.jsonl"
+ROLLING = 5
+"""Epochs that a rolling mean is of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +26,24 @@ class Epoch:
     """Of the epoch's last step."""
     training_loss: float | None
     validation_loss: float | None
+    rolling_training_loss: float | None = None
+    rolling_validation_loss: float | None = None
+    """Means of the last epochs, see `rolling`."""
     pseudo_dice: dict[str, float | None]
+    pseudo_iou: dict[str, float | None]
+    """Of the same counts: Dice / (2 - Dice)."""
     mean_pseudo_dice: float | None
     smooth_pseudo_dice: float | None
     skipped_steps: int
     seconds: float
     silent: tuple[dict[str, str], ...] = ()
     """Classes that are not predicted, and why; see `autoseg.watchdog`."""
+
+
+def rolling(lines: Sequence[Mapping[str, Any]], loss: str) -> float | None:
+    """Mean of `loss` in the last `ROLLING` of the lines, of as many as there are; without those that have none."""
+    known = [line[loss] for line in lines[-ROLLING:] if line[loss] is not None]
+    return sum(known) / len(known) if known else None
 
 
 def append_metrics(folder: Path, epoch: Epoch) -> None:

@@ -339,7 +339,8 @@ class Recipe:
     """`default`, `none`, `desai`, `strong`, `mr_artefacts`, `batchgenerators`, or `package.module:name` of a transform
     of your own. Held-out patches are never changed."""
     offline_copies: NonNegativeInt = 0
-    """How many fixed augmented copies there are of each case beside the case itself; 0: it is drawn anew each time."""
+    """How many fixed augmented copies there are of each case (in 2D: of each slice) beside itself; 0: it is drawn anew
+    each time."""
     match_steps: bool = True
     """Whether copies leave the number of steps as it is; otherwise epochs are as many times longer as the data are."""
     loader_threads: int = 2

@@ -27,7 +27,7 @@ from autoseg.agreement import Workload
 from autoseg.bad_steps import record_bad_step, refuse_many
 from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, save_weights
 from autoseg.computing import apply, autocast, scaler
-from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics
+from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics, rolling
 from autoseg.kept import average, second_network, take_over
 from autoseg.labels import Labels
 from autoseg.losses import Loss, Part, deep_supervision, scale_targets
@@ -399,6 +399,7 @@ def _end_epoch(
         training_loss=sum(state.epoch_losses) / len(state.epoch_losses) if state.epoch_losses else None,
         validation_loss=validation_loss,
         pseudo_dice=dice,
+        pseudo_iou={name: None if value is None else value / (2 - value) for name, value in dice.items()},
         mean_pseudo_dice=mean,
         smooth_pseudo_dice=smooth,
         skipped_steps=state.skipped_steps,
@@ -409,7 +410,13 @@ def _end_epoch(
         silent = watch(lines, state.shown, parts.labels, recipe, parts.training, parts.validation)
         for one in silent:
             bar.say(one["said"])
-        append_metrics(parts.folder, replace(line, silent=tuple(silent)))
+        line = replace(
+            line,
+            rolling_training_loss=rolling(lines, "training_loss"),
+            rolling_validation_loss=rolling(lines, "validation_loss"),
+            silent=tuple(silent),
+        )
+        append_metrics(parts.folder, line)
         on_epoch(read_metrics(parts.folder))
     ended = replace(
         state,

@@ -124,6 +124,19 @@ def test_fcn_resnets_have_the_published_size(name, blocks, count):
     assert on_meta(NETWORKS[name].spec(2, auxiliary=False), 3, 21).aux_classifier is None
 
 
+@pytest.mark.parametrize(
+    ("backbone", "blocks", "count"),
+    [
+        ("resnet50", (3, 4, 6, 3), 23_508_032),
+        ("resnet101", (3, 4, 23, 3), 42_500_160),
+        ("resnet152", (3, 8, 36, 3), 60_192_808 - 2_049_000),  # torchvision's, less the layer of its 1000 classes
+    ],
+)
+def test_the_residual_backbones_of_deeplab_have_the_published_size(backbone, blocks, count):
+    network = on_meta(NETWORKS["deeplabv3plus"].spec(2, backbone=backbone), 3, 21)
+    assert parameters(network.encoder) == resnet_parameters(blocks, bottleneck=True) == count
+
+
 def test_deeplab_has_the_published_size():
     """41 258 213 numbers in the common Keras version, which counts the running statistics of its norms too."""
     network = on_meta(NETWORKS["deeplabv3plus"].spec(2), 3, 21)

@@ -15,7 +15,7 @@ from autoseg.bad_steps import BAD_STEPS
 from autoseg.checkpoint import read_progress
 from autoseg.computing import safe_base
 from autoseg.evaluation.plots import training_curves
-from autoseg.history import read_metrics
+from autoseg.history import read_metrics, rolling
 from autoseg.labels import Labels
 from autoseg.losses import make_loss
 from autoseg.networks import build, output_scales, output_weights
@@ -134,7 +134,13 @@ def test_it_learns_and_writes_what_it_should(place):
     assert [line["epoch"] for line in lines] == list(range(8))
     assert lines[-1]["training_loss"] < lines[0]["training_loss"] - 0.5
     assert lines[-1]["mean_pseudo_dice"] > 0.8
-    assert set(lines[-1]["pseudo_dice"]) == {"liver", "lesion"}
+    assert set(lines[-1]["pseudo_dice"]) == set(lines[-1]["pseudo_iou"]) == {"liver", "lesion"}
+    dice, iou = lines[-1]["pseudo_dice"]["liver"], lines[-1]["pseudo_iou"]["liver"]
+    assert 0 < iou < dice and dice == pytest.approx(2 * iou / (1 + iou))
+    for kind in ("training_loss", "validation_loss"):
+        raw, smooth = ([line[f"{name}{kind}"] for line in lines] for name in ("", "rolling_"))
+        assert smooth[4:] == pytest.approx(np.convolve(raw, np.ones(5) / 5, "valid"))
+        assert smooth[:2] == pytest.approx([raw[0], (raw[0] + raw[1]) / 2])
     assert state.step == 96
     assert {p.name for p in made.folder.iterdir()} == {"checkpoint_000000096", "metrics.jsonl", "weights.safetensors"}
     training_curves(lines, made.folder / "progress.png")
@@ -242,3 +248,9 @@ def test_a_broken_case_ends_the_run(place):
         file.write_bytes(b"")
     with pytest.raises(AutosegError, match="case c"):
         train(parts(place, epochs=100))
+
+
+def test_a_rolling_mean_leaves_out_epochs_without_a_loss():
+    lines = [{"loss": loss} for loss in (100.0, None, 4.0, None, 8.0, None)]
+    assert rolling(lines, "loss") == 6.0
+    assert rolling(lines[-1:], "loss") is None and rolling([], "loss") is None

@@ -141,7 +141,7 @@ def networks_verb(
 
 
 def describe_verb(
-    names: Annotated[list[str], typer.Argument(help="Networks: name or name(key=value, ...).")],
+    names: Annotated[list[str], typer.Argument(help="Networks: name, name(key=value, ...) or package.module:Name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for tables and diagrams.")] = Path("."),
     patch: PatchOption = None,
     channels: ChannelsOption = 1,

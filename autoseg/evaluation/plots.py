@@ -26,6 +26,9 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     draw(losses, [line["training_loss"] for line in lines], "training")
     draw(losses, [line["validation_loss"] for line in lines], "validation patches")
+    for kind, colour in (("training", "C0"), ("validation", "C1")):
+        smooth = [line.get(f"rolling_{kind}_loss") for line in lines]
+        draw(losses, smooth, f"{kind}, rolling mean", color=colour, linewidth=3, alpha=0.35)
     losses.set_ylabel("loss")
     names = list(lines[-1]["pseudo_dice"]) if lines else []
     for name in names[:10]:
