@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autoseg.devices import usable_threads
 from autoseg.records import AutosegError
 
 HERE = "127.0.0.1"
@@ -184,7 +185,7 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
     place = int(os.environ.get("LOCAL_RANK", team.rank))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     own_device = one_each(device, place, here)
-    torch.set_num_threads(max(torch.get_num_threads() // here, 1))
+    torch.set_num_threads(max(usable_threads() // here, 1))
     if own_device.startswith("cuda"):
         torch.cuda.set_device(own_device)
     backend = "cpu:gloo,cuda:nccl" if own_device.startswith("cuda") else "gloo"

@@ -27,7 +27,7 @@ from autoseg.agreement import Workload
 from autoseg.bad_steps import record_bad_step, refuse_many
 from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, save_weights
 from autoseg.computing import apply, autocast, scaler
-from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics, rolling
+from autoseg.history import Epoch, append_metrics, forget_metrics_from, in_words, read_metrics, rolling
 from autoseg.kept import average, second_network, take_over
 from autoseg.labels import Labels
 from autoseg.losses import Loss, Part, deep_supervision, scale_targets
@@ -330,12 +330,12 @@ def _steps(recipe: Recipe, first: int) -> Iterable[int]:
 
 def _lacks_rhythm(recipe: Recipe, state: Progressed) -> bool:
     chosen = None if state.rhythm is None else state.rhythm.budget_seconds
-    return recipe.budget_seconds != chosen
+    return recipe.budget_seconds not in (None, chosen)
 
 
 def _epoch_lengths(recipe: Recipe, state: Progressed) -> tuple[int, int]:
     """Steps of training and of validation in the epoch under way."""
-    if state.rhythm is None:
+    if state.rhythm is None or recipe.budget_seconds is None:
         # A budget too short to be timed has no room for the recipe's validation either.
         return recipe.steps_per_epoch, recipe.validation_steps if recipe.budget_seconds is None else 1
     return state.rhythm.steps, state.rhythm.validation_steps
@@ -416,6 +416,7 @@ def _end_epoch(
             rolling_validation_loss=rolling(lines, "validation_loss"),
             silent=tuple(silent),
         )
+        bar.remark(in_words(line))
         append_metrics(parts.folder, line)
         on_epoch(read_metrics(parts.folder))
     ended = replace(

@@ -35,10 +35,11 @@ OPTIONS = {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
         "test_fraction", "seed", "loss", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
         "network", "like", "context", "crop", "combine", "thin", "merge", "discard_edits",
+        "pretrained",
     },
     "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {
-        "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
+        "sources", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
     "ensemble": {"folders", "target", "dataset", "workers", "workspace"},

@@ -217,8 +217,25 @@ def test_a_finished_run_goes_on_with_more_epochs_or_more_time(prepared, capsys):
     assert steps == sorted(set(steps))
     train(prepared, "longer", ANY)
     assert "trained already" in capsys.readouterr().out
-    with pytest.raises(AutosegError, match="leave out --epochs"):
-        train(prepared, "longer", replace(TRAIN, epochs=9))
+
+
+def test_a_run_by_time_goes_on_by_epochs_that_are_more_than_it_has(prepared, capsys):
+    folder = train(prepared, "by_time", replace(ANY, budget_seconds=0.5))
+    done = read_progress(folder)
+    assert done.rhythm is not None and done.rhythm.budget_seconds == 0.5, "epochs of its own"
+    capsys.readouterr()
+    with pytest.raises(AutosegError, match=rf"{done.step} steps, as many as [\d.]+ epochs of 3, are trained already"):
+        train(prepared, "by_time", replace(TRAIN, epochs=done.step // 3))
+    more = done.step // 3 + 4
+    train(prepared, "by_time", replace(TRAIN, epochs=more))
+    assert f"to {more} epochs of 3 steps; {done.step} steps are done" in capsys.readouterr().out
+    run = load_json(Run, folder / "run.json")
+    assert (run.recipe.epochs, run.recipe.budget_seconds, run.ended) == (more, None, None)
+    assert run.finished is not None
+    assert read_progress(folder).step == 3 * more
+    steps = [line["step"] for line in read_metrics(folder)]
+    assert steps == sorted(set(steps)) and steps[-1] == 3 * more
+    assert steps[-2] - steps[-3] == 3, "epochs are as long as the recipe says again"
 
 
 def test_an_unfinished_run_by_time_keeps_what_it_has_left(prepared, capsys):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from toys import network as network_spec
 
-from autoseg import computing, tuning
+from autoseg import devices, tuning
 from autoseg.agreement import Workload
 from autoseg.computing import apply, autocast, describe, fits, safe_base, scaler, settle, untuned
 from autoseg.networks import build
@@ -340,7 +340,7 @@ def test_a_compilation_that_is_not_earned_back_is_not_used(monkeypatch):
 
 
 def test_threads_are_tried_where_there_are_more_than_two(monkeypatch, no_compiler):
-    monkeypatch.setattr(computing, "cores", lambda: 6)
+    monkeypatch.setattr(devices, "cores", lambda: 6)
     torch.set_num_threads(8)
     machine = Machine(lambda setting: {6: 1.0, 5: 0.8, 3: 0.7, 4: 0.5}[setting.threads])
     made = probe(machine)

@@ -39,6 +39,10 @@ LOSS_HELP = (
     "tversky, focal_tversky, boundary, hausdorff, cldice, or package.module:Name; sums: 0.5*ce+focal(gamma=2)."
 )
 LossOption = Annotated[str | None, typer.Option("--loss", metavar="NAME[+NAME...]", help=LOSS_HELP)]
+PretrainedOption = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation
+    typer.Option("--pretrained", help="Begin with this: a model file, a fold folder, weights (.safetensors, .pth)."),
+]
 GpuMemoryOption = Annotated[
     float | None, typer.Option("--gpu-memory", metavar="GB", help="Memory to plan for, 2 to 80 [preset's own].")
 ]
@@ -74,6 +78,9 @@ GroupByOption = Annotated[str | None, typer.Option(metavar="REGEX", help="Cases 
 TestFractionOption = Annotated[float, typer.Option(help="Share of the groups to lock away for testing.")]
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", metavar="NAME|FILE", help="A recipe that `recipes` lists, or a TOML file.")
+]
+FoldsOption = Annotated[
+    list[str] | None, typer.Option("-f", "--fold", metavar="0,1,...", help="Only these folds [all finished].")
 ]
 RunOption = Annotated[str, typer.Option("--run", help="Name of the run.")]
 PatchOption = Annotated[
@@ -156,6 +163,11 @@ def parse_patch(text: str | None) -> tuple[int, ...] | None:
     if text is not None and not (len(parts) in (2, 3) and all(part.isdecimal() and int(part) for part in parts)):
         raise AutosegError(f"--patch {text!r}: give two or three sizes, for example --patch 64x96x96")
     return tuple(map(int, parts)) or None
+
+
+def split_folds(texts: list[str] | None) -> tuple[str, ...]:
+    """`-f 0,1 -f all` -> ("0", "1", "all"), nothing -> ()."""
+    return tuple(dict.fromkeys(name for text in texts or () for name in parse_names(text)))
 
 
 def parse_folds(text: str | None) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """Verbs that train, one fold or everything, and that compare what was trained."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +20,7 @@ from autoseg.cli.options import (
     NewPlanOption,
     PlanOption,
     PresetOption,
+    PretrainedOption,
     RecipeOption,
     RunOption,
     SetOption,
@@ -50,10 +50,7 @@ def train_verb(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     loss: LossOption = None,
     device: DeviceOption = "auto",
-    pretrained: Annotated[
-        Path | None,
-        typer.Option(help="Begin with this: a model file, a fold folder, weights alone (.safetensors, .pth)."),
-    ] = None,
+    pretrained: PretrainedOption = None,
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="Only predict and score held-out cases.")
     ] = False,
@@ -81,7 +78,10 @@ def train_verb(
         return
     from autoseg.pipeline.recipe import TrainOptions
     from autoseg.pipeline.together import train_together
+    from autoseg.supervise import JOURNAL
 
+    if JOURNAL.dead or JOURNAL.suspects:
+        extend = None  # this command made the run longer already, before a process of it died
     options = TrainOptions(
         plan=plan,
         run=run,
@@ -135,6 +135,7 @@ def fit_verb(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     loss: LossOption = None,
     device: DeviceOption = "auto",
+    pretrained: PretrainedOption = None,
     num_gpus: Annotated[int, typer.Option(min=1, help="Train so many folds at a time, each on a GPU.")] = 1,
     plan: NewPlanOption = None,
     run: RunOption = "default",
@@ -175,6 +176,7 @@ def fit_verb(
         seed=seed,
         loss=loss,
         device=device,
+        pretrained=pretrained,
         recipe=recipe,
         changes=settings.parse(set_ or ()),
     )

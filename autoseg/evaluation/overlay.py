@@ -21,7 +21,7 @@ from autoseg.labels import Labels
 from autoseg.layout import ending_of
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import Stored, read_labels, read_stored
-from autoseg.records import AutosegError, atomic_write
+from autoseg.records import AutosegError, atomic_write, refuse_unwritable
 from autoseg.volume import Grid, canonical_grid, mismatch, to_canonical
 
 SLICES = 3
@@ -102,6 +102,7 @@ def overlay_folders(
     given = {path.resolve() for paths in (files, predictions, truths) for path in paths.values()}
     if replaced := [path for path in pictures.values() if path.resolve() in given]:
         raise AutosegError(f"{replaced[0]} is one of the files to draw; give another folder for the pictures with -o")
+    refuse_unwritable(target)
 
     def one(case: str) -> Path:
         image = files.get(f"{case}_0000", files.get(case))

@@ -20,7 +20,7 @@ from autoseg.layout import names
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.pipeline.predict import probabilities_of
 from autoseg.readers import ENDINGS, read_image, read_labels, write_labels
-from autoseg.records import AutosegError
+from autoseg.records import AutosegError, refuse_unwritable
 from autoseg.volume import Grid, canonical_grid, mismatch, to_canonical
 
 KEYS = ("probabilities", "softmax")
@@ -74,6 +74,7 @@ def combine(folders: Sequence[Path], target: Path, labels: Labels | None = None,
         raise AutosegError("give two folders or more; the predictions of one need no ensemble")
     if target.resolve() in [folder.resolve() for folder in folders]:
         raise AutosegError(f"-o {target} is one of the folders, whose files would be overwritten; give another -o")
+    refuse_unwritable(target)
     found = [look_into(folder) for folder in folders]
     cases = sorted(set().union(*(folder.maps.keys() | folder.labels.keys() for folder in found)))
     meaning = as_predicted(find_labels(*folders) if labels is None else (labels, {}), *folders)

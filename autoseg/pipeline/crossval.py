@@ -32,10 +32,10 @@ HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
 
 
-def held_out(folder: Path, run: Run, dataset: Dataset) -> list[HeldOut]:
-    """Every held-out case of the fold in `folder`."""
+def held_out(folder: Path, run: Run, dataset: Dataset, place: str = "validation") -> list[HeldOut]:
+    """Every held-out case of the fold in `folder`, with its prediction in the folder `place` of it."""
     truths = {case.id: Path(case.label) for case in dataset.cases if case.label is not None}
-    return [(name, truths[name], folder / "validation" / f"{name}{dataset.file_ending}") for name in run.cases.val]
+    return [(name, truths[name], folder / place / f"{name}{dataset.file_ending}") for name in run.cases.val]
 
 
 def validated(folder: Path) -> bool:

@@ -40,7 +40,7 @@ from autoseg.planners import (
 )
 from autoseg.preprocess import Cropped, crop_to_content
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
-from autoseg.records import AutosegError, load_json, save_json, sole_writer, to_json
+from autoseg.records import AutosegError, load_json, refuse_unwritable, save_json, sole_writer, to_json
 from autoseg.schema import Fingerprint, Plan, Preparation, Request, Run
 from autoseg.splits import Splits, make_splits, read_splits
 from autoseg.workspace import Workspace
@@ -206,6 +206,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     for remark in dataset.remarks():
         print(f"Labels: {remark}")
     prepared, planned = workspace.prepared(name), workspace.plan_folder(name, options.name)
+    refuse_unwritable(prepared)
     before = plan_in(planned, broken_too=options.discard_edits)
     earlier, request = Request(), options.request()
     if before is not None:

@@ -152,8 +152,7 @@ def describe_networks(names: Sequence[str], folder: Path, sizes: Sizes, compare:
                     file.write(content)
             millions[f"{text} {dimension}D"] = made.parameters / 1e6
         if not compare and architecture is not None:
-            print(f"Options of {name}, with what they are if left out: {options_of(architecture)}
-")
+            print(f"Options of {name}, with what they are if left out: {options_of(architecture)}\n")
     if compare:
         bars(millions, "million parameters", folder / "parameters.png")
         print(f"Parameters: {folder / 'parameters.png'}")

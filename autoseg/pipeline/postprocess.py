@@ -22,6 +22,7 @@ from autoseg.records import (
     AutosegError,
     load_json,
     record,
+    refuse_unwritable,
     remove_leftovers,
     save_json,
     sole_writer,
@@ -66,6 +67,7 @@ def postprocess(
         raise AutosegError("give --truth FOLDER to search for post-processing, or --rule FILE to apply one")
     if target.resolve() in {source.resolve(), truth.resolve() if truth else None}:
         raise AutosegError(f"-o {target} holds the files to be read; give another folder for the processed ones")
+    refuse_unwritable(target)
     files = files_by_case(source)
     told = None if dataset is None else labels_in(workspace.dataset(dataset)[1])
     failed: list[Outcome[Any]] = []

@@ -158,8 +158,10 @@ def case_key(case: Case, model: str) -> str:
     return hash_files(case.images, (model,))
 
 
-def predict(workspace: Workspace, source: Path, target: Path, options: PredictOptions) -> list[Outcome[Path]]:
-    """Predict every case of `source` (a folder, or one file) into the folder `target`.
+def predict(
+    workspace: Workspace, source: Path | Sequence[Path], target: Path, options: PredictOptions
+) -> list[Outcome[Path]]:
+    """Predict every case of `source` (a folder or a file, or several) into the folder `target`.
 
     What was done before is not done again, and what failed only with `options.retry_failed`; status.csv says what is
     what. A case that fails is named with its reason and the others are done; then, or if it failed before,
@@ -173,7 +175,7 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     keep_freed_memory()
     model = trained.open(device)
     key = model_key(trained, rule, options)
-    cases = find_cases(source, channels=len(trained.plan.sources))
+    cases = gather_cases([source] if isinstance(source, Path) else source, channels=len(trained.plan.sources))
     refuse_overwriting(cases, target)
     with sole_writer(target):
         written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]
@@ -193,6 +195,19 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     listed = [outcomes[case.id] for case in cases]
     raise_failures(listed, "predict")
     return listed
+
+
+def gather_cases(sources: Sequence[Path], channels: int) -> list[Case]:
+    """The cases of several folders and files. Raises AutosegError for two cases of one name, and as `find_cases`."""
+    found: dict[str, Case] = {}
+    for case in (case for source in dict.fromkeys(sources) for case in find_cases(source, channels)):
+        if case.id in found and found[case.id].images != case.images:
+            raise AutosegError(
+                f"{found[case.id].images[0]} and {case.images[0]} are both called {case.id}, so one result would "
+                "replace the other; predict them into folders of their own"
+            )
+        found[case.id] = case
+    return [*found.values()]
 
 
 def refuse_overwriting(cases: Sequence[Case], target: Path) -> None:

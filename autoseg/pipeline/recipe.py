@@ -101,6 +101,22 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     return replace(recipe, loss="".join(recipe.loss.split()), schedule="".join(recipe.schedule.split()))
 
 
+def refuse_without_effect(options: TrainOptions) -> None:
+    """AutosegError for options that say how to train, where nothing is trained."""
+    said = {
+        "--epochs": options.epochs,
+        "--budget": options.budget_seconds,
+        "--extend": options.extend_seconds,
+        "--seed": options.seed,
+        "--loss": options.loss,
+        "--pretrained": options.pretrained,
+        "--recipe": options.recipe,
+        "--set": options.changes or None,
+    }
+    if idle := [option for option, value in said.items() if value is not None]:
+        raise AutosegError(f"--validate-only trains nothing, so it takes no {', '.join(idle)}; leave that out")
+
+
 def refuse_idle(recipe: Recipe) -> None:
     """AutosegError for fields that could do nothing, or would leave nothing to do."""
     epochs = recipe.epochs if recipe.budget_seconds is None else EPOCHS_IN_BUDGET
@@ -152,14 +168,20 @@ def for_new_run(recipe: Recipe, options: TrainOptions, device: str) -> Recipe:
     """
     if options.extend_seconds is not None:
         raise AutosegError("--extend goes on with a run that is there, and there is none; begin it with --budget 2h")
-    stated = options.epochs is not None or options.budget_seconds is not None
-    if stated or states(options, LENGTH) or device != "cpu":
+    budget = usual_budget(options, device)
+    if budget is None:
         return recipe
     print(
-        f"training for {say_duration(CPU_BUDGET_SECONDS)}, because the default of {describe_length(recipe)} takes days "
+        f"training for {say_duration(budget)}, because the default of {describe_length(recipe)} takes days "
         f"on a CPU; choose otherwise with --budget 8h or --epochs {recipe.epochs}"
     )
-    return replace(recipe, budget_seconds=CPU_BUDGET_SECONDS)
+    return replace(recipe, budget_seconds=budget)
+
+
+def usual_budget(options: TrainOptions, device: str) -> float | None:
+    """Seconds that a new run trains for where no length is given; None: by epochs."""
+    stated = options.epochs is not None or options.budget_seconds is not None or states(options, LENGTH)
+    return None if stated or device != "cpu" else CPU_BUDGET_SECONDS
 
 
 def states(options: TrainOptions, fields: Collection[str]) -> bool:
@@ -219,6 +241,13 @@ def describe_length(recipe: Recipe) -> str:
     return f"{recipe.epochs} epochs of {recipe.steps_per_epoch} steps"
 
 
+def epochs_done(recipe: Recipe, done: Progressed) -> str:
+    """How many epochs are trained, in words; those of a run by time are shorter than those that --epochs counts."""
+    if done.rhythm is None:
+        return f"{done.epoch} epochs"
+    return f"{done.step} steps, as many as {done.step / recipe.steps_per_epoch:.1f} epochs of {recipe.steps_per_epoch},"
+
+
 def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -> Run:
     """The run `old` in `folder` with the length that `wanted` or --extend asks for; `old` itself if that is its own.
 
@@ -240,16 +269,11 @@ def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -
         return old
     if old.finished is not None and done.step == 0:
         raise AutosegError(f"{folder} has no checkpoint any more to go on from; train a new run with --run NAME")
-    if recipe.budget_seconds is None and old.recipe.budget_seconds is not None:
-        raise AutosegError(
-            f"{folder} is trained by time ({describe_length(old.recipe)}), not by epochs; leave out --epochs to go on "
-            "with it, or make it longer with --extend 1h"
-        )
     now = done.moment(recipe)
     if now.progress >= 1:
         raise AutosegError(
-            f"{folder}: {done.epoch} epochs are trained already, {say_duration(done.seconds)} in all; asked for were "
-            f"{describe_length(recipe)}. Ask for more than is there, or for --extend 1h"
+            f"{folder}: {epochs_done(recipe, done)} are trained already, {say_duration(done.seconds)} in all; asked "
+            f"for were {describe_length(recipe)}. Ask for more than is there, or for --extend 1h"
         )
     before = learning_rate(old.recipe, done.moment(old.recipe)) if done.rate is None else done.rate
     after = learning_rate(recipe, replace(now, leg=next_leg(recipe, now, done.rate)))

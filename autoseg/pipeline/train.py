@@ -42,10 +42,11 @@ from autoseg.pipeline.recipe import (
     for_new_run,
     for_time,
     make_recipe,
+    refuse_without_effect,
     say_other_network,
     with_length,
 )
-from autoseg.pipeline.validation import forget_later, forget_validation, validate_fold
+from autoseg.pipeline.validation import begin_again, forget_later, forget_validation, validate_fold
 from autoseg.placement import USUAL, Placement
 from autoseg.planners import difference
 from autoseg.rates import early_stop
@@ -56,6 +57,7 @@ from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
 from autoseg.store import StoredArray
+from autoseg.supervise import JOURNAL
 from autoseg.team import ALONE, Team
 from autoseg.training import Parts, train, workload
 from autoseg.transfer import differences, open_source, tensor_table, transfer
@@ -91,6 +93,8 @@ def train_fold(
     Signals to save or to end are heeded while it trains; the latter raise Stopped. Raises AutosegError when something
     is missing (naming the command that makes it) or the run has another recipe.
     """
+    if options.validate_only:
+        refuse_without_effect(options)
     fold = parse_fold(fold_text)
     name, raw_folder = workspace.dataset(dataset_text)
     dataset = open_dataset(raw_folder)
@@ -138,8 +142,7 @@ def train_fold(
         priors = find_priors(workspace, plan, configuration, options.run, cases, splits, device)
         if options.validate_only:
             run = replace(open_run(folder), validation_seconds=0.0)
-            forget_validation(folder)
-            save_json(run, folder / "run.json")
+            begin_again(folder)
         elif run.finished is None:
             run = train_to_the_end(
                 folder,
@@ -159,7 +162,7 @@ def train_fold(
                 f"{'' if run.ended is None else f', ended early: {run.ended}'}); to train longer give more --epochs, "
                 "or --extend 1h"
             )
-        if validated(folder):
+        if validated(folder) and not options.validate_only:
             summary = load_json(Summary, folder / "validation" / SUMMARY)
             print(table(summary))
         else:
@@ -205,6 +208,7 @@ def train_to_the_end(
     save_json(run, folder / "run.json")
     # The leader's weights are given to all: nobody else needs those to begin with.
     order = replace(run, pretrained=None)
+    JOURNAL.stage(f"while fold {run.fold} of {run.configuration} trained")
     give_order("train", order, folder, prepared, priors, team, annotated=annotated, class_weights=class_weights)
     try:
         with heeded() as requests:
@@ -213,6 +217,7 @@ def train_to_the_end(
         extended = "" if options.extend_seconds is None else ", without --extend,"
         print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
         raise
+    JOURNAL.stage("")
     forget_validation(folder)
     if run.fold != "all":
         forget_later(folder, run.configuration)
