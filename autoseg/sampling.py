@@ -5,6 +5,7 @@ own, the streams of training and validation never meet, the number of threads ch
 needs no saved random state. A patch is chosen by its centre; only the box that its drawn transform needs is read.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -147,8 +148,11 @@ class Prior:
     """Whether the masks are spoilt a little, as in training."""
 
 
-def forced_foreground(batch: int, fraction: float) -> list[bool]:
-    """Which samples of a batch must show foreground: the last ones, at least one, so that every batch has its share."""
+def forced_foreground(batch: int, fraction: float, step: int) -> list[bool]:
+    """Which samples of the batch of a step must show foreground: the last ones, at least one, so that every batch has
+    its share. Of batches of one patch as many steps as the fraction says, evenly spread, the first among them."""
+    if batch == 1:
+        return [math.ceil((step + 1) * fraction) > math.ceil(step * fraction)]
     first = min(round(batch * (1 - fraction)), batch - 1) if fraction > 0 else batch
     return [sample >= first for sample in range(batch)]
 
@@ -261,7 +265,7 @@ class Sampler:
         chosen = rng.integers(len(self.case_names), size=self.batch_size)
         position = self.placement.position
         share = self.foreground_fraction if position.share is None else position.share
-        forced = forced_foreground(self.batch_size, share)
+        forced = forced_foreground(self.batch_size, share, step)
         names: list[str] = [self.case_names[index] for index in chosen]
         wanted: list[int | None] = [None] * self.batch_size
         if position.balanced and self.holding:

@@ -7,7 +7,7 @@ order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. 
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from autoseg.crops import Crop
 from autoseg.labels import Labels
@@ -294,12 +294,14 @@ class Plan:
 class Recipe:
     """How a network is trained. Defaults follow nnU-Net v2 (Isensee et al., Nature Methods 2021)."""
 
-    epochs: int = 1000
+    epochs: PositiveInt = 1000
     budget_seconds: PositiveFloat | None = None
     """Training time over all sessions, in place of `epochs`; the two numbers below are then the largest allowed."""
-    steps_per_epoch: int = 250
-    validation_steps: int = 50
-    seed: int = 0
+    steps_per_epoch: PositiveInt = 250
+    validation_steps: NonNegativeInt = 50
+    """Batches of held-out patches after an epoch: others each time, or always the same ones where the run goes by their
+    loss (`schedule=plateau`, `stop_patience`, `weights=best`)."""
+    seed: NonNegativeInt = 0
     batch_size: PositiveInt | None = None
     """Patches a step; None: as planned, or fewer where a budget leaves few steps: `pipeline.recipe.for_time`."""
     loss: str = "dice_ce"
@@ -307,8 +309,8 @@ class Recipe:
     deep_supervision: bool = True
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     """`sgd` has Nesterov momentum. A short run takes `adamw` unless told otherwise: `pipeline.recipe.for_length`."""
-    learning_rate: float = 0.01
-    momentum: float = 0.99
+    learning_rate: NonNegativeFloat = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Of `sgd` only."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises from near 0 to the schedule's."""
@@ -316,10 +318,10 @@ class Recipe:
     """Epochs at the beginning in which the encoder stays as it is, norms included."""
     encoder_rate: PositiveFloat = 1.0
     """The encoder's learning rate as a multiple of the others'."""
-    weight_decay: float = 3e-5
+    weight_decay: NonNegativeFloat = 3e-5
     schedule: str = "poly"
     """A name of `rates.SCHEDULES`, with its options: `step(factor=0.8, period=1)`, `plateau(patience=5)`, `wsd`."""
-    poly_exponent: float = 0.9
+    poly_exponent: NonNegativeFloat = 0.9
     """Of `poly` only."""
     stop_patience: NonNegativeInt = 0
     """Epochs without a new lowest validation loss after which the run ends; 0: none."""
@@ -328,11 +330,13 @@ class Recipe:
     chosen by held-out cases (`best`, `stop_patience`) scores a little too well on them."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Of `ema` only: the average is over about 1 / (1 - ema_decay) steps."""
-    clip_norm: float = 12.0
+    clip_norm: NonNegativeFloat = 12.0
+    """Norm to which a longer gradient is shortened; 0: none is."""
     patch_position: str = "default"
     """Where patches of training lie, a key of `placement.POSITIONS`; those of the pseudo-validation as by default."""
-    foreground_fraction: float = 0.33
-    """Share of a batch's patches that are centred on foreground, where the position mixes them with others."""
+    foreground_fraction: Annotated[float, Field(ge=0, le=1)] = 0.33
+    """Share of the patches that are centred on foreground, where the position mixes them with others: rounded, but at
+    least one of each batch; of batches of one patch so many."""
     redraw_empty: NonNegativeInt = 0
     """How often at most a patch of training without foreground is drawn again, within a case that has some."""
     augmentation: str = "default"
@@ -343,13 +347,13 @@ class Recipe:
     each time."""
     match_steps: bool = True
     """Whether copies leave the number of steps as it is; otherwise epochs are as many times longer as the data are."""
-    loader_threads: int = 2
+    loader_threads: PositiveInt = 2
     tune: bool = True
     """Whether probes at the start may choose precision, layout and compilation; without them float32, eager."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: PositiveFloat = 5.0
     keep_probabilities: bool = True
     """Whether those of held-out cases stay beside the fold for `find_best`, which predicts anew what is not there."""
-    max_bad_steps: int = 5
+    max_bad_steps: PositiveInt = 5
     """Consecutive non-finite losses after which the run stops."""
 
 

@@ -34,7 +34,7 @@ from autoseg.losses import Loss, Part, deep_supervision, scale_targets
 from autoseg.optimizers import OPTIMIZERS
 from autoseg.parameter_groups import groups, hold_encoder, set_rate
 from autoseg.progress import Progress
-from autoseg.rates import early_stop, learning_rate, lowest, next_leg, reduced
+from autoseg.rates import by_validation_loss, early_stop, learning_rate, lowest, next_leg, reduced
 from autoseg.sampling import Batch, Sampler, Stream, generator, prefetch
 from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, progress
 from autoseg.schema import Recipe, Tuning
@@ -116,7 +116,7 @@ def training_step(
     scaler.scale(loss).backward()
     gathered()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(parts.network.parameters(), parts.recipe.clip_norm)
+    norm = nn.utils.clip_grad_norm_(parts.network.parameters(), parts.recipe.clip_norm or math.inf)
     # A scale that was too large is no bad batch: the scaler leaves the step out and tries a smaller one.
     if not scaler.is_enabled() and not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
@@ -155,12 +155,15 @@ def batches(sampler: Sampler, steps: Iterable[int], threads: int, device: torch.
 def validate(
     parts: Parts, epoch: int, steps: int, between: Callable[[], None]
 ) -> tuple[float | None, dict[str, float | None]]:
-    """(mean loss, pseudo-Dice of each class) over `steps` batches of random validation patches of an epoch.
+    """(mean loss, pseudo-Dice of each class) over `steps` batches of random validation patches.
 
-    Counts are pooled over all patches, without ignored voxels and without the classes that were not annotated in a
-    patch's case; a class that is neither present nor predicted is None. `between` is called before each batch.
+    They are others in each epoch, so that the curve tells of all held-out cases; but the same ones in every epoch where
+    the recipe goes by these losses (`rates.by_validation_loss`), since losses of different patches differ by more than
+    the weights improve. Counts are pooled over all patches, without ignored voxels and without the classes that were
+    not annotated in a patch's case; a class that is neither present nor predicted is None. `between` is called before
+    each batch.
     """
-    first = epoch * parts.recipe.validation_steps
+    first = 0 if by_validation_loss(parts.recipe) else epoch * parts.recipe.validation_steps
     losses: list[float] = []
     counts = torch.zeros(3, parts.labels.count - 1, dtype=torch.float64)
     parts.network.eval()
@@ -335,10 +338,13 @@ def _lacks_rhythm(recipe: Recipe, state: Progressed) -> bool:
 
 def _epoch_lengths(recipe: Recipe, state: Progressed) -> tuple[int, int]:
     """Steps of training and of validation in the epoch under way."""
-    if state.rhythm is None or recipe.budget_seconds is None:
+    steps, validation_steps = recipe.steps_per_epoch, recipe.validation_steps
+    if recipe.budget_seconds is not None and state.rhythm is not None:
+        steps, validation_steps = state.rhythm.steps, state.rhythm.validation_steps
+    elif recipe.budget_seconds is not None:
         # A budget too short to be timed has no room for the recipe's validation either.
-        return recipe.steps_per_epoch, recipe.validation_steps if recipe.budget_seconds is None else 1
-    return state.rhythm.steps, state.rhythm.validation_steps
+        validation_steps = min(1, validation_steps)
+    return steps, state.compared_steps or validation_steps
 
 
 def _epoch_is_full(recipe: Recipe, state: Progressed) -> bool:
@@ -348,7 +354,7 @@ def _epoch_is_full(recipe: Recipe, state: Progressed) -> bool:
 def _with_rhythm(recipe: Recipe, state: Progressed, timed: Iterable[float], bar: Progress) -> Progressed:
     assert recipe.budget_seconds is not None
     step = median([*timed][1:])
-    rhythm = choose_rhythm(recipe, recipe.budget_seconds - state.seconds, step)
+    rhythm = choose_rhythm(recipe, recipe.budget_seconds - state.seconds, step, state.compared_steps)
     bar.say(
         f"a step takes {step:.2g} s: epochs of {rhythm.steps} steps and {rhythm.validation_steps} validation steps; "
         f"{recipe.epochs} epochs of {recipe.steps_per_epoch} steps would take "
@@ -382,7 +388,8 @@ def _end_epoch(
 ) -> Progressed:
     recipe = parts.recipe
     judged = parts if kept is None or recipe.weights == "best" else replace(parts, network=kept)
-    validation_loss, dice = validate(judged, state.epoch, _epoch_lengths(recipe, state)[1], between)
+    validation_steps = _epoch_lengths(recipe, state)[1]
+    validation_loss, dice = validate(judged, state.epoch, validation_steps, between)
     losses = (*state.validation_losses, validation_loss)
     if kept is not None and recipe.weights == "best" and lowest(losses) in (None, len(losses) - 1):
         take_over(kept, parts.network)
@@ -426,6 +433,7 @@ def _end_epoch(
         smooth_pseudo_dice=smooth,
         epoch_losses=(),
         validation_losses=losses,
+        compared_steps=validation_steps if by_validation_loss(recipe) else None,
     )
     if said := reduced(recipe, state.moment(recipe), ended.moment(recipe)):
         bar.say(said)

@@ -146,4 +146,3 @@ def test_without_matched_steps_an_epoch_grows_with_the_data():
     grown = make_recipe(options)
     assert (grown.epochs, grown.steps_per_epoch) == (7, 50)
     assert make_recipe(options, existing=grown) == grown  # the same command goes on with it
-    assert make_recipe(TrainOptions(changes={"match_steps": False})).steps_per_epoch == 250

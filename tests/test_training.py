@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from autoseg.augment import make_augmentation
 from autoseg.bad_steps import BAD_STEPS
 from autoseg.checkpoint import read_progress
 from autoseg.computing import safe_base
-from autoseg.evaluation.plots import training_curves
+from autoseg.evaluation.plots import Curves, training_curves
 from autoseg.history import read_metrics, rolling
 from autoseg.labels import Labels
 from autoseg.losses import make_loss
@@ -127,6 +128,49 @@ def test_a_loss_scale_that_is_too_large_is_no_bad_step(place):
     assert scaler.get_scale() == 2.0**59
 
 
+def test_a_gradient_is_shortened_to_the_clip_norm_and_0_leaves_it(place):
+    def moved(clip_norm):
+        made = parts(place, augmentation="none", clip_norm=clip_norm, momentum=0.0, weight_decay=0.0, learning_rate=1.0)
+        optimizer, before = make_optimizer(made.network, made.recipe), weights(made)
+        batch = made.training.assemble(made.training.sources(0), made.device)
+        training_step(made, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch)
+        return weights(made) - before
+
+    assert torch.equal(moved(0.0), moved(1e9))
+    assert moved(0.0).norm() > 0.1
+    assert moved(0.01).norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_run_without_validation_has_no_losses_of_it(place):
+    made = parts(place, epochs=2, steps_per_epoch=1, validation_steps=0, augmentation="none")
+    assert train(made).validation_losses == (None, None)
+    assert [line["mean_pseudo_dice"] for line in read_metrics(made.folder)] == [None, None]
+
+
+def test_curves_are_drawn_at_once_then_now_and_then_and_what_is_missing_at_the_end(tmp_path):
+    now = [100.0]
+    curves = Curves(path=tmp_path / "progress.png", clock=lambda: now[0])
+    line = dict.fromkeys(("training_loss", "validation_loss", "smooth_pseudo_dice", "learning_rate"), 0.5)
+    seen = []
+
+    def after(seconds, epochs):
+        now[0] += seconds
+        curves([{**line, "epoch": epoch, "pseudo_dice": {}} for epoch in range(epochs)])
+        seen.append((tmp_path / "progress.png").read_bytes())
+
+    after(0, 1)
+    after(10, 2)
+    after(19, 3)
+    after(1, 4)
+    after(29, 5)
+    curves.finish()
+    seen.append((tmp_path / "progress.png").read_bytes())
+    assert [one == other for one, other in pairwise(seen)] == [True, True, False, True, False]
+    (tmp_path / "progress.png").unlink()
+    curves.finish()
+    assert not (tmp_path / "progress.png").exists(), "nothing new"
+
+
 def test_it_learns_and_writes_what_it_should(place):
     made = parts(place, epochs=8, steps_per_epoch=12, augmentation="none", learning_rate=0.02)
     state = train(made)
@@ -199,7 +243,7 @@ class Stop(BaseException):
 def test_stopped_and_resumed_equals_uninterrupted(place, deep):
     whole = parts(place, "whole", deep_supervision=deep)
     train(whole)
-    first = parts(place, "halves", deep_supervision=deep, checkpoint_minutes=0.0)
+    first = parts(place, "halves", deep_supervision=deep, checkpoint_minutes=1e-9)
 
     def stop_after_two_epochs(lines):
         if len(lines) == 2:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 import autoseg
@@ -20,17 +21,18 @@ from autoseg.checkpoint import checkpoints
 from autoseg.computing import describe, fits, safe_base, settle, untuned
 from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, table
-from autoseg.evaluation.plots import training_curves
-from autoseg.fingerprint import median_frequency_weights
+from autoseg.evaluation.plots import Curves
+from autoseg.fingerprint import count_voxels, median_frequency_weights
 from autoseg.history import METRICS
 from autoseg.layout import open_dataset
-from autoseg.losses import make_loss
+from autoseg.losses import make_loss, takes_weights
 from autoseg.merging import seen_as
 from autoseg.model import open_run
 from autoseg.networks import build, output_scales, output_weights
 from autoseg.parallel import free_memory
 from autoseg.pipeline.cascade import find_priors, next_stages
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
+from autoseg.pipeline.idle import refuse_frozen
 from autoseg.pipeline.orders import give_order, refuse_small_batch
 from autoseg.pipeline.preparing import unprepared
 from autoseg.pipeline.recipe import (
@@ -43,6 +45,7 @@ from autoseg.pipeline.recipe import (
     for_time,
     make_recipe,
     refuse_without_effect,
+    say_large_batch,
     say_other_network,
     with_length,
 )
@@ -56,7 +59,7 @@ from autoseg.schedule import is_over
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
-from autoseg.store import StoredArray
+from autoseg.store import StoredArray, read_case
 from autoseg.supervise import JOURNAL
 from autoseg.team import ALONE, Team
 from autoseg.training import Parts, train, workload
@@ -133,7 +136,7 @@ def train_fold(
         started=now(),
     )
     later = next_stages(workspace, plan, configuration)
-    say_other_network(options, configuration.network.name)
+    say_other_network(options, configuration.network.name, f"{dataset_text}{workspace.option}")
     with sole_writer(folder):
         remove_leftovers(folder, ("run.json", METRICS, "progress.png", PRETRAINED))
         run = agree_with_existing(folder, run, options)
@@ -154,7 +157,7 @@ def train_fold(
                 priors,
                 fingerprint.annotated(),
                 team,
-                median_frequency_weights(fingerprint, plan.labels),
+                weigh_classes(run, prepared, fingerprint),
             )
         else:
             print(
@@ -201,8 +204,10 @@ def train_to_the_end(
         training, validation = (replace(each, batch_size=batch) for each in (parts.training, parts.validation))
         parts = replace(parts, recipe=run.recipe, training=training, validation=validation)
     say_start(run, parts)
+    say_large_batch(run.recipe, configuration)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:
+        refuse_frozen(run.recipe, tuning.seconds_a_step)
         run = replace(run, recipe=for_length(run.recipe, options, device.type, tuning.seconds_a_step))
     parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
@@ -210,13 +215,21 @@ def train_to_the_end(
     order = replace(run, pretrained=None)
     JOURNAL.stage(f"while fold {run.fold} of {run.configuration} trained")
     give_order("train", order, folder, prepared, priors, team, annotated=annotated, class_weights=class_weights)
+    curves = Curves(path=folder / "progress.png")
     try:
         with heeded() as requests:
-            done = train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
+            done = train(parts, curves, requests)
+    except torch.OutOfMemoryError as error:
+        raise AutosegError(
+            f"{device} has no memory for batches of {parts.training.batch_size} patches ({error}); make a new run with "
+            f"a smaller --set batch_size={parts.training.batch_size // 2 or 1}, or a plan for less --gpu-memory"
+        ) from error
     except Stopped as stop:
         extended = "" if options.extend_seconds is None else ", without --extend,"
         print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
         raise
+    finally:
+        curves.finish()
     JOURNAL.stage("")
     forget_validation(folder)
     if run.fold != "all":
@@ -291,6 +304,23 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
             "own with --run NAME, repeat the options of the old one to go on with it, or delete the folder"
         )
     return old if options.validate_only else with_length(old, recipe, options, folder)
+
+
+def weigh_classes(run: Run, prepared: Path, fingerprint: Fingerprint) -> tuple[float, ...] | None:
+    """Weights of the classes by median frequency, background first; None if no voxels were counted.
+
+    The fingerprint counts before a plan crops. Where one does, what it leaves is counted, as prepared for this fold: a
+    crop takes most of its voxels from the background.
+    """
+    plan, facts = run.plan, fingerprint.cases
+    if plan.preparation.crops and takes_weights(run.recipe.loss):
+        known = {*run.cases.train, *run.cases.val}
+        facts = tuple(
+            replace(case, voxels=count_voxels(np.asarray(read_case(prepared, case.case).labels[...]), plan.labels))
+            for case in facts
+            if case.case in known
+        )
+    return median_frequency_weights(replace(fingerprint, cases=facts), plan.labels)
 
 
 def make_parts(
