@@ -1,7 +1,7 @@
 """nnU-Net's folder layout: dataset.json, imagesTr, labelsTr -> the cases of a raw dataset. Decodes no image.
 
 A dataset that is not laid out as it should be is refused with a list of all its faults, each with what to do. Faults of
-one case or one file are kept apart (`Bad`): who can do without it, as `predict`, or has more to say, as `check`, goes on.
+one case or one file are kept apart (`Bad`): `predict` does without it, and `check` has more to say than that.
 """
 
 import difflib

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from test_going_on import CASES, again, labels, stamps, status, write_input
 from test_predict import finished_run
 from toys import grid
 
+import autoseg
 from autoseg.readers import write_image
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Run
@@ -163,3 +165,30 @@ def test_images_of_another_dimension_or_without_numbers_are_named(tmp_path, caps
     said = capsys.readouterr().out
     assert "whole is a 3D image, and the model knows 2D images: each slice is segmented for itself" in said
     assert "flat is" not in said
+
+
+def test_an_image_that_says_no_size_is_named_where_the_model_was_made_for_another(tmp_path, capsys):
+    finished_run(tmp_path / "m" / "fold_0", dimension=2)
+    flat = Grid(shape=(1, 9, 11), spacing_mm=(1.0, 1.0, 1.0), dimension=2)
+    for case in ("a", "b"):
+        pixels = np.random.default_rng(0).integers(0, 255, (1, 9, 11), np.uint8)
+        write_image(pixels, flat, tmp_path / "in" / f"{case}_0000.png")
+    (tmp_path / "in" / "b.json").write_text('{"spacing": [1.0, 1.0]}')
+    again(tmp_path)
+    said = capsys.readouterr().out
+    assert "a does not say its voxel size: 1 mm is taken, and the model was made for 1.3 x 1.1 mm; put" in said
+    assert "b does not say" not in said
+
+
+def test_loaded_in_python_the_same_is_refused_or_said(tmp_path):
+    made = finished_run(tmp_path / "fold_0")
+    image = np.random.default_rng(0).normal(100, 20, (7, 9, 11)).astype(np.float32)
+    flat = sitk.GetImageFromArray(image[0])
+    with pytest.raises(AutosegError, match="this is a 2D image, and 3d_fullres sees volumes"):
+        autoseg.load(made, device="cpu").predict(flat)
+    image[0, 0, :2] = np.inf, np.nan
+    with pytest.raises(AutosegError, match="channel MR has 2 voxels that are NaN or infinite"):
+        autoseg.load(made, device="cpu").predict(image, spacing=(2.0, 1.0, 1.0))
+    finished_run(made, dimension=2)
+    with pytest.warns(UserWarning, match="channel_0 is a 2D image, and the model knows volumes"):
+        assert autoseg.load(made, device="cpu").predict(flat).labels.shape == (9, 11)

@@ -25,7 +25,7 @@ from autoseg.postprocess import PostProcessing, out_of_reach
 from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace
 from autoseg.progress import Progress
 from autoseg.raw import hash_files, refuse_not_finite
-from autoseg.readers import read_image, write_image, write_labels
+from autoseg.readers import read_image, says_size, write_image, write_labels
 from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer
 from autoseg.supervise import JOURNAL
 from autoseg.volume import canonical_grid
@@ -317,6 +317,13 @@ def predict_cases(
             refuse_not_finite(image, model.plan.sources)
             if odd := other_dimension(stored, model.plan, model.configurations):
                 bar.say(f"{case.id} {odd}")
+            trained_at = model.configurations[-1].spacing_mm
+            if set(trained_at) != {1.0} and not says_size(Path(case.images[0])):
+                sides = " x ".join(f"{side:g}" for side in trained_at)
+                bar.say(
+                    f"{case.id} does not say its voxel size: 1 mm is taken, and the model was made for {sides} mm; "
+                    f'put {{"spacing": [...]}} into {case.id}.json beside the image'
+                )
             return model.prepare(case.id, image, stored)
 
     def write(case: Case, prepared: PreparedCase | EnsembleCase, logits: Any) -> None:

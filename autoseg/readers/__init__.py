@@ -35,6 +35,7 @@ __all__ = [
     "read_pair",
     "read_stored",
     "reader_for",
+    "says_size",
     "whole_labels",
     "write_image",
     "write_labels",
@@ -87,6 +88,11 @@ def reader_for(path: Path) -> Reader:
 def files_of(path: Path) -> tuple[Path, ...]:
     """All files that reading `path` reads: itself, and what lies beside it (voxels of .mhd, spacing of .tif)."""
     return reader_for(path).files(path)
+
+
+def says_size(path: Path) -> bool:
+    """Whether a file says how large its voxels are, itself or by a file beside it; decodes nothing."""
+    return reader_for(path) not in (tiff, picture) or len(files_of(path)) > 1
 
 
 def read_stored(path: Path, *, channels: int | None = None, indices: bool = False) -> Stored:
