@@ -90,7 +90,7 @@ def test_folds_may_differ_in_what_their_length_chose_and_in_nothing_else(tmp_pat
 
 def test_folds_of_different_data_are_not_merged_and_a_lost_case_is_named(tmp_path):
     folds = [put_fold(tmp_path, STAGES, "3d_fullres", n, data_hash=f"{n}") for n in (0, 1)]
-    with pytest.raises(AutosegError, match="fold_1 and .*fold_0 were trained on different data"):
+    with pytest.raises(AutosegError, match=r"fold_1 and .*fold_0 were trained on different data"):
         refuse_mixture(folds, [load_json(Run, fold / "run.json") for fold in folds])
     here = Dataset(
         name="x",
