@@ -16,7 +16,7 @@ from autoseg.model import CARD, Model, Trained, at
 from autoseg.postprocess import PostProcessing, apply
 from autoseg.preprocess import PreparedCase, Trace
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record
-from autoseg.schema import Plan
+from autoseg.schema import Configuration, Plan
 from autoseg.volume import Grid, Volume, canonical_grid
 
 JOIN = " + "
@@ -117,6 +117,11 @@ class Ensemble:
     def plan(self) -> Plan:
         """Of the first member; channels and labels are the same in all."""
         return self.members[0].plan
+
+    @property
+    def configurations(self) -> tuple[Configuration, ...]:
+        """Those of all members and their stages."""
+        return tuple(configuration for member in self.members for configuration in member.configurations)
 
     def prepare(self, case: str, image: Volume, stored: Grid) -> EnsembleCase:
         """As `Model.prepare`, for each member."""

@@ -205,8 +205,8 @@ def _mean_logits(
     # The sum is finite only if every number is, and needs no array of truth values.
     if not total.sum().isfinite():
         raise AutosegError(
-            "the network's logits are not finite. If the image holds extreme values, look at it with `autoseg check`; "
-            "if the prediction ran in lower precision, use float32; if training diverged, train again at a lower rate"
+            "the network's logits are not finite. If the image holds values far from those of training, clip them; if "
+            "the prediction ran in lower precision, use float32; if training diverged, train again at a lower rate"
         )
     return total.div_(len(flips) * len(networks))
 

@@ -18,6 +18,8 @@ import numpy as np
 from autoseg.records import AutosegError, record
 
 UNSEEN = -1
+LEAST, MOST = -(2**31), 2**31 - 1
+"""The smallest and largest value that a class may have in files: predictions are written with at most 32 bits."""
 IGNORE = "ignore"
 """The name that marks, in dataset.json, the value of voxels that nobody annotated."""
 
@@ -76,6 +78,11 @@ class Labels:
             if not all(isinstance(member, int) and not isinstance(member, bool) for member in members):
                 raise AutosegError(
                     f"dataset.json: label {name!r} must be an integer or a list of them, found {value!r}"
+                )
+            if too_large := [member for member in members if not LEAST <= member <= MOST]:
+                raise AutosegError(
+                    f"dataset.json: label {name!r} is {too_large[0]}; values lie between {LEAST} and {MOST}: give it "
+                    "another value, there and in the label files"
                 )
             entries[name] = tuple(sorted(members))
         if "background" not in entries:
@@ -209,12 +216,17 @@ class Labels:
         return np.asarray([owner[value] for value in self.allowed], np.int16)[place]
 
     def to_values(self, indices: np.ndarray) -> np.ndarray:
-        """Indices -> stored values, same shape, in the smallest of uint8, int16 and int32 that holds them all."""
-        kind = next(
+        """Indices -> stored values, same shape, in the smallest of uint8, int16 and int32 that holds them all.
+
+        Raises AutosegError for values that none of them holds.
+        """
+        fitting = (
             kind
             for kind in (np.uint8, np.int16, np.int32)
             if all(np.iinfo(kind).min <= value <= np.iinfo(kind).max for value in self.known)
         )
+        if (kind := next(fitting, None)) is None:
+            raise AutosegError(f"label values are {sorted(self.known)}, and can lie between {LEAST} and {MOST} only")
         return np.asarray(self.known, dtype=kind)[indices]
 
     def decode(self, logits: Any) -> Any:

@@ -1,6 +1,7 @@
 """nnU-Net's folder layout: dataset.json, imagesTr, labelsTr -> the cases of a raw dataset. Decodes no image.
 
-A dataset that is not laid out as it should be is refused with a list of all its faults, each with what to do.
+A dataset that is not laid out as it should be is refused with a list of all its faults, each with what to do. Faults of
+one case or one file are kept apart (`Bad`): `predict` does without it, and `check` has more to say than that.
 """
 
 import difflib
@@ -19,6 +20,11 @@ from autoseg.records import AutosegError, record
 
 SHOWN = 5
 """How many names an error lists before it only counts."""
+LINES = 20
+"""The same for faults, a line each."""
+
+Bad = dict[str, str]
+"""Case, or name of a file that belongs to none -> what is wrong with it, after a semicolon what to do."""
 
 
 @record
@@ -70,6 +76,17 @@ def open_dataset(folder: Path) -> Dataset:
 
     Raises AutosegError that lists every fault of dataset.json and of the layout, each with its cure.
     """
+    dataset, bad = survey_dataset(folder)
+    if bad:
+        raise AutosegError(listed(f"{folder} is not laid out as it should be", as_faults(bad)))
+    return dataset
+
+
+def survey_dataset(folder: Path) -> tuple[Dataset, Bad]:
+    """As `open_dataset`, but what is wrong with single cases or files is returned, and they are left out.
+
+    Raises AutosegError that lists the other faults: of dataset.json, and of what concerns all cases.
+    """
     if not folder.is_dir():
         raise AutosegError(f"{folder} is no folder; give the folder that holds dataset.json")
     content = read_description(folder)
@@ -86,18 +103,19 @@ def open_dataset(folder: Path) -> Dataset:
         raise AutosegError(listed(f"{folder / 'dataset.json'} has faults", faults))
     assert labels is not None
 
+    bad: Bad = {}
     if "dataset" in content:
-        cases = listed_cases(content["dataset"], folder, len(channel_names), faults)
+        cases = listed_cases(content["dataset"], folder, len(channel_names), faults, bad)
     else:
-        cases = paired_cases(folder, len(channel_names), ending, faults)
+        cases = paired_cases(folder, len(channel_names), ending, faults, bad)
     if not faults and "annotated" in content:
-        cases = with_annotated(cases, content["annotated"], labels, faults)
+        cases = with_annotated(cases, content["annotated"], labels, faults, bad)
     if faults:
-        raise AutosegError(listed(f"{folder} is not laid out as it should be", faults))
+        raise AutosegError(listed(f"{folder} is not laid out as it should be", [*faults, *as_faults(bad)]))
     notes = list(labels.ambiguities())
-    if content.get("numTraining", len(cases)) != len(cases):
+    if not bad and content.get("numTraining", len(cases)) != len(cases):
         notes.append(f"dataset.json says numTraining {content['numTraining']}, found are {len(cases)} cases")
-    return Dataset(
+    dataset = Dataset(
         name=folder.resolve().name,
         folder=str(folder),
         channel_names=channel_names,
@@ -107,6 +125,7 @@ def open_dataset(folder: Path) -> Dataset:
         notes=tuple(notes),
         group_by=group_by,
     )
+    return dataset, bad
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -208,24 +227,42 @@ def find_cases(source: Path, channels: int, file_ending: str | None = None) -> t
     """The cases of an image folder (or the one of a single file), sorted by id, without labels.
 
     Images are CASE_0000 + ending, one file a channel, or one file with all channels. `file_ending` None takes the one
-    that the folder holds. A single file needs no channel number; its other channels are found beside it.
+    that most files have. A single file needs no channel number; its other channels are found beside it.
     Raises AutosegError that lists every fault.
     """
+    cases, bad = survey_cases(source, channels, file_ending)
+    if bad:
+        raise AutosegError(listed(f"{source} cannot be read as a set of cases", as_faults(bad)))
+    return cases
+
+
+def survey_cases(
+    source: Path, channels: int, file_ending: str | None = None, ours: Iterable[str] = ()
+) -> tuple[tuple[Case, ...], Bad]:
+    """As `find_cases`, but what is wrong with single cases or files is returned, and they are left out.
+
+    ours: names of files in the folder that are no images to read. Files of no image format, and hidden ones, are passed
+    over. Raises AutosegError if no case is left.
+    """
     faults: list[str] = []
+    bad: Bad = {}
     if source.is_file():
         cases = single_case(source, channels, faults)
     elif source.is_dir():
-        present = endings_in(source)
-        if file_ending is None and len(present) > 1:
-            raise AutosegError(f"{source} holds images of several kinds ({', '.join(present)}); keep one kind a folder")
+        present = endings_in(source, ours)
         ending = file_ending or (present[0] if present else ".nii.gz")
         reader_for(source / f"*{ending}")
-        cases = cases_in(source, channels, ending, faults)
+        cases = cases_in(source, channels, ending, faults, bad, ours)
+        for other in present if file_ending is None else ():
+            if other.lower() != ending.lower():
+                reason = f"of another kind ({other}) than most images there ({ending}); put it into another folder"
+                # .nii.gz ends in no other known ending, and no other ends in it.
+                bad |= {file.name: reason for file in files_with(source, other, ours)}
     else:
         raise AutosegError(f"{source} does not exist; give a folder of images or one image file")
-    if faults:
-        raise AutosegError(listed(f"{source} cannot be read as a set of cases", faults))
-    return cases
+    if faults or not cases:
+        raise AutosegError(listed(f"{source} cannot be read as a set of cases", [*faults, *as_faults(bad)]))
+    return cases, bad
 
 
 def single_case(path: Path, channels: int, faults: list[str]) -> tuple[Case, ...]:
@@ -242,9 +279,11 @@ def single_case(path: Path, channels: int, faults: list[str]) -> tuple[Case, ...
     return (Case(id=case, images=tuple(map(str, found))),)
 
 
-def cases_in(folder: Path, channels: int, ending: str, faults: list[str]) -> tuple[Case, ...]:
-    """The cases of a folder of images CASE_0000 + ending; faults are appended to `faults`."""
-    files = files_with(folder, ending)
+def cases_in(
+    folder: Path, channels: int, ending: str, faults: list[str], bad: Bad, ours: Iterable[str] = ()
+) -> tuple[Case, ...]:
+    """The good cases of a folder of images CASE_0000 + ending; the others come into `bad`."""
+    files = files_with(folder, ending, ours)
     if not files:
         present = endings_in(folder)
         found = f"it holds {', '.join(present)}; correct file_ending" if present else "it holds no images"
@@ -252,31 +291,29 @@ def cases_in(folder: Path, channels: int, ending: str, faults: list[str]) -> tup
         return ()
     pattern = re.compile(r"(.+)_(\d{4})")
     by_case: dict[str, dict[int, Path]] = {}
-    unnumbered = []
     for file in files:
         if match := pattern.fullmatch(file.name[: -len(ending)]):
             by_case.setdefault(match[1], {})[int(match[2])] = file
         else:
-            unnumbered.append(file.name)
-    if unnumbered:
-        better = unnumbered[0][: -len(ending)] + "_0000" + ending
-        faults.append(f"{folder.name}: {names(unnumbered)} without channel number; rename, for example to {better}")
+            better = file.name[: -len(ending)] + "_0000" + file.name[-len(ending) :]
+            bad[file.name] = f"no channel number in its name, in {folder.name}; rename it to {better}, or remove it"
     # One file a case may hold all channels. Where any case has more, each must have all.
     together = all(set(numbers) == {0} for numbers in by_case.values())
     for case, numbers in by_case.items():
         lacking = [] if together else [n for n in range(channels) if n not in numbers]
-        if lacking:
-            faults.append(f"{case}: missing {names(f'{case}_{n:04}{ending}' for n in lacking)} in {folder.name}")
         extra = [number for number in numbers if number >= channels]
+        if lacking:
+            bad[case] = f"missing {names(f'{case}_{n:04}{ending}' for n in lacking)} in {folder.name}"
         if extra:
-            more = names(numbers[n].name for n in extra)
-            faults.append(
-                f"{case}: {more} in {folder.name}, but channel_names has {channels} entries; add a name or remove it"
-            )
-    return tuple(Case(id=c, images=tuple(str(by_case[c][n]) for n in sorted(by_case[c]))) for c in sorted(by_case))
+            more = f"{names(numbers[n].name for n in extra)} in {folder.name} for {channels} channels"
+            bad[case] = f"{bad[case]}, and {more}" if case in bad else more
+        if case in bad:
+            bad[case] += "; correct the numbers or channel_names, or remove the case"
+    good = sorted(by_case.keys() - bad.keys())
+    return tuple(Case(id=c, images=tuple(str(by_case[c][n]) for n in sorted(by_case[c]))) for c in good)
 
 
-def paired_cases(folder: Path, channels: int, ending: str, faults: list[str]) -> tuple[Case, ...]:
+def paired_cases(folder: Path, channels: int, ending: str, faults: list[str], bad: Bad) -> tuple[Case, ...]:
     """The cases of imagesTr with their labels of labelsTr."""
     images, labels = folder / "imagesTr", folder / "labelsTr"
     for part in (images, labels):
@@ -288,31 +325,31 @@ def paired_cases(folder: Path, channels: int, ending: str, faults: list[str]) ->
             )
     if faults:
         return ()
-    cases = cases_in(images, channels, ending, faults)
+    cases = cases_in(images, channels, ending, faults, bad)
     by_case = {file.name[: -len(ending)]: file for file in files_with(labels, ending)}
     if cases and not by_case:
         found = ", ".join(endings_in(labels)) or "nothing"
         faults.append(
             f"labelsTr: no file ends in {ending}, found is {found}; labels must be CASE{ending}, like the images"
         )
-    elif cases:
-        known = {case.id for case in cases}
-        orphans = [name for name in sorted(by_case) if name not in known]
-        numbered = [name for name in orphans if re.sub(r"_\d{4}$", "", name) in known]
-        if numbered:
-            files = names(name + ending for name in numbered)
-            faults.append(f"labelsTr: {files} with a channel number; labels are CASE{ending}, without _0000")
-        elif orphans:
-            files, needed = names(name + ending for name in orphans), f"{orphans[0]}_0000{ending}"
-            faults.append(f"labelsTr: {files} without image in imagesTr; add {needed} or remove the label")
+    known = {case.id for case in cases} | bad.keys()
+    # An image without a number is named above; its label is no second fault.
+    known |= {name[: -len(ending)] for name in bad if name.endswith(ending)}
+    for name in sorted(by_case.keys() - known) if cases or bad else ():
+        if re.sub(r"_\d{4}$", "", name) in known:
+            bad[f"{name}{ending}"] = (
+                f"a label with a channel number, in labelsTr; labels are CASE{ending}, without _0000"
+            )
+        else:
+            bad[name] = f"label without image in imagesTr; add {name}_0000{ending} or remove the label"
     return tuple(
         Case(id=case.id, images=case.images, label=str(by_case[case.id]) if case.id in by_case else None)
         for case in cases
     )
 
 
-def listed_cases(entries: Any, folder: Path, channels: int, faults: list[str]) -> tuple[Case, ...]:
-    """The cases of the entry `dataset` of dataset.json: {case: {"images": [...], "label": ...}}.
+def listed_cases(entries: Any, folder: Path, channels: int, faults: list[str], bad: Bad) -> tuple[Case, ...]:
+    """The good cases of the entry `dataset` of dataset.json: {case: {"images": [...], "label": ...}}.
 
     Paths are absolute or relative to the dataset folder; $NAMES of the environment are filled in.
     """
@@ -324,28 +361,34 @@ def listed_cases(entries: Any, folder: Path, channels: int, faults: list[str]) -
         images = entry.get("images") if isinstance(entry, dict) else None
         label = entry.get("label") if isinstance(entry, dict) else None
         if not isinstance(images, list) or not all(isinstance(p, str) for p in (*images, label or "")):
-            faults.append(f'dataset: {case} must be like {{"images": ["a.nii.gz"], "label": "b.nii.gz"}}')
+            bad[case] = 'its entry in `dataset` must be like {"images": ["a.nii.gz"], "label": "b.nii.gz"}'
             continue
+        wrong = []
         if Path(case).name != case:
-            faults.append(f"dataset: {case} cannot be a file name; leave out slashes")
+            wrong.append("its name in `dataset` cannot be that of a file; leave out slashes")
         if len(images) not in (1, channels):
-            faults.append(f"dataset: {case} lists {len(images)} images for {channels} channel_names")
+            wrong.append(f"its entry in `dataset` lists {len(images)} images for {channels} channel_names")
         paths = [folder / os.path.expandvars(p) for p in (*images, *([label] if label else []))]
         absent = [str(path) for path in paths if not path.is_file()]
         if absent:
-            faults.append(f"dataset: {case} lists {names(absent)}, which do not exist")
+            wrong.append(f"its entry in `dataset` lists {names(absent)}, which do not exist")
+        if wrong:
+            bad[case] = ", and ".join(wrong)
+            continue
         files = [str(path) for path in paths]
         cases.append(Case(id=case, images=tuple(files[: len(images)]), label=files[-1] if label else None))
     return tuple(cases)
 
 
-def with_annotated(cases: tuple[Case, ...], entries: Any, labels: Labels, faults: list[str]) -> tuple[Case, ...]:
+def with_annotated(
+    cases: tuple[Case, ...], entries: Any, labels: Labels, faults: list[str], bad: Bad
+) -> tuple[Case, ...]:
     """The cases with what `annotated` of dataset.json says of them: {case: [class, ...]}, all classes where nothing."""
     listing = read_annotated(entries, labels, faults)
-    if unknown := sorted(set(listing) - {case.id for case in cases}):
+    if unknown := sorted(set(listing) - {case.id for case in cases} - bad.keys()):
         faults.append(f"annotated: {names(unknown)} without images; correct the name or remove the entry")
     never = [name for name in labels.names[1:] if all(name not in listing.get(case.id, (name,)) for case in cases)]
-    if cases and never and not faults:
+    if cases and never and not faults and not bad:
         faults.append(f"annotated: no case has {names(never)}; add a case that has, or remove the class from labels")
     return tuple(replace(case, annotated=listing.get(case.id)) for case in cases)
 
@@ -367,17 +410,18 @@ def read_annotated(entries: Any, labels: Labels, faults: list[str]) -> dict[str,
     return listing
 
 
-def files_with(folder: Path, ending: str) -> list[Path]:
-    """Files of a folder with an ending in whatever case, sorted; hidden files are left out."""
-    return sorted(file for file in visible(folder) if file.name.lower().endswith(ending.lower()))
+def files_with(folder: Path, ending: str, ours: Iterable[str] = ()) -> list[Path]:
+    """Files of a folder with an ending in whatever case, sorted; hidden files and those called `ours` are left out."""
+    return sorted(f for f in visible(folder) if f.name.lower().endswith(ending.lower()) and f.name not in set(ours))
 
 
-def endings_in(folder: Path) -> list[str]:
-    """Known endings (and JPEG's) of the files in a folder, most frequent first."""
+def endings_in(folder: Path, ours: Iterable[str] = ()) -> list[str]:
+    """Known endings (and JPEG's) of the files in a folder that are not `ours`, most frequent first."""
     if not folder.is_dir():
         return []
     known = (*ENDINGS, ".jpg", ".jpeg", ".dcm")
-    found = [next((e for e in known if file.name.lower().endswith(e)), "") for file in visible(folder)]
+    files = [file.name.lower() for file in visible(folder) if file.name not in set(ours)]
+    found = [next((e for e in known if file.endswith(e)), "") for file in files]
     return sorted({ending for ending in found if ending}, key=lambda ending: (-found.count(ending), ending))
 
 
@@ -400,6 +444,12 @@ def names(items: Iterable[str]) -> str:
     return ", ".join(items[:SHOWN]) + more
 
 
+def as_faults(bad: Bad) -> list[str]:
+    """A line a case or file, in order."""
+    return [f"{name}: {bad[name]}" for name in sorted(bad)]
+
+
 def listed(what: str, faults: Sequence[str]) -> str:
-    """A heading and a line a fault."""
-    return f"{what}:\n" + "\n".join(f"  {fault}" for fault in faults)
+    """A heading and a line a fault; of very many the first, and how many more there are."""
+    more = [f"and {len(faults) - LINES} more"] if len(faults) > LINES else []
+    return f"{what}:\n" + "\n".join(f"  {fault}" for fault in [*faults[:LINES], *more])

@@ -6,7 +6,7 @@ they are exactly those that it needs, so that nothing which the file states rese
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -40,6 +40,11 @@ class Model:
     device: torch.device
     before: "Model | None" = None
     """The earlier stage of a cascade, whose labels the networks read beside the image."""
+
+    @property
+    def configurations(self) -> tuple[Configuration, ...]:
+        """Those of all stages."""
+        return (*(self.before.configurations if self.before else ()), self.configuration)
 
     def prepare(self, case: str, image: Volume, stored: Grid) -> PreparedCase:
         """Canonical image -> what the networks read, by the same function as in training, for all stages."""
@@ -355,3 +360,20 @@ def earlier_folds(folder: Path) -> tuple[Path, ...]:
             f"{run.configuration} reads predictions of {stage}, and {place} holds no finished fold of it"
         )
     return found
+
+
+def other_dimension(stored: Grid, plan: Plan, configurations: Iterable[Configuration]) -> str | None:
+    """What to say of an image that has another dimension than those of training, where that can be meant; else None.
+
+    configurations: all that are to see it. Raises AutosegError where it cannot be meant.
+    """
+    if stored.dimension == plan.dimension:
+        return None
+    if plan.dimension == 2:
+        return "is a 3D image, and the model knows 2D images: each slice is segmented for itself"
+    if volumes := sorted({configuration.name for configuration in configurations if configuration.dimension == 3}):
+        raise AutosegError(
+            f"this is a 2D image, and {', '.join(volumes)} sees volumes; give all slices of the volume as one 3D file, "
+            "or predict with a model of the configuration 2d"
+        )
+    return "is a 2D image, and the model knows volumes: it is taken for a single slice of one"

@@ -18,8 +18,9 @@ import SimpleITK as sitk
 
 from autoseg.devices import choose_device
 from autoseg.ensemble import Chosen, Ensemble, chosen_at
-from autoseg.model import Model, Trained
+from autoseg.model import Model, Trained, other_dimension
 from autoseg.postprocess import PostProcessing, out_of_reach
+from autoseg.raw import refuse_not_finite
 from autoseg.readers import Stored, expected_in_file, join, read_stored
 from autoseg.readers.itk import stored_of
 from autoseg.records import AutosegError
@@ -85,6 +86,9 @@ class Predictor:
         with _timed(seconds, "read"):
             parts, names = _decoded(image, spacing, self.model.plan)
             volume, stored = join(parts, names, len(self.channels))
+            refuse_not_finite(volume, self.channels)
+            if odd := other_dimension(stored, self.model.plan, self.model.configurations):
+                warnings.warn(f"{names[0].name} {odd}", stacklevel=2)
         with _timed(seconds, "prepare"):
             case: Any = self.model.prepare("image", volume, stored)
         with _timed(seconds, "compute"):

@@ -19,7 +19,7 @@ import numpy as np
 
 from autoseg.labels import Labels
 from autoseg.layout import Case, Dataset, find_cases, names, open_dataset
-from autoseg.readers import expected_in_file, files_of, join, read_stored, whole_labels
+from autoseg.readers import Stored, expected_in_file, files_of, join, on_grid_of, read_stored, whole_labels
 from autoseg.records import AutosegError, hash_text, record
 from autoseg.volume import Grid, Volume, mismatch
 
@@ -96,6 +96,7 @@ def load_case(dataset: Dataset, case: Case) -> LoadedCase:
     """Decode and check one case. Faults of the data come as findings; nothing is raised for them."""
     findings: list[Finding] = []
     image = stored = labels = None
+    parts: list[Stored] = []
     content_hash = ""
 
     def fault(problem: str, cure: str) -> None:
@@ -119,9 +120,8 @@ def load_case(dataset: Dataset, case: Case) -> LoadedCase:
     else:
         try:
             decoded = read_stored(Path(case.label), indices=True)
-            label, _ = whole_labels(decoded, Path(case.label))
-            if image is not None and not decoded.sized and label.grid.shape == image.grid.shape:
-                label = Volume(array=label.array, grid=image.grid)
+            # A file that does not say its voxel size was drawn on the image.
+            label, _ = whole_labels(on_grid_of(decoded, parts[0]) if parts else decoded, Path(case.label))
         except AutosegError as error:
             fault(*problem_and_cure(error))
     if image is not None:
@@ -137,7 +137,7 @@ def load_case(dataset: Dataset, case: Case) -> LoadedCase:
     )
 
 
-def problem_and_cure(error: AutosegError) -> tuple[str, str]:
+def problem_and_cure(error: AutosegError | str) -> tuple[str, str]:
     """The two halves of an error message around its first semicolon."""
     problem, _, cure = str(error).partition("; ")
     return problem, cure or "repair the file or remove the case"
@@ -163,12 +163,8 @@ def check_case(
 
     for name, channel in zip(channel_names, image.array):
         low, high = float(channel.min()), float(channel.max())
-        # min and max of an array with NaN are NaN, so no pass over the voxels is needed to find one.
-        if not np.isfinite((low, high)).all():
-            count = int(channel.size - np.isfinite(channel).sum())
-            found(
-                "error", f"channel {name} has {count} voxels that are NaN or infinite", "replace them, for example by 0"
-            )
+        if fault := not_finite(name, channel):
+            found("error", *fault)
         elif low == high:
             found("warning", f"channel {name} has the value {low:g} everywhere", "check that it was exported rightly")
     if label is None:
@@ -198,6 +194,22 @@ def check_case(
     elif not labels.is_foreground(indices).any():
         found("warning", "no foreground: every label is background", "fine if the structure is absent")
     return tuple(findings), indices
+
+
+def not_finite(name: str, channel: np.ndarray) -> tuple[str, str] | None:
+    """Problem and cure of a channel that has voxels which are no numbers; None for a good one."""
+    # min and max of an array with NaN are NaN, so no pass over the voxels is needed to find one.
+    if np.isfinite((channel.min(), channel.max())).all():
+        return None
+    count = int(channel.size - np.isfinite(channel).sum())
+    return f"channel {name} has {count} voxels that are NaN or infinite", "replace them, for example by 0"
+
+
+def refuse_not_finite(image: Volume, channel_names: Sequence[str]) -> None:
+    """AutosegError if an image (C, Z, Y, X) that is to be predicted has voxels which are no numbers."""
+    for name, channel in zip(channel_names, image.array):
+        if fault := not_finite(name, channel):
+            raise AutosegError("; ".join(fault) + ", in the file of the image")
 
 
 def check_dataset(dataset: Dataset, hashes: Mapping[str, str]) -> tuple[Finding, ...]:

@@ -109,8 +109,14 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Put the bytes of a file, or the entries of a folder, on disk now, so that a power cut does not lose them."""
-    handle = os.open(path, os.O_RDONLY)
+    """Put the bytes of a file, or the entries of a folder, on disk now, so that a power cut does not lose them.
+
+    Windows does so only through a handle that may write, and opens no folders.
+    """
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

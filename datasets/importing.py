@@ -11,14 +11,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.readers import ENDINGS, Stored, files_of, read_stored, reader_for
+from autoseg.readers import ENDINGS, Stored, files_of, on_grid_of, read_stored, reader_for
 from autoseg.records import AutosegError, remove_leftovers, save_json, sole_writer
 from autoseg.volume import Triple
 
@@ -160,7 +160,7 @@ def put(source: Path, target: Path, *, move: bool = False, like: Path | None = N
     alone = len([file for file in files_of(source) if file.suffix != ".json"]) == 1
     if not (alone and target.name.lower().endswith(ending_of(source))):
         stored = read_stored(source, indices=like is not None)
-        encode(stored if like is None or stored.sized else on_grid_of(stored, read_stored(like)), target)
+        encode(stored if like is None else on_grid_of(stored, read_stored(like)), target)
         return
     for file in files_of(source):
         to = target if file == source else target.with_suffix(".json")
@@ -168,11 +168,6 @@ def put(source: Path, target: Path, *, move: bool = False, like: Path | None = N
             os.replace(file, to)
         else:
             shutil.copyfile(file, to)
-
-
-def on_grid_of(mask: Stored, image: Stored) -> Stored:
-    """A mask that knows no voxel size, voxel by voxel on the grid of its image; as it is where the shapes differ."""
-    return replace(mask, grid=image.grid) if mask.grid.shape == image.grid.shape else mask
 
 
 def encode(stored: Stored, target: Path, channel: int | None = None) -> None:

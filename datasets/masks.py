@@ -23,12 +23,11 @@ from autoseg.datasets.importing import (
     common_ending,
     files_at,
     merge,
-    on_grid_of,
     put,
     whole_order,
 )
 from autoseg.datasets.pairing import Pairs, case_names, pair, within, words
-from autoseg.readers import read_stored, whole_labels, write_labels
+from autoseg.readers import on_grid_of, read_stored, whole_labels, write_labels
 from autoseg.records import AutosegError
 from autoseg.volume import canonical_grid, mismatch
 
@@ -132,7 +131,7 @@ def write_case(
     inside: dict[str, np.ndarray] = {}
     for name, path in masks.items():
         mask = read_stored(path, indices=True)
-        volume, _ = whole_labels(mask if mask.sized else on_grid_of(mask, image), path)
+        volume, _ = whole_labels(on_grid_of(mask, image), path)
         if difference := mismatch(grid, volume.grid):
             raise AutosegError(f"{path} and {images[0]} differ in {difference}; export the mask on the image's grid")
         found = np.unique(volume.array)

@@ -196,6 +196,10 @@ def test_a_change_of_what_decides_the_voxels_is_noticed(tmp_path, change):
         (tmp_path / "out" / "c1.nii.gz").unlink()
     else:
         (tmp_path / "out" / "status.csv").unlink()
+        with pytest.raises(AutosegError, match="holds 3 files that would be overwritten"):
+            again(tmp_path)
+        for case in CASES[:3]:
+            (tmp_path / "out" / f"{case}.nii.gz").unlink()
     again(tmp_path, **more)
     anew = {name for name, stamp in stamps(tmp_path / "out").items() if stamp != before.get(name)}
     assert anew == ({"c1.nii.gz"} if change in ("image", "removed") else {f"{case}.nii.gz" for case in CASES[:3]})

@@ -184,3 +184,13 @@ def test_probabilities_agree_between_numpy_and_torch_and_sum_to_one():
     assert np.allclose(ours.sum(0), 1, atol=1e-6)
     assert np.allclose(ours, ODD.probabilities(torch.from_numpy(logits)).numpy(), atol=1e-6)
     assert np.array_equal(ODD.decode(logits), ODD.decode(torch.from_numpy(logits)).numpy())
+
+
+def test_values_that_cannot_be_written_are_refused_by_name():
+    for value in (2**31, 3_000_000_000, -(2**31) - 1):
+        with pytest.raises(AutosegError, match=f"label 'x' is {value}; values lie between -2147483648 and 2147483647"):
+            Labels.from_dataset({"background": 0, "x": [5, value]})
+    edge = Labels.from_dataset({"background": 0, "x": 2**31 - 1, "y": -(2**31)})
+    np.testing.assert_array_equal(edge.to_values(np.array([1, 2])), [2**31 - 1, -(2**31)])
+    with pytest.raises(AutosegError, match=r"3000000000\], and can lie between"):
+        Labels(names=("background", "x"), values=(0, 3_000_000_000)).to_values(np.array([0, 1]))

@@ -22,6 +22,7 @@ from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.planners import plan_like
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Fingerprint, Run
+from autoseg.splits import Splits
 from autoseg.store import list_cases
 from autoseg.workspace import Workspace
 
@@ -105,6 +106,77 @@ def test_folds_given_with_the_data_are_honoured_and_leaks_refused(place):
     assert len(json.loads((place.prepared(NAME) / "splits.json").read_text())["folds"]) == 1
     with pytest.raises(AutosegError, match="p1 in training and in validation"):
         plan_and_preprocess(place, "7", replace(PLAN, group_by=r"(p\d)"))
+
+
+def remove_case(place, case):
+    for path in (f"imagesTr/{case}_0000.nii.gz", f"labelsTr/{case}.nii.gz"):
+        (place.raw(NAME) / path).unlink()
+
+
+def test_cases_may_come_and_go_after_planning(place, capsys):
+    """Four folds of one case each; p1_0 goes and p9_0 comes, which takes its place in the folds."""
+    options = replace(PLAN, configurations=("2d",), test_fraction=0.0)
+    plan_and_preprocess(place, "7", options)
+    before = load_json(Splits, place.prepared(NAME) / "splits.json")
+    remove_case(place, "p1_0")
+    write_balls(place.raw(NAME), "p9_0", 9)
+    with pytest.raises(AutosegError, match=r"splits\.json names .*: p1_0; plan again .*plan_and_preprocess -d 7"):
+        train_fold(place, "7", "2d", "0", TRAIN)
+    capsys.readouterr()
+    plan_and_preprocess(place, "7", options)
+    after = load_json(Splits, place.prepared(NAME) / "splits.json")
+    said = capsys.readouterr().out
+    place_of = next(number for number, fold in enumerate(before.folds) if fold.val == ("p1_0",))
+    assert "Folds: no longer in the dataset, and taken out: p1_0" in said
+    assert f"Folds: new, and held out by fold {place_of}: p9_0" in said
+    assert "under another --run" in said and "in no fold" not in said
+    assert [fold.val for fold in after.folds] == [
+        ("p9_0",) if number == place_of else fold.val for number, fold in enumerate(before.folds)
+    ]
+    plan_and_preprocess(place, "7", options)
+    assert load_json(Splits, place.prepared(NAME) / "splits.json") == after
+    assert "Folds: new" not in capsys.readouterr().out
+
+
+def test_the_options_that_made_the_folds_may_be_repeated_after_a_case_has_gone(place):
+    options = replace(PLAN, configurations=("2d",), test_fraction=0.25)
+    plan_and_preprocess(place, "7", options)
+    before = load_json(Splits, place.prepared(NAME) / "splits.json")
+    remove_case(place, before.folds[0].val[0])
+    for _ in range(2):
+        plan_and_preprocess(place, "7", options)
+    assert load_json(Splits, place.prepared(NAME) / "splits.json").test == before.test
+    with pytest.raises(AutosegError, match="other folds"):
+        plan_and_preprocess(place, "7", replace(options, test_fraction=0.5))
+
+
+def test_folds_that_were_given_are_refused_with_the_names_that_are_gone(place):
+    given = place.raw(NAME) / "splits_final.json"
+    given.write_text(json.dumps([{"train": ["p0_0", "p0_1", "p1_0"], "val": ["p1_1"]}]))
+    remove_case(place, "p0_1")
+    with pytest.raises(
+        AutosegError, match=r"splits_final\.json names .* not have: p0_1; take them out of its folds, or"
+    ):
+        plan_and_preprocess(place, "7", PLAN)
+
+
+def test_a_missing_channel_and_a_broken_label_stand_in_one_table(tmp_path, capsys):
+    raw = tmp_path / "raw" / NAME
+    balls_dataset(raw, channel_names={"0": "a", "1": "b"})
+    for path in sorted((raw / "imagesTr").iterdir()):
+        shutil.copy(path, str(path).replace("_0000.", "_0001."))
+    (raw / "imagesTr" / "p0_0_0001.nii.gz").unlink()
+    (raw / "imagesTr" / "p0_1_0000.nii.gz").rename(raw / "imagesTr" / "p0_1.nii.gz")
+    (raw / "labelsTr" / "p1_1.nii.gz").write_bytes(b"broken")
+    with pytest.raises(AutosegError, match="4 errors in the dataset, see the table"):
+        check(Workspace(tmp_path), "7")
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["error", name] for name in ("p0_0", "p0_1", "p0_1.nii.gz", "p1_1")]
+    assert "missing p0_0_0001.nii.gz in imagesTr" in rows[0] and "missing p0_1_0000.nii.gz" in rows[1]
+    assert "rename it to p0_1_0000.nii.gz" in rows[2] and "labelsTr/p1_1.nii.gz" in rows[3]
+    with pytest.raises(AutosegError, match="nothing was written"):
+        plan_and_preprocess(Workspace(tmp_path), "7", PLAN)
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_other_folds_than_those_made_before_are_refused(place):
@@ -278,11 +350,9 @@ def test_a_plan_is_kept_only_for_the_data_and_labels_it_was_made_from(place):
 
 
 def test_cases_in_no_fold_are_named(place, capsys):
-    plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
+    given = place.raw(NAME) / "splits_final.json"
+    given.write_text(json.dumps([{"train": ["p0_0", "p0_1", "p1_0"], "val": ["p1_1"]}]))
     write_balls(place.raw(NAME), "p9_0", 9)
-    card = place.raw(NAME) / "dataset.json"
-    card.write_text(card.read_text().replace('"numTraining": 4', '"numTraining": 5'))
-    capsys.readouterr()
     plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
     assert "1 cases are in no fold and will not be used, for example p9_0" in capsys.readouterr().out
 

@@ -1,10 +1,11 @@
 """Records: refused when wrong, whole on disk."""
 
+import os
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from autoseg.records import AutosegError, atomic_write, hash_text, load_json, record, save_json
+from autoseg.records import AutosegError, atomic_write, hash_text, load_json, record, save_json, sync
 
 
 @record
@@ -61,3 +62,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_hash_tells_where_one_text_ends():
     assert hash_text("ab", "c") != hash_text("a", "bc")
     assert hash_text("ab", "c") == hash_text("ab", "c")
+
+
+def test_windows_syncs_files_through_a_handle_that_may_write_and_no_folders(tmp_path, monkeypatch):
+    opened = []
+    real = os.open
+    file = tmp_path / "a"
+    file.touch()
+    with monkeypatch.context() as change:
+        change.setattr(os, "name", "nt")
+        change.setattr(os, "open", lambda path, flags: opened.append((path, flags)) or real(path, flags))
+        sync(file)
+        sync(tmp_path)
+    assert opened == [(file, os.O_RDWR)]

@@ -60,13 +60,19 @@ def test_cases_of_several_sources_are_put_together_and_one_name_twice_is_refused
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
-    found = predicting.gather_cases([one, two / "c_0000.nii.gz", one], channels=1)
+    out = tmp_path / "out"
+    (one / "b_0000.nrrd").touch()
+    found, bad = predicting.gather_cases([one, two / "c_0000.nii.gz", one], 1, out)
     assert [case.id for case in found] == ["a", "b", "c"]
-    assert predicting.gather_cases([one, one / "b_0000.nii.gz"], channels=1)[1:] == [
+    assert [(place.name, list(unread)) for place, unread in bad.items()] == [
+        ("one", ["b_0000.nrrd"]),
+        ("c_0000.nii.gz", []),
+    ]
+    assert predicting.gather_cases([one, one / "b_0000.nii.gz"], 1, out)[0][1:] == [
         Case(id="b", images=(str(one / "b_0000.nii.gz"),))
     ]
     with pytest.raises(AutosegError, match=r"one/b_0000.nii.gz and .*three/b_0000.nii.gz are both called b"):
-        predicting.gather_cases([one, three], channels=1)
+        predicting.gather_cases([one, three], 1, out)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from toys import configuration, plan
 
 from autoseg.bundle import ModelCard
 from autoseg.ensemble import Candidate, Choice, Member, open_choice
+from autoseg.layout import Case, Dataset
 from autoseg.model import in_folders
 from autoseg.pipeline.cascade import NextStage, map_path
-from autoseg.pipeline.crossval import all_folds, refuse_mixture
+from autoseg.pipeline.crossval import all_folds, held_out, refuse_mixture
 from autoseg.pipeline.fit import Task, with_common_choices
 from autoseg.pipeline.pairs import divided_otherwise
 from autoseg.pipeline.recipe import SHORT, TrainOptions
@@ -85,6 +86,22 @@ def test_folds_may_differ_in_what_their_length_chose_and_in_nothing_else(tmp_pat
         mixed(loss="dice")
     with pytest.raises(AutosegError, match="different plans or recipes"):
         mixed(learning_rate=0.02)
+
+
+def test_folds_of_different_data_are_not_merged_and_a_lost_case_is_named(tmp_path):
+    folds = [put_fold(tmp_path, STAGES, "3d_fullres", n, data_hash=f"{n}") for n in (0, 1)]
+    with pytest.raises(AutosegError, match=r"fold_1 and .*fold_0 were trained on different data"):
+        refuse_mixture(folds, [load_json(Run, fold / "run.json") for fold in folds])
+    here = Dataset(
+        name="x",
+        folder="",
+        channel_names=("MR",),
+        labels=STAGES.labels,
+        file_ending=".nii.gz",
+        cases=(Case(id="b", images=("b_0000.nii.gz",), label="b.nii.gz"),),
+    )
+    with pytest.raises(AutosegError, match="fold_0 held out a, which the dataset no longer has; put the case back"):
+        held_out(folds[0], load_json(Run, folds[0] / "run.json"), here)
 
 
 def test_later_folds_of_fit_take_the_choices_of_the_first(tmp_path):

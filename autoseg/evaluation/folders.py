@@ -11,7 +11,7 @@ from autoseg.labels import Labels
 from autoseg.layout import labels_in
 from autoseg.merging import Merges, annotated_as, is_merged, merge
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.readers import ENDINGS, read_labels
+from autoseg.readers import ENDINGS, read_labels, read_pair
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.volume import Volume, mismatch
 
@@ -90,7 +90,9 @@ def evaluate_pairs(
 
     def score(pair: Pair) -> tuple[CaseScore, ...]:
         case, truth_path, prediction_path = pair
-        truth, prediction = _read(truth_path, labels), _read(prediction_path, labels)
+        truth, prediction = read_pair(truth_path, prediction_path)
+        _refuse_unexpected(truth, truth_path, labels)
+        _refuse_unexpected(prediction, prediction_path, labels)
         if difference := mismatch(truth.grid, prediction.grid):
             raise AutosegError(
                 f"truth and prediction lie on different grids ({difference}); predict from the image that the truth "
@@ -120,15 +122,13 @@ def score_labels(
     return score_case(case, truth, prediction, spacing_mm, wanted, tolerance_mm, labels.ignore)
 
 
-def _read(path: Path, labels: Labels) -> Volume:
-    volume, _ = read_labels(path)
+def _refuse_unexpected(volume: Volume, path: Path, labels: Labels) -> None:
     unexpected = labels.unexpected(volume.array)
     if unexpected:
         raise AutosegError(
             f"{path} holds the values {_few(unexpected)}, which no label has (labels: {sorted(labels.allowed)}); "
             "correct the file or the labels in dataset.json"
         )
-    return volume
 
 
 def files_by_case(folder: Path, kind: str = "label files") -> dict[str, Path]:

@@ -20,7 +20,7 @@ from autoseg.evaluation.folders import as_predicted, files_by_case, find_labels
 from autoseg.labels import Labels
 from autoseg.layout import ending_of
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.readers import Stored, read_labels, read_stored
+from autoseg.readers import Stored, on_grid_of, read_stored, whole_labels
 from autoseg.records import AutosegError, atomic_write, refuse_unwritable
 from autoseg.volume import Grid, canonical_grid, mismatch, to_canonical
 
@@ -128,7 +128,7 @@ def load(case: str, image: Path, prediction: Path, truth: Path | None, labels: L
     grid = canonical_grid(stored.grid)
 
     def labels_at(path: Path) -> np.ndarray:
-        volume, _ = read_labels(path)
+        volume, _ = whole_labels(on_grid_of(read_stored(path, indices=True), stored), path)
         difference = mismatch(grid, volume.grid)
         if difference and (stored.sized or volume.grid.shape != grid.shape):
             raise AutosegError(f"{path} and {image} differ in {difference}; give the image that was segmented")

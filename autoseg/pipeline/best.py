@@ -52,7 +52,9 @@ def find_best(workspace: Workspace, dataset_text: str, options: BestOptions) -> 
     """
     name, raw = workspace.dataset(dataset_text)
     dataset = open_dataset(raw)
-    splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
+    again = f"plan again without them: autoseg plan_and_preprocess -d {dataset_text}{workspace.option}"
+    divided = workspace.prepared(name) / "splits.json"
+    splits = read_splits(divided, [case.id for case in dataset.cases], cure=again)
     folders = complete_folders(workspace, name, options.runs, splits)
     place = folders[0].parent if len({folder.parent for folder in folders}) == 1 else folders[0].parent.parent
     with sole_writer(place):

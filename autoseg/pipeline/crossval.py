@@ -19,7 +19,7 @@ from autoseg.parallel import map_cases, raise_failures
 from autoseg.pipeline.postprocess import measure_pairs, search
 from autoseg.pipeline.recipe import LENGTH, SHORT
 from autoseg.postprocess import PostProcessing, apply, trials
-from autoseg.readers import read_labels
+from autoseg.readers import read_pair
 from autoseg.records import AutosegError, load_json, save_json, to_json
 from autoseg.schema import Recipe, Run
 from autoseg.splits import Splits
@@ -33,8 +33,16 @@ HeldOut = tuple[str, Path, Path]
 
 
 def held_out(folder: Path, run: Run, dataset: Dataset, place: str = "validation") -> list[HeldOut]:
-    """Every held-out case of the fold in `folder`, with its prediction in the folder `place` of it."""
+    """Every held-out case of the fold in `folder`, with its prediction in the folder `place` of it.
+
+    Raises AutosegError if the dataset has lost one.
+    """
     truths = {case.id: Path(case.label) for case in dataset.cases if case.label is not None}
+    if lost := sorted(set(run.cases.val) - set(truths)):
+        raise AutosegError(
+            f"{folder} held out {', '.join(lost)}, which the dataset no longer has; put the case back, or train under "
+            "another --run"
+        )
     return [(name, truths[name], folder / place / f"{name}{dataset.file_ending}") for name in run.cases.val]
 
 
@@ -96,7 +104,7 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
 
 
 def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
-    """AutosegError if the folds were trained with different plans or recipes, MAY_DIFFER apart.
+    """AutosegError if the folds were trained with different plans, data or recipes, MAY_DIFFER apart.
 
     Nor need they share what their length chose: near its limit folds of one budget may get either optimizer.
     """
@@ -112,6 +120,11 @@ def refuse_mixture(folds: Sequence[Path], runs: Sequence[Run]) -> None:
             raise AutosegError(
                 f"{fold} and {folds[0]} were trained with different plans or recipes, so they make no common "
                 "cross-validation; train one of them again under another --run"
+            )
+        if run.data_hash != runs[0].data_hash:
+            raise AutosegError(
+                f"{fold} and {folds[0]} were trained on different data: cases have been changed, removed or added in "
+                "between, so they make no common cross-validation; train all folds again under another --run"
             )
 
 
@@ -134,9 +147,9 @@ def score_processed(
     """Scores of the held-out predictions after `rule`; `raw` are those before it."""
 
     def score(pair: HeldOut) -> Iterable[CaseScore]:
-        truth, _ = read_labels(pair[1])
+        truth, predicted = read_pair(*pair[1:])
         spacing = truth.grid.spacing_mm
-        prediction = apply(labels.to_indices(read_labels(pair[2])[0].array[0]), rule, spacing)
+        prediction = apply(labels.to_indices(predicted.array[0]), rule, spacing)
         stored = labels.to_values(prediction)
         return score_labels(pair[0], truth.array[0], stored, spacing, labels, raw.tolerance_mm, annotated)
 

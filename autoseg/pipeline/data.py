@@ -15,7 +15,7 @@ from autoseg import bundle, records, settings
 from autoseg.crops import Crop
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.labels import Labels
-from autoseg.layout import Case, Dataset, open_dataset
+from autoseg.layout import Bad, Case, Dataset, survey_dataset
 from autoseg.merging import merge, seen_as
 from autoseg.own import own
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
@@ -39,10 +39,10 @@ from autoseg.planners import (
     words,
 )
 from autoseg.preprocess import Cropped, crop_to_content
-from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case
+from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case, problem_and_cure
 from autoseg.records import AutosegError, load_json, refuse_unwritable, save_json, sole_writer, to_json
 from autoseg.schema import Fingerprint, Plan, Preparation, Request, Run
-from autoseg.splits import Splits, make_splits, read_splits
+from autoseg.splits import Splits, check_splits, load_splits, make_splits, mended, read_splits
 from autoseg.workspace import Workspace
 
 PLAN_OPTIONS = {
@@ -162,9 +162,12 @@ def examine(dataset: Dataset, workers: int | None, keep: Kept) -> list[Outcome[E
     )
 
 
-def findings_of(dataset: Dataset, outcomes: Sequence[Outcome[Examined]]) -> list[Finding]:
-    """All findings of the cases and of the dataset as a whole; a crash of the check is a finding too."""
+def findings_of(dataset: Dataset, outcomes: Sequence[Outcome[Examined]], bad: Bad | None = None) -> list[Finding]:
+    """All findings of the layout, the cases and the dataset as a whole; a crash of the check is a finding too."""
     findings: list[Finding] = []
+    for case, reason in (bad or {}).items():
+        problem, cure = problem_and_cure(reason)
+        findings.append(Finding(case=case, severity="error", problem=problem, cure=cure))
     for outcome in outcomes:
         if outcome.value is not None:
             findings += outcome.value.findings
@@ -188,10 +191,10 @@ def refuse_errors(findings: Sequence[Finding]) -> None:
 def check(workspace: Workspace, dataset_text: str, workers: int | None = None) -> None:
     """Decode and check every case, print a table of all findings. Raises AutosegError on errors; writes nothing."""
     _, folder = workspace.dataset(dataset_text)
-    dataset = open_dataset(folder)
+    dataset, bad = survey_dataset(folder)
     for remark in dataset.remarks():
         print(f"Labels: {remark}")
-    findings = findings_of(dataset, examine(dataset, workers, Kept(0)))
+    findings = findings_of(dataset, examine(dataset, workers, Kept(0)), bad)
     refuse_errors(findings)
     print(f"{dataset.name}: {len(dataset.cases)} cases checked, no errors, {len(findings)} warnings")
 
@@ -202,7 +205,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     Raises AutosegError on errors in the data, on an unknown configuration, or when cases fail (the others are done).
     """
     name, folder = workspace.dataset(dataset_text)
-    dataset = open_dataset(folder)
+    dataset, bad = survey_dataset(folder)
     for remark in dataset.remarks():
         print(f"Labels: {remark}")
     prepared, planned = workspace.prepared(name), workspace.plan_folder(name, options.name)
@@ -220,11 +223,12 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         )
     request = joined(earlier, request)
     labels = merge(dataset.labels, request.merge)
-    fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
+    known = prepared / "fingerprint.json"
+    fingerprint = None if bad else unchanged_fingerprint(dataset, known, options.workers)
     cropped: dict[str, Cropped] = {}
     if fingerprint is None:
         outcomes = examine(dataset, options.workers, Kept(free_memory() // 4))
-        refuse_errors(findings_of(dataset, outcomes))
+        refuse_errors(findings_of(dataset, outcomes, bad))
         examined = raise_failures(outcomes, "check")
         cropped = {e.cropped.case: e.cropped for e in examined if e.cropped is not None}
         fingerprint = summarise(name, dataset.channel_names, [e.measured for e in examined if e.measured is not None])
@@ -389,7 +393,7 @@ def describe_plan_fields(workspace: Workspace, dataset_text: str, plan_name: str
 
 
 def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOptions) -> Splits:
-    """Folds given with the raw data, else those made before, else new ones.
+    """Folds given with the raw data, else those made before with what has come and gone since, else new ones.
 
     Raises AutosegError if folds exist and the options ask for others: runs may already rest on them.
     """
@@ -400,12 +404,19 @@ def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOpti
             if options.test_fraction:
                 raise AutosegError(f"{given} already says which cases are held out; leave out --test-fraction")
             return read_splits(given, cases, group_by)
-    wanted = make_splits(cases, group_by=group_by, test_fraction=options.test_fraction)
     existing = prepared / "splits.json"
     if not existing.is_file():
-        return wanted
-    old = read_splits(existing, cases)
+        return make_splits(cases, group_by=group_by, test_fraction=options.test_fraction)
+    old = load_splits(existing)
     asked = options.group_by is not None or options.test_fraction > 0 or old.group_by != group_by
-    if asked and to_json(old) != to_json(wanted):
-        raise AutosegError(f"{existing} holds other folds, which runs may rest on; delete it to make new ones")
-    return old
+    if asked and (old.group_by, old.test_fraction) != (group_by, options.test_fraction):
+        wanted = make_splits(old.every(), group_by=group_by, test_fraction=options.test_fraction)
+        if to_json(wanted) != to_json(replace(old, test_fraction=wanted.test_fraction)):
+            raise AutosegError(f"{existing} holds other folds, which runs may rest on; delete it to make new ones")
+    splits, changes = mended(old, cases)
+    for line in changes:
+        print(f"Folds: {line}")
+    if changes:
+        print("Folds: what was trained on those before still predicts; train on these under another --run")
+    check_splits(splits, cases, str(existing))
+    return splits

@@ -16,7 +16,7 @@ from autoseg.labels import Labels
 from autoseg.layout import labels_in
 from autoseg.parallel import Outcome, map_cases, raise_failures
 from autoseg.postprocess import Case, PostProcessing, apply, before_and_after, choose, measure, out_of_reach, trials
-from autoseg.readers import read_labels, write_labels
+from autoseg.readers import read_labels, read_pair, write_labels
 from autoseg.records import (
     SCHEMA_VERSION,
     AutosegError,
@@ -121,7 +121,7 @@ def measure_pairs(
     """What the search needs to know of each pair of truth and prediction."""
 
     def look(pair: Pair) -> Case:
-        truth, prediction = (read_labels(path)[0] for path in pair[1:])
+        truth, prediction = read_pair(*pair[1:])
         if difference := mismatch(truth.grid, prediction.grid):
             raise AutosegError(f"truth and prediction lie on different grids ({difference})")
         true, predicted = (_indices(volume.array[0], labels) for volume in (truth, prediction))

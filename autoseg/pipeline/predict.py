@@ -1,7 +1,8 @@
 """predict: images -> label files, with the model that is there or the one asked for; never a guess.
 
 status.csv beside the files says what became of every case. The same command again does only what is not done: a case
-counts as done while its files, the model and the options are the same, whatever ended the command before.
+counts as done while its files, the model and the options are the same, whatever ended the command before. A file that
+status.csv does not speak of is somebody else's, a truth perhaps: it is never removed nor written over.
 """
 
 import time
@@ -16,15 +17,15 @@ from autoseg.bundle import printable
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
 from autoseg.evaluation.folders import PROBABILITIES, note_merged
-from autoseg.layout import Case, ending_of, find_cases
-from autoseg.model import Model, Trained, at, is_finished
+from autoseg.layout import Bad, Case, ending_of, names, survey_cases
+from autoseg.model import Model, Trained, at, is_finished, other_dimension
 from autoseg.parallel import Outcome, map_cases, raise_failures
-from autoseg.pipeline.status import NAME, Row, Status
+from autoseg.pipeline.status import NAME, Row, Status, read
 from autoseg.postprocess import PostProcessing, out_of_reach
 from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace
 from autoseg.progress import Progress
-from autoseg.raw import hash_files
-from autoseg.readers import read_image, write_image, write_labels
+from autoseg.raw import hash_files, refuse_not_finite
+from autoseg.readers import read_image, says_size, write_image, write_labels
 from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer
 from autoseg.supervise import JOURNAL
 from autoseg.volume import canonical_grid
@@ -164,8 +165,8 @@ def predict(
     """Predict every case of `source` (a folder or a file, or several) into the folder `target`.
 
     What was done before is not done again, and what failed only with `options.retry_failed`; status.csv says what is
-    what. A case that fails is named with its reason and the others are done; then, or if it failed before,
-    AutosegError is raised.
+    what. A case that fails, or a file that belongs to none, is named with its reason and the others are done; then, or
+    if it failed before, AutosegError is raised; before anything is done, for files in `target` that are not ours.
     """
     trained = choose_model(workspace, options)
     rule, in_words = trained.postprocessing() if options.postprocess else (None, "none, as asked")
@@ -175,13 +176,17 @@ def predict(
     keep_freed_memory()
     model = trained.open(device)
     key = model_key(trained, rule, options)
-    cases = gather_cases([source] if isinstance(source, Path) else source, channels=len(trained.plan.sources))
+    sources = [source] if isinstance(source, Path) else source
+    cases, bad = gather_cases(sources, len(trained.plan.sources), target)
     refuse_overwriting(cases, target)
     with sole_writer(target):
         written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]
         remove_leftovers(target, (NAME, *(path.name for path in written)))
-        note_merged(trained.plan.labels, target)
         status = Status(target)
+        refuse_foreign(cases, status, options)
+        note_merged(trained.plan.labels, target)
+        for place, unread in bad.items():
+            note_bad(unread, status, place)
         outcomes = settled_before(cases, status, key, options)
         failed = sum(outcome.error is not None for outcome in outcomes.values())
         if len(outcomes) > failed:
@@ -191,23 +196,34 @@ def predict(
         if work := [case for case in cases if case.id not in outcomes]:
             outcomes |= predict_cases(model, work, status, rule, key, options)
     done = sum(outcome.error is None for outcome in outcomes.values())
-    print(f"Predicted: {done} of {len(cases)} cases in {target}")
+    for place, unread in bad.items():
+        if unread:
+            print(f"{len(unread)} cases or files of {place} cannot be read as images of a case")
+    print(f"Predicted: {done} of {len(cases) + sum(map(len, bad.values()))} cases in {target}")
     listed = [outcomes[case.id] for case in cases]
+    for unread in bad.values():
+        listed += [Outcome(case=name, error=AutosegError(reason)) for name, reason in sorted(unread.items())]
     raise_failures(listed, "predict")
     return listed
 
 
-def gather_cases(sources: Sequence[Path], channels: int) -> list[Case]:
-    """The cases of several folders and files. Raises AutosegError for two cases of one name, and as `find_cases`."""
+def gather_cases(sources: Sequence[Path], channels: int, target: Path) -> tuple[list[Case], dict[Path, Bad]]:
+    """The cases of several folders and files, and what cannot be read as such in each of them.
+
+    Raises AutosegError for two cases of one name, and as `survey_cases`.
+    """
     found: dict[str, Case] = {}
-    for case in (case for source in dict.fromkeys(sources) for case in find_cases(source, channels)):
-        if case.id in found and found[case.id].images != case.images:
-            raise AutosegError(
-                f"{found[case.id].images[0]} and {case.images[0]} are both called {case.id}, so one result would "
-                "replace the other; predict them into folders of their own"
-            )
-        found[case.id] = case
-    return [*found.values()]
+    bad: dict[Path, Bad] = {}
+    for source in dict.fromkeys(sources):
+        cases, bad[source] = survey_cases(source, channels, ours=made_before(source, target))
+        for case in cases:
+            if case.id in found and found[case.id].images != case.images:
+                raise AutosegError(
+                    f"{found[case.id].images[0]} and {case.images[0]} are both called {case.id}, so one result would "
+                    "replace the other; predict them into folders of their own"
+                )
+            found[case.id] = case
+    return [*found.values()], bad
 
 
 def refuse_overwriting(cases: Sequence[Case], target: Path) -> None:
@@ -217,6 +233,43 @@ def refuse_overwriting(cases: Sequence[Case], target: Path) -> None:
         for path in (labels_of(target, case), probabilities_of(target, case.id)):
             if path.resolve() in images:
                 raise AutosegError(f"{path} is an image of case {case.id} and would be overwritten; give another -o")
+
+
+def made_before(source: Path, target: Path) -> set[str]:
+    """Names of files in `source` that were predicted into it: they are no images."""
+    if source.resolve() != target.resolve() or not (target / NAME).is_file():
+        return set()
+    return {name for row in read(target / NAME).values() for name in made_for(row)}
+
+
+def made_for(row: Row | None) -> set[str]:
+    """Names of the files that were made for a line, or begun."""
+    return set() if row is None or not row.file else {row.file, probabilities_of(Path(), row.case).name}
+
+
+def refuse_foreign(cases: Sequence[Case], status: Status, options: PredictOptions) -> None:
+    """AutosegError that names the files which would be written over and of which no line says that we made them."""
+    foreign = []
+    for case in cases:
+        wanted = [labels_of(status.folder, case)]
+        wanted += [probabilities_of(status.folder, case.id)] if options.save_probabilities else []
+        ours = made_for(status.rows.get(case.id))
+        foreign += [path.name for path in wanted if path.exists() and path.name not in ours]
+    if foreign:
+        raise AutosegError(
+            f"{status.folder} holds {len(foreign)} files that would be overwritten and are none of our predictions "
+            f"({status.path.name} does not name them): {names(foreign)}; give another -o, or move them away"
+        )
+
+
+def note_bad(bad: Bad, status: Status, source: Path) -> None:
+    """A line for each case or file of `source` that cannot be predicted; those of an earlier look at it go."""
+    key = hash_text(str(source.resolve()))
+    for row in [row for row in status.rows.values() if row.key == key and row.case not in bad]:
+        status.drop(row.case)
+    for name, reason in bad.items():
+        take_back(status, name)
+        status.put(Row(case=name, status="failed", reason=" ".join(reason.split()), seconds="0.0", file="", key=key))
 
 
 def settled_before(
@@ -285,11 +338,21 @@ def predict_cases(
         )
         bar.advance(note=f"{case.id} failed" if error else case.id)
 
-    def read(case: Case) -> Any:
+    def prepared_of(case: Case) -> Any:
         with step(case, "reading"):
             keys[case.id] = case_key(case, key)
-            remove_former(case, status)
+            begin(case, status)
             image, stored = read_image([Path(p) for p in case.images], channels=len(model.plan.sources))
+            refuse_not_finite(image, model.plan.sources)
+            if odd := other_dimension(stored, model.plan, model.configurations):
+                bar.say(f"{case.id} {odd}")
+            trained_at = model.configurations[-1].spacing_mm
+            if set(trained_at) != {1.0} and not says_size(Path(case.images[0])):
+                sides = " x ".join(f"{side:g}" for side in trained_at)
+                bar.say(
+                    f"{case.id} does not say its voxel size: 1 mm is taken, and the model was made for {sides} mm; "
+                    f'put {{"spacing": [...]}} into {case.id}.json beside the image'
+                )
             return model.prepare(case.id, image, stored)
 
     def write(case: Case, prepared: PreparedCase | EnsembleCase, logits: Any) -> None:
@@ -302,6 +365,7 @@ def predict_cases(
                     bar.say(f"{case.id}: {done} is left out: its voxels are too fine for that")
                 export(logits, prepared.trace, model, path, rule, options.save_probabilities)
         except Exception as error:
+            take_back(status, case.id)
             settle(case, error=error)
         else:
             settle(case, path=path)
@@ -319,11 +383,11 @@ def predict_cases(
                 # A line without a key never holds: the case would be tried again by the next command.
                 with suppress(AutosegError, OSError):
                     keys[case.id] = case_key(case, key)
-                remove_former(case, status)
+                take_back(status, case.id)
                 settle(case, error=AutosegError(dead[case.id]))
         for case, following in zip(order, [*order[1:], None]):
-            reading = ahead or reader.submit(read, case)
-            ahead = None if following is None or suspected(case) else reader.submit(read, following)
+            reading = ahead or reader.submit(prepared_of, case)
+            ahead = None if following is None or suspected(case) else reader.submit(prepared_of, following)
             try:
                 prepared = reading.result()
                 with step(case, "computing"):
@@ -341,14 +405,18 @@ def predict_cases(
     return outcomes
 
 
-def remove_former(case: Case, status: Status) -> None:
-    """Take back what an earlier command made of a case that is done anew, since files or model have changed.
+def begin(case: Case, status: Status) -> None:
+    """Take back what was made of a case that is done anew, and note which file will be ours, whatever ends us now."""
+    take_back(status, case.id)
+    file = labels_of(status.folder, case).name
+    status.put(Row(case=case.id, status="begun", reason="", seconds="", file=file, key=""))
+
+
+def take_back(status: Status, case: str) -> None:
+    """Remove what was made for the line of a case, and the line.
 
     So no label file ever stands beside a line that speaks of another one, also when the case fails or is killed now.
     """
-    labels_of(status.folder, case).unlink(missing_ok=True)
-    row = status.rows.get(case.id)
-    if row is not None and row.file:
-        (status.folder / Path(row.file).name).unlink(missing_ok=True)
-        probabilities_of(status.folder, case.id).unlink(missing_ok=True)
-    status.drop(case.id)
+    for name in made_for(status.rows.get(case)):
+        (status.folder / Path(name).name).unlink(missing_ok=True)
+    status.drop(case)

@@ -1,7 +1,8 @@
 """status.csv: what became of every case of a prediction, kept beside its files, so that a stopped one goes on.
 
-One line a case, written anew after every case. `key` tells whether a line still holds: it is made from the content of
-the case's files, the model and the options that change voxels. Lines of cases that are not asked for now are kept.
+One line a case, written when it is begun and when it is done. `key` tells whether a line still holds: it is made from
+the content of the case's files, the model and the options that change voxels. Lines of cases that are not asked for now
+are kept.
 """
 
 import csv
@@ -16,7 +17,10 @@ NAME = "status.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line. `status` is done or failed, `file` the name of the label file, `seconds` those spent on the case."""
+    """One line. `status` is begun, done or failed, `file` the name of the label file, `seconds` those spent on it.
+
+    A line that stays `begun` was in hand when the command ended; its file may be there.
+    """
 
     case: str
     status: str
@@ -68,6 +72,6 @@ def read(path: Path) -> dict[str, Row]:
     except (ValueError, csv.Error):
         raise AutosegError(
             f"{path} is no list of predicted cases; its first line must be {','.join(COLUMNS)}, and each line as long. "
-            "Delete it, and all cases are predicted again, or choose another --output"
+            "Delete it and the files predicted before, and all cases are predicted again, or choose another --output"
         ) from None
     return {row.case: row for row in rows}

@@ -109,7 +109,10 @@ def train_fold(
         )
     plan = load_json(Plan, plan_path)
     configuration = plan.configuration(configuration_name)
-    splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
+    named = "" if options.plan == "default" else f" --plan {options.plan}"
+    again = f"plan again without them: autoseg plan_and_preprocess -d {dataset_text}{named}{workspace.option}"
+    divided = workspace.prepared(name) / "splits.json"
+    splits = read_splits(divided, [case.id for case in dataset.cases], cure=again)
     cases = splits.fold(fold)
     folder = workspace.fold(name, options.run, configuration_name, fold)
     prepared = workspace.cases(name, options.plan, configuration.prepared)

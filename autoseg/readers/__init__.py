@@ -29,10 +29,13 @@ __all__ = [
     "expected_in_file",
     "files_of",
     "join",
+    "on_grid_of",
     "read_image",
     "read_labels",
+    "read_pair",
     "read_stored",
     "reader_for",
+    "says_size",
     "whole_labels",
     "write_image",
     "write_labels",
@@ -85,6 +88,11 @@ def reader_for(path: Path) -> Reader:
 def files_of(path: Path) -> tuple[Path, ...]:
     """All files that reading `path` reads: itself, and what lies beside it (voxels of .mhd, spacing of .tif)."""
     return reader_for(path).files(path)
+
+
+def says_size(path: Path) -> bool:
+    """Whether a file says how large its voxels are, itself or by a file beside it; decodes nothing."""
+    return reader_for(path) not in (tiff, picture) or len(files_of(path)) > 1
 
 
 def read_stored(path: Path, *, channels: int | None = None, indices: bool = False) -> Stored:
@@ -186,6 +194,18 @@ def whole_labels(stored: Stored, path: Path) -> tuple[Volume, Grid]:
             )
         array = whole
     return Volume(array=to_canonical(array, stored.grid), grid=canonical_grid(stored.grid)), stored.grid
+
+
+def on_grid_of(mask: Stored, image: Stored) -> Stored:
+    """`mask` voxel by voxel on the grid of `image`, where it says no voxel size itself and the shapes agree."""
+    return mask if mask.sized or mask.grid.shape != image.grid.shape else replace(mask, grid=image.grid)
+
+
+def read_pair(first: Path, second: Path) -> tuple[Volume, Volume]:
+    """Two label files of one case as by `read_labels`; one that says no voxel size lies on the grid of the other."""
+    one, two = (read_stored(path, indices=True) for path in (first, second))
+    one, two = on_grid_of(one, two), on_grid_of(two, one)
+    return whole_labels(one, first)[0], whole_labels(two, second)[0]
 
 
 def write_labels(labels: np.ndarray, stored: Grid, path: Path) -> None:

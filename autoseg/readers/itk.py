@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from autoseg.records import AutosegError
+from autoseg.records import AutosegError, sync
 from autoseg.volume import Grid
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -143,8 +143,7 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield folder / path.name
         for part in sorted(folder.iterdir(), key=lambda part: part.name == path.name):
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(part)
             os.replace(part, path.parent / part.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

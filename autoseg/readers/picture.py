@@ -1,4 +1,4 @@
-"""Pictures: .png and .bmp, always 2D, without a voxel size.
+"""Pictures: .png and .bmp, always 2D; the pixel size is 1 mm unless a file beside it says it, see `sidecar`.
 
 Pillow decodes them, since SimpleITK cannot read grey with alpha and expands palettes; but Pillow would cut 16-bit
 colours down to 8 bits, so those go through SimpleITK. Grey levels are taken as they are: 16 bits are not scaled to 8.
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from autoseg.readers import itk
+from autoseg.readers import itk, sidecar
 from autoseg.readers.itk import Stored, staged
 from autoseg.records import AutosegError
 from autoseg.volume import Grid
@@ -26,7 +26,8 @@ Image.MAX_IMAGE_PIXELS = None
 
 def files(path: Path) -> tuple[Path, ...]:
     """All files that reading `path` reads."""
-    return (path,)
+    beside = sidecar.find(path, strict=False)
+    return (path,) if beside is None else (path, beside)
 
 
 def read(path: Path, *, indices: bool = False) -> Stored:
@@ -39,7 +40,7 @@ def read(path: Path, *, indices: bool = False) -> Stored:
         )
     if deep and header[25] != GREY:
         array = itk.read(path).array[:, 0]
-        return as_stored(array, alpha=len(array) == 4)
+        return as_stored(path, array, alpha=len(array) == 4)
     try:
         with Image.open(path) as opened:
             image: Image.Image = opened
@@ -52,13 +53,17 @@ def read(path: Path, *, indices: bool = False) -> Stored:
     except (OSError, SyntaxError, ValueError) as error:
         raise itk.unreadable(path, error) from None
     array = array.astype(np.uint8) if array.dtype == bool else array
-    return as_stored(np.moveaxis(np.atleast_3d(array), -1, 0), alpha)
+    return as_stored(path, np.moveaxis(np.atleast_3d(array), -1, 0), alpha)
 
 
-def as_stored(array: np.ndarray, alpha: bool) -> Stored:
-    """A picture (C, Y, X) as stored array and grid."""
-    grid = Grid(shape=(1, *array.shape[1:]), spacing_mm=(1.0, 1.0, 1.0), dimension=2)
-    return Stored(array=array[:, None], grid=grid, picture=True, alpha=alpha, sized=False)
+def as_stored(path: Path, array: np.ndarray, alpha: bool) -> Stored:
+    """A picture (C, Y, X) as stored array and grid. Raises AutosegError for a file beside it with three numbers."""
+    spacing = sidecar.read(path, strict=False)
+    if spacing is not None and len(spacing) != 2:
+        raise AutosegError(f'{sidecar.find(path, strict=False)} must hold {{"spacing": [y, x]}}: {path.name} is 2D')
+    y, x = spacing or (1.0, 1.0)
+    grid = Grid(shape=(1, *array.shape[1:]), spacing_mm=(1.0, y, x), dimension=2)
+    return Stored(array=array[:, None], grid=grid, picture=True, alpha=alpha, sized=spacing is not None)
 
 
 def write(path: Path, array: np.ndarray, grid: Grid) -> None:
@@ -70,8 +75,10 @@ def write(path: Path, array: np.ndarray, grid: Grid) -> None:
         )
     if not png and array.dtype != np.uint8:
         raise AutosegError(f"{path}: .bmp holds values 0 to 255; use .png, .nii.gz or .nrrd")
-    if png:
-        return itk.write(path, array, Grid(shape=grid.shape, spacing_mm=(1.0, 1.0, 1.0), dimension=2))
-    pixels = np.moveaxis(array[:, 0], 0, -1)
     with staged(path) as temporary:
-        Image.fromarray(pixels[..., 0] if len(array) == 1 else pixels).save(temporary)
+        if png:
+            itk.write(temporary, array, Grid(shape=grid.shape, spacing_mm=(1.0, 1.0, 1.0), dimension=2))
+        else:
+            pixels = np.moveaxis(array[:, 0], 0, -1)
+            Image.fromarray(pixels[..., 0] if len(array) == 1 else pixels).save(temporary)
+        sidecar.stage(temporary, path, grid, strict=False)

@@ -1,22 +1,19 @@
 """TIFF: .tif and .tiff, 2D, or 3D as one page a slice.
 
 TIFF says nothing reliable about voxel size (its resolution is that of a printer), so spacing is 1 mm unless a file
-`<case>.json` beside it holds {"spacing": [z, y, x]} in millimetres; one page is 2D unless that file has three numbers.
+beside it says it, see `sidecar`; one page is 2D unless that file has three numbers.
 Thumbnails and other reduced copies are passed over. tifffile decodes, since SimpleITK misreads planar colours, grey
 with alpha, palettes, one-bit masks and truncated stacks without a word; LZW, for which tifffile wants another package,
 goes through SimpleITK where it reads it right.
 """
 
-import json
-import math
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
 
-from autoseg.readers import itk
+from autoseg.readers import itk, sidecar
 from autoseg.readers.itk import Stored, staged
 from autoseg.records import AutosegError
 from autoseg.volume import Grid
@@ -37,28 +34,8 @@ GREY, RGB, PALETTE = 1, 2, 3
 
 def files(path: Path) -> tuple[Path, ...]:
     """All files that reading `path` reads."""
-    beside = sidecar(path)
+    beside = sidecar.find(path, strict=True)
     return (path,) if beside is None else (path, beside)
-
-
-def sidecar(path: Path) -> Path | None:
-    """The JSON file with the spacing of `path`: `<case>.json`, with or without the channel number; None if absent."""
-    candidates = (path.with_suffix(".json"), path.with_name(re.sub(r"_\d{4}$", "", path.stem) + ".json"))
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
-
-
-def spacing_beside(path: Path) -> tuple[float, ...] | None:
-    """Spacing (Z, Y, X) or (Y, X) in mm from the file beside `path`, None without one; AutosegError if it is wrong."""
-    beside = sidecar(path)
-    if beside is None:
-        return None
-    try:
-        spacing = [abs(float(s)) for s in json.loads(beside.read_text())["spacing"]]
-    except (ValueError, TypeError, KeyError):
-        spacing = []
-    if len(spacing) not in (2, 3) or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise AutosegError(f'{beside} must hold {{"spacing": [z, y, x]}} with positive numbers in mm, or [y, x]')
-    return tuple(spacing)
 
 
 def read(path: Path, *, indices: bool = False) -> Stored:
@@ -98,7 +75,7 @@ def read(path: Path, *, indices: bool = False) -> Stored:
         raise itk.unreadable(path, error) from None
     array = np.moveaxis(array.reshape(*array.shape[:3], samples), -1, 0)
     array = array.astype(np.uint8) if array.dtype == bool else array
-    beside = spacing_beside(path)
+    beside = sidecar.read(path, strict=True)
     flat = len(pages) == 1 and (beside is None or len(beside) == 2)
     spacing = (1.0, 1.0, 1.0, *(beside or ()))[-3:]
     grid = Grid(shape=array.shape[1:], spacing_mm=spacing, dimension=2 if flat else 3)  # type: ignore[arg-type]
@@ -117,7 +94,7 @@ def through_itk(path: Path, page: tifffile.TiffPage) -> np.ndarray:
 
 
 def write(path: Path, array: np.ndarray, grid: Grid) -> None:
-    """Encode one file, and for 3D its spacing beside it; see `Reader.write`. The format knows no direction."""
+    """Encode one file, and its spacing beside it; see `Reader.write`. The format knows no direction."""
     if not np.allclose(grid.direction, np.eye(3)):
         raise AutosegError(f"{path}: TIFF holds no direction; use .nii.gz or .nrrd")
     samples = len(array)
@@ -134,5 +111,4 @@ def write(path: Path, array: np.ndarray, grid: Grid) -> None:
                     compression="zlib",
                     metadata=None,
                 )
-        if grid.dimension == 3:
-            temporary.with_suffix(".json").write_text(json.dumps({"spacing": grid.spacing_mm}) + "\n")
+        sidecar.stage(temporary, path, grid, strict=True)
