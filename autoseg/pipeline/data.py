@@ -173,10 +173,9 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     for remark in dataset.remarks():
         print(f"Labels: {remark}")
     prepared = workspace.prepared(name)
-    known = prepared / "fingerprint.json"
-    fingerprint = None if bad else unchanged_fingerprint(dataset, known, options.workers)
+    fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
     cropped: dict[str, Cropped] = {}
-    if fingerprint is None:
+    if fingerprint is None or bad:
         outcomes = examine(dataset, options.workers, Kept(free_memory() // 4))
         refuse_errors(findings_of(dataset, outcomes, bad))
         examined = raise_failures(outcomes, "check")

@@ -156,8 +156,10 @@ def case_key(case: Case, model: str) -> str:
     return hash_files(case.images, (model,))
 
 
-def predict(workspace: Workspace, source: Path, target: Path, options: PredictOptions) -> list[Outcome[Path]]:
-    """Predict every case of `source` (a folder, or one file) into the folder `target`.
+def predict(
+    workspace: Workspace, source: Path | Sequence[Path], target: Path, options: PredictOptions
+) -> list[Outcome[Path]]:
+    """Predict every case of `source` (a folder or a file, or several) into the folder `target`.
 
     What was done before is not done again, and what failed only with `options.retry_failed`; status.csv says what is
     what. A case that fails, or a file that belongs to none, is named with its reason and the others are done; then, or
@@ -171,14 +173,15 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
     keep_freed_memory()
     model = trained.open(device)
     key = model_key(trained, rule, options)
-    cases, bad = survey_cases(source, len(trained.plan.sources), ours=made_before(source, target))
+    sources = [source] if isinstance(source, Path) else source
+    cases, bad = gather_cases(sources, len(trained.plan.sources), target)
     refuse_overwriting(cases, target)
     with sole_writer(target):
         written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]
         remove_leftovers(target, (NAME, *(path.name for path in written)))
         status = Status(target)
         refuse_foreign(cases, status, options)
-        note_bad(bad, status, source)
+        note_bad(bad, status, sources)
         outcomes = settled_before(cases, status, key, options)
         failed = sum(outcome.error is not None for outcome in outcomes.values())
         if len(outcomes) > failed:
@@ -189,12 +192,32 @@ def predict(workspace: Workspace, source: Path, target: Path, options: PredictOp
             outcomes |= predict_cases(model, work, status, rule, key, options)
     done = sum(outcome.error is None for outcome in outcomes.values())
     if bad:
-        print(f"{len(bad)} cases or files of {source} cannot be read as images of a case")
+        print(f"{len(bad)} cases or files of {names(map(str, sources))} cannot be read as images of a case")
     print(f"Predicted: {done} of {len(cases) + len(bad)} cases in {target}")
     listed = [outcomes[case.id] for case in cases]
     listed += [Outcome(case=name, error=AutosegError(reason)) for name, reason in sorted(bad.items())]
     raise_failures(listed, "predict")
     return listed
+
+
+def gather_cases(sources: Sequence[Path], channels: int, target: Path) -> tuple[list[Case], Bad]:
+    """The cases of several folders and files, and what is wrong with others; what was predicted into them is none.
+
+    Raises AutosegError for two cases of one name, and as `survey_cases`.
+    """
+    found: dict[str, Case] = {}
+    bad: Bad = {}
+    for source in dict.fromkeys(sources):
+        cases, wrong = survey_cases(source, channels, ours=made_before(source, target))
+        bad |= wrong
+        for case in cases:
+            if case.id in found and found[case.id].images != case.images:
+                raise AutosegError(
+                    f"{found[case.id].images[0]} and {case.images[0]} are both called {case.id}, so one result would "
+                    "replace the other; predict them into folders of their own"
+                )
+            found[case.id] = case
+    return [*found.values()], bad
 
 
 def refuse_overwriting(cases: Sequence[Case], target: Path) -> None:
@@ -233,9 +256,9 @@ def refuse_foreign(cases: Sequence[Case], status: Status, options: PredictOption
         )
 
 
-def note_bad(bad: Bad, status: Status, source: Path) -> None:
-    """A line for each case or file of `source` that cannot be predicted; those of an earlier look at it go."""
-    key = hash_text(str(source.resolve()))
+def note_bad(bad: Bad, status: Status, sources: Sequence[Path]) -> None:
+    """A line for each case or file of `sources` that cannot be predicted; those of an earlier look at them go."""
+    key = hash_text(*(str(source.resolve()) for source in sources))
     for row in [row for row in status.rows.values() if row.key == key and row.case not in bad]:
         status.drop(row.case)
     for name, reason in bad.items():
