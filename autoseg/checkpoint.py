@@ -51,6 +51,8 @@ class Progressed:
     """Learning rate of the last step."""
     validation_losses: tuple[float | None, ...] = ()
     """Of each complete epoch; None where it was not finite."""
+    compared_steps: int | None = None
+    """Validation steps of every epoch of a run that goes by their losses, whatever becomes of its length; else None."""
     shown: Shown = Shown()
     """What training has shown of each class; of the steps since, in runs begun by versions that did not count."""
     leg: Leg | None = None

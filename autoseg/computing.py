@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoseg.devices import keep_freed_memory, return_freed_memory
+from autoseg.devices import keep_freed_memory, return_freed_memory, usable_threads
 from autoseg.parallel import cores
 from autoseg.schema import Tuning
 
@@ -83,8 +83,7 @@ def describe(tuning: Tuning) -> str:
 
 def safe_base(device: torch.device) -> Tuning:
     """float32, eager, contiguous, allocator as it is, all cores that the process may use."""
-    threads = min(torch.get_num_threads(), cores())
-    return Tuning(threads=threads, device=device_name(device), torch=torch.__version__)
+    return Tuning(threads=usable_threads(), device=device_name(device), torch=torch.__version__)
 
 
 def untuned(device: torch.device, reason: str) -> Tuning:

@@ -1,10 +1,11 @@
-"""Where the computing happens, and keeping the system's allocator out of its way."""
+"""Where the computing happens, on how many cores, and keeping the system's allocator out of its way."""
 
 import ctypes
 import sys
 
 import torch
 
+from autoseg.parallel import cores
 from autoseg.records import AutosegError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
@@ -13,8 +14,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 def choose_device(name: str) -> torch.device:
     """`auto` (CUDA, then Apple's MPS, then the CPU), `cuda`, `cuda:1`, `mps` or `cpu`.
 
+    Whoever computes comes by here, so torch is held to the cores of this process too, see `usable_threads`.
     Raises AutosegError if the device is not there.
     """
+    if torch.get_num_threads() > usable_threads():
+        torch.set_num_threads(usable_threads())
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -25,6 +29,14 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise AutosegError(f"--device {name} does not work here ({error}); try --device auto") from None
     return device
+
+
+def usable_threads() -> int:
+    """Threads that torch should compute with: its own number, but no more than the cores of this process.
+
+    torch heeds OMP_NUM_THREADS and affinity, not the CPU quota of a container, beyond which threads only wait.
+    """
+    return min(torch.get_num_threads(), cores())
 
 
 def keep_freed_memory() -> bool:

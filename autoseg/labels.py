@@ -4,8 +4,9 @@ Files may hold any integers. Inside, a label map holds indices: 0 is the backgro
 the one after the last marks ignored voxels, and `UNSEEN` voxels outside the image content. Most often each class has
 one value and classes exclude each other: a network gives a softmax over the background and all classes. Where classes
 are regions of several values, which may overlap, it gives a sigmoid each, and a label map is painted from them region
-by region, a later one over an earlier one. Arrays may be numpy arrays or torch tensors: only methods that both share
-are used.
+by region, a later one over an earlier one. Several values may also be merged into one class (see autoseg/merging.py):
+then they share an index, and exclude all other classes as ever. Arrays may be numpy arrays or torch tensors: only
+methods that both share are used.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +38,8 @@ class Labels:
     """All values of each class but the background; empty where every class has its one value."""
     ignore: int | None = None
     """The value of voxels that take part in nothing."""
+    parts: tuple[tuple[int, ...], ...] = ()
+    """All values of each class but the background, where some were merged; a merged class is written as its value."""
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.values) or len(self.names) < 2:
@@ -52,7 +55,13 @@ class Labels:
                 raise ValueError(f"region {name!r} must hold values other than the background's, each once")
             if value not in region:
                 raise ValueError(f"region {name!r} is written as {value}, which is none of its values {list(region)}")
-        if self.ignore in self.stored:
+        if self.parts:
+            every = [value for own in self.parts for value in own]
+            if self.regions or len(self.parts) != len(self.names) - 1 or len({self.values[0], *every}) <= len(every):
+                raise ValueError(f"merged classes have values of their own, and are no regions: {list(self.parts)}")
+            if any(value not in own for value, own in zip(self.values[1:], self.parts)):
+                raise ValueError(f"merged classes are written as one of their values, not as {list(self.values[1:])}")
+        if self.ignore in self.stored or any(self.ignore in own for own in self.parts):
             raise ValueError(f"the value {self.ignore} is ignored and cannot be that of a class too")
 
     @classmethod
@@ -111,8 +120,18 @@ class Labels:
 
     @property
     def known(self) -> tuple[int, ...]:
-        """All values that a label file may hold: those of `stored`, then the ignored one."""
+        """The value in files of each index of a label map: those of `stored`, then the ignored one."""
         return self.stored if self.ignore is None else (*self.stored, self.ignore)
+
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """All values that a label file may hold: those of `known`, and of merged classes the others."""
+        return (*self.known, *(value for own in self.parts for value in own if value not in self.values))
+
+    @property
+    def merges(self) -> dict[str, tuple[int, ...]]:
+        """Name of each class that was merged from several labels -> their values in files."""
+        return {name: own for name, own in zip(self.names[1:], self.parts) if len(own) > 1}
 
     @property
     def ignored(self) -> int | None:
@@ -144,13 +163,16 @@ class Labels:
 
     @property
     def scored(self) -> dict[str, int | tuple[int, ...]]:
-        """Name of each class but the background -> its value in files, or all values of a region."""
-        return dict(zip(self.names[1:], self.regions or self.values[1:]))
+        """Name of each class but the background -> its value in files, or all values of a region or merged class."""
+        return {**dict(zip(self.names[1:], self.regions or self.values[1:])), **self.merges}
 
     @property
     def meaning(self) -> tuple[object, ...]:
         """All that decides what a stored label map means; for keys of what was made from one."""
-        return self.values if self.exclusive and self.ignore is None else (self.values, self.regions, self.ignore)
+        told = (self.values, self.regions, self.ignore)
+        if self.parts:
+            return (*told, self.parts)
+        return self.values if self.exclusive and self.ignore is None else told
 
     def flags(self, annotated: Sequence[str] | None) -> tuple[bool, ...]:
         """Whether each class but the background is among `annotated` names; None: all are."""
@@ -158,7 +180,7 @@ class Labels:
 
     def unexpected(self, found: np.ndarray) -> list[int]:
         """Values of `found` (any shape, as stored in a file) that no class has."""
-        return sorted(set(np.unique(found).tolist()) - set(self.known))
+        return sorted(set(np.unique(found).tolist()) - set(self.allowed))
 
     def not_annotated(self, indices: np.ndarray, annotated: Sequence[str]) -> list[int]:
         """Values of a label map that belong to a class, but to none of those called `annotated`."""
@@ -166,19 +188,32 @@ class Labels:
         allowed.update(i for own, said in zip(self.members, self.flags(annotated)) if said for i in own)
         return sorted(self.known[index] for index in set(np.unique(indices).tolist()) - allowed)
 
+    def union(self, indices: np.ndarray, starts: Sequence[int], axis: int) -> np.ndarray:
+        """A label map whose voxels along `axis`, from each of `starts` to the next, became one that keeps the labels.
+
+        Of several classes the one in most regions wins, of these the later; then ignored voxels, then the background,
+        last `UNSEEN`.
+        """
+        depth = [sum(index in own for own in self.members) for index in self.foreground]
+        classes = sorted(self.foreground, key=lambda index: (depth[index - 1], index))
+        order = np.asarray([UNSEEN, 0, *([] if self.ignored is None else [self.ignored]), *classes], indices.dtype)
+        rank = np.argsort(order % len(order)).astype(order.dtype)  # that of UNSEEN is last, so -1 finds it
+        return order[np.maximum.reduceat(rank[indices], starts, axis)]
+
     def is_foreground(self, indices: Any) -> Any:
         """Mask of a label map, same shape: where some class is."""
         return (indices > 0) & (indices < len(self.stored))
 
     def to_indices(self, stored: np.ndarray) -> np.ndarray:
         """Stored values -> int16 indices, same shape. Raises ValueError for values that no class has."""
-        values = np.asarray(self.known)
+        values = np.asarray(self.allowed)
         order = np.argsort(values)
-        place = np.searchsorted(values, stored, sorter=order).clip(0, len(values) - 1)
-        indices = order[place].astype(np.int16)
-        if not np.array_equal(values[indices], stored):
-            raise ValueError(f"unexpected label values {self.unexpected(stored)}; expected {sorted(self.known)}")
-        return indices
+        place = order[np.searchsorted(values, stored, sorter=order).clip(0, len(values) - 1)]
+        if not np.array_equal(values[place], stored):
+            raise ValueError(f"unexpected label values {self.unexpected(stored)}; expected {sorted(self.allowed)}")
+        owner = {value: index for index, own in enumerate(self.parts, start=1) for value in own}
+        owner |= {value: index for index, value in enumerate(self.known)}
+        return np.asarray([owner[value] for value in self.allowed], np.int16)[place]
 
     def to_values(self, indices: np.ndarray) -> np.ndarray:
         """Indices -> stored values, same shape, in the smallest of uint8, int16 and int32 that holds them all.
@@ -232,7 +267,7 @@ class Labels:
         return ", ".join(exact or [name for name, own in zip(self.names[1:], self.members) if chosen & set(own)])
 
     def remarks(self) -> tuple[str, ...]:
-        """What a person should know of regions and of the ignored value, one line each; nothing for plain classes."""
+        """What a person should know of regions, merged labels and the ignored value, one line each; most often none."""
         lines = []
         if self.regions:
             painted = ", ".join(
@@ -240,6 +275,9 @@ class Labels:
                 for name, value, region in zip(self.names[1:], self.values[1:], self.regions)
             )
             lines.append(f"regions, written later ones over earlier ones: {painted}")
+        for name, own in self.merges.items():
+            value = self.values[self.names.index(name)]
+            lines.append(f"{name} is one class of the labels {', '.join(map(str, own))}, and is written as {value}")
         if self.ignore is not None:
             lines.append(f"voxels of value {self.ignore} are ignored")
         return tuple(lines)

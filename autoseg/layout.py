@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autoseg.labels import Labels
+from autoseg.merging import annotated_as
 from autoseg.readers import ENDINGS, reader_for
 from autoseg.records import AutosegError, record
 
@@ -51,9 +52,13 @@ class Dataset:
     group_by: str | None = None
     """Pattern of the cases of one patient, as for --group-by."""
 
-    def annotated(self) -> dict[str, tuple[str, ...]]:
-        """Case -> classes that were annotated in it; only of cases where not all were."""
-        return {case.id: case.annotated for case in self.cases if case.annotated is not None}
+    def annotated(self, labels: Labels | None = None) -> dict[str, tuple[str, ...]]:
+        """Case -> classes that were annotated in it; only of cases where not all were.
+
+        labels: those of a plan, of which some may be merged; None: as in the files.
+        """
+        listed = {case.id: case.annotated for case in self.cases if case.annotated is not None}
+        return listed if labels is None else annotated_as(listed, self.labels, labels)
 
     def remarks(self) -> tuple[str, ...]:
         """What a person should know of the labels, one line each; nothing for plain classes annotated everywhere."""

@@ -37,8 +37,8 @@ def adamw(parameters: Parameters, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def rmsprop(parameters: Parameters, recipe: Recipe) -> torch.optim.Optimizer:
-    """Smoothing 0.99, no momentum; the weight decay is added to the gradient."""
-    return torch.optim.RMSprop(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    """Smoothing 0.9 as its authors had it (torch: 0.99), no momentum; the weight decay is added to the gradient."""
+    return torch.optim.RMSprop(parameters, lr=recipe.learning_rate, alpha=0.9, weight_decay=recipe.weight_decay)
 
 
 OPTIMIZERS: dict[str, Callable[[Parameters, Recipe], torch.optim.Optimizer]] = {

@@ -114,19 +114,9 @@ USUAL = Placement()
 
 
 def check_placement(recipe: Recipe) -> None:
-    """AutosegError for a position that does not exist, or beside which another field of the recipe does nothing."""
-    name = recipe.patch_position
-    if name not in POSITIONS:
-        raise AutosegError(f"unknown patch_position {name!r}; choose one of {', '.join(POSITIONS)}")
-    share = POSITIONS[name].share
-    if share is not None and recipe.foreground_fraction not in (Recipe().foreground_fraction, share):
-        mixed = ", ".join(other for other, position in POSITIONS.items() if position.share is None)
-        raise AutosegError(
-            f"foreground_fraction={recipe.foreground_fraction:g} does nothing with patch_position={name}, which places "
-            f"all patches alike; leave it out, or take one of {mixed}"
-        )
-    if name == "fixed" and recipe.redraw_empty:
-        raise AutosegError("redraw_empty does nothing with patch_position=fixed; leave one of them out")
+    """AutosegError for a position that does not exist."""
+    if recipe.patch_position not in POSITIONS:
+        raise AutosegError(f"unknown patch_position {recipe.patch_position!r}; choose one of {', '.join(POSITIONS)}")
 
 
 def describe_positions() -> list[str]:

@@ -1,6 +1,7 @@
 """prepare(): a raw case becomes what a network reads; restore(): its exact way back.
 
-Order: crop to content -> what `Plan.preparation` asks for -> normalise -> plan order -> resample. Normalising comes
+Order: crop to content -> what `Plan.preparation` asks for (channels, slices, crops, a function) -> normalise -> plan
+order -> resample. Normalising comes
 before resampling because interpolation would smear the empty border into the content, and before a crop pads, so that
 what is padded has no part in it. The image never depends on the labels, so training and prediction go through the same
 function and see the same numbers.
@@ -45,17 +46,27 @@ class Trace:
     orientation: Orientation = "canonical"
     spacing_mm: tuple[float, float, float]
     shape: tuple[int, int, int]
+    thin: tuple[int, int, int] = (1, 1, 1)
+    """So many voxels of the canonical grid, counted from the start of `crop`, became one (see `Preparation.thin`)."""
+    content: Box | None = None
+    """Where some did: the box of the canonical grid that was there to make them of; the last ones may lack some."""
 
     @property
     def cropped_shape(self) -> tuple[int, int, int]:
         """Shape after the crop and before resampling, in plan order."""
-        return tuple(self.crop.shape[axis] for axis in self.axes[0])  # type: ignore[return-value]
+        return tuple(self.crop.shape[axis] // self.thin[axis] for axis in self.axes[0])  # type: ignore[return-value]
 
     @property
     def original_spacing_mm(self) -> tuple[float, float, float]:
         """Spacing before resampling, in plan order."""
         spacing = canonical_grid(self.stored).spacing_mm
-        return tuple(spacing[axis] for axis in self.axes[0])  # type: ignore[return-value]
+        return tuple(spacing[axis] * self.thin[axis] for axis in self.axes[0])  # type: ignore[return-value]
+
+    @property
+    def covered(self) -> Box:
+        """The box of the canonical grid that predictions are for."""
+        inside = self.crop.within(canonical_grid(self.stored).shape)
+        return inside if self.content is None else inside.shared(self.content)
 
     @property
     def axes(self) -> tuple[tuple[int, ...], tuple[bool, ...]]:
@@ -161,6 +172,26 @@ def crop_to_content(case: str, image: Volume, labels: np.ndarray | None, stored:
     )
 
 
+def thinned(cropped: Cropped, factors: Sequence[int], labels: Labels) -> Cropped:
+    """Make every so many neighbouring voxels along each axis one: for slices, thicker ones. Its `crop` counts these.
+
+    The image is the root of the sum of their squares. Where the last have fewer, their squares count as much more, as
+    if there were more like them. Labels: see `Labels.union`; content is where any of them is.
+    """
+    image, marked, content = cropped.image, cropped.labels, cropped.content
+    for axis, factor in enumerate(factors):
+        if factor == 1:
+            continue
+        starts = range(0, marked.shape[axis], factor)
+        there = np.diff([*starts, marked.shape[axis]]).reshape([-1 if a == axis else 1 for a in range(3)])
+        squares = np.add.reduceat(np.square(image, dtype=np.float64), starts, axis + 1)
+        image = np.sqrt(squares * (factor / there)).astype(np.float32)
+        marked = labels.union(marked, starts, axis)
+        content = content if content is None else np.logical_or.reduceat(content, starts, axis)
+    crop = Box(start=(0, 0, 0), stop=marked.shape)
+    return replace(cropped, image=image, labels=marked, content=content, crop=crop)
+
+
 def crop_as_asked(cropped: Cropped, preparation: Preparation) -> tuple[Cropped, Box]:
     """The crops of a plan: what they leave of the case, and the box of the canonical grid that it is to fill.
 
@@ -199,14 +230,12 @@ def lost_labels(cropped: Cropped, crop: Box, labels: Labels) -> tuple[int, int]:
     return int(every.sum() - kept.sum()), int(every.sum())
 
 
-def apply_own(name: str, image: np.ndarray, stored: Grid) -> np.ndarray:
+def apply_own(name: str, image: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     """A user's preprocessing of an image (C, Z, Y, X), float32; see `Preparation.function`.
 
     Raises AutosegError for a result of another shape, or with values that are not finite.
     """
-    made = np.asarray(
-        own(name, "preprocessing")(np.array(image, np.float32), canonical_grid(stored).spacing_mm), np.float32
-    )
+    made = np.asarray(own(name, "preprocessing")(np.array(image, np.float32), tuple(spacing_mm)), np.float32)
     if made.shape != image.shape:
         raise AutosegError(f"the preprocessing {name!r} made {made.shape} of an image of shape {image.shape}")
     if not np.isfinite(made).all():
@@ -297,13 +326,17 @@ def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configur
     """
     if len(plan.sources) != cropped.image.shape[0]:
         raise ValueError(f"the image has {cropped.image.shape[0]} channels, the plan expects {len(plan.sources)}")
-    asked, crop = plan.preparation, cropped.crop
+    asked, thin, content = plan.preparation, plan.preparation.thin, None
+    spacing = [mm * factor for mm, factor in zip(canonical_grid(cropped.stored).spacing_mm, thin)]
     if asked.combined:
         cropped = replace(cropped, image=np.linalg.norm(cropped.image, axis=0, keepdims=True))
+    if thin != (1, 1, 1):
+        content, cropped = cropped.crop, thinned(cropped, thin, plan.labels)
+    crop = cropped.crop
     if asked.crops:
         cropped, crop = crop_as_asked(cropped, asked)
     if asked.function is not None:
-        cropped = replace(cropped, image=apply_own(asked.function, cropped.image, cropped.stored))
+        cropped = replace(cropped, image=apply_own(asked.function, cropped.image, spacing))
     axes = plan_axes(cropped.stored, plan.orientation, plan.axis_order)
     image = np.stack([normalise_channel(x, norm, cropped.content) for x, norm in zip(cropped.image, plan.channels)])
     labels = cropped.labels
@@ -312,7 +345,9 @@ def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configur
         image, labels = cut(image, padded, 0), cut(labels, padded, UNSEEN)
     image = _turn(image.astype(np.float32, copy=False), axes)
     labels = _turn(labels, axes)
-    spacing = canonical_grid(cropped.stored).spacing_mm
+    if content is not None:
+        ends = (tuple(n * factor for n, factor in zip(end, thin)) for end in (crop.start, crop.stop))
+        crop = Box(start=next(ends), stop=next(ends)).moved(content.start)
     current = tuple(spacing[axis] for axis in axes[0])
     for configuration in configurations:
         target = target_spacing_mm(configuration, current)
@@ -331,6 +366,8 @@ def prepare_each(cropped: Cropped, plan: Plan, configurations: Sequence[Configur
                 orientation=plan.orientation,
                 spacing_mm=target,
                 shape=shape,  # type: ignore[arg-type]
+                thin=thin,
+                content=content,
             ),
         )
 
@@ -364,7 +401,10 @@ def project(
     """
     if later.prior == "labels":
         indices = restore(logits, trace, labels, configuration)
-        cropped = _turn(cut(indices, onto.crop, 0), onto.axes)
+        cropped = cut(indices, onto.crop, 0)
+        for axis, factor in enumerate(onto.thin):
+            cropped = labels.union(cropped, range(0, cropped.shape[axis], factor), axis) if factor > 1 else cropped
+        cropped = _turn(cropped, onto.axes)
         return resample_labels(cropped, onto.original_spacing_mm, onto.spacing_mm, onto.shape, later.resampling)
     return _decode(logits, trace.spacing_mm, onto.spacing_mm, onto.shape, labels, configuration.resampling)
 
@@ -391,7 +431,7 @@ def restore_probabilities(logits: np.ndarray, trace: Trace, labels: Labels, conf
     probabilities = _uncrop(labels.probabilities(resampled).astype(np.float32), trace, 0)
     if labels.exclusive:
         outside = np.ones(probabilities.shape[1:], bool)
-        outside[trace.crop.within(outside.shape).slices()] = False
+        outside[trace.covered.slices()] = False
         probabilities[0][outside] = 1
     return probabilities
 
@@ -402,4 +442,12 @@ def _uncrop(array: np.ndarray, trace: Trace, fill: float) -> np.ndarray:
     lead = array.ndim - 3
     array = np.flip(array, tuple(lead + axis for axis, flip in enumerate(flips) if flip))
     back = array.transpose(*range(lead), *(lead + order.index(axis) for axis in range(3)))
-    return paste(back, trace.crop, canonical_grid(trace.stored).shape, fill)
+    covered = trace.covered
+    box = covered.moved(tuple(-a for a in trace.crop.start))
+    for axis, factor in enumerate(trace.thin):
+        first, last = box.start[axis], box.stop[axis]
+        if factor > 1:
+            back = back.take(np.arange(first, last) // factor, lead + axis)
+        else:
+            back = back[(*[slice(None)] * (lead + axis), slice(first, last))]
+    return paste(back, covered, canonical_grid(trace.stored).shape, fill)

@@ -21,6 +21,7 @@ class Progress:
         self.done, self.note, self.started = initial, "", time.monotonic()
         self.initial = initial
         self._said = self.started
+        self._remark, self._remarked = "", float("-inf")
         self._lock = threading.Lock()
         terminal = sys.stderr.isatty() and not quiet
         self._bar = tqdm(total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=True) if terminal else None
@@ -46,6 +47,17 @@ class Progress:
             tqdm.write(text)
             sys.stdout.flush()
 
+    def remark(self, text: str) -> None:
+        """Print a line as `say` does, but at most one a minute, the latest; the last one always, at the end."""
+        self._remark = text
+        if time.monotonic() - self._remarked >= LINE_SECONDS:
+            self._say_remark()
+
+    def _say_remark(self) -> None:
+        if self._remark:
+            self.say(self._remark)
+            self._remark, self._remarked = "", time.monotonic()
+
     def _line(self) -> None:
         elapsed = time.monotonic() - self.started
         print(
@@ -66,6 +78,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._say_remark()
         if self._bar is not None:
             self._bar.close()
         elif not self.quiet and kind is None and self._said > self.started:

@@ -22,6 +22,7 @@ FILES = {
     "fcn_resnet101": "fcn_resnet101_coco-7ecb50ca.pth",
     "deeplabv3plus(backbone=resnet50)": "resnet50-0676ba61.pth",
     "deeplabv3plus(backbone=resnet101)": "resnet101-63fe2227.pth",
+    "deeplabv3plus(backbone=resnet152)": "resnet152-394f9c45.pth",
 }
 """Network -> a file of weights at ADDRESS that it can begin with."""
 WRAPPERS = ("state_dict", "model")

@@ -257,9 +257,24 @@ def early_stop(recipe: Recipe, now: Moment) -> str | None:
     return f"no lower validation loss in {recipe.stop_patience} epochs, {said}"
 
 
+def by_validation_loss(recipe: Recipe) -> tuple[str, ...]:
+    """What of a recipe goes by the validation losses, which then have to be of the same patches in every epoch."""
+    going = {
+        "schedule=plateau": isinstance(make_schedule(recipe.schedule), Plateau),
+        "stop_patience": recipe.stop_patience > 0,
+        "weights=best": recipe.weights == "best",
+    }
+    return tuple(name for name, goes in going.items() if goes)
+
+
 def refuse_schedule(recipe: Recipe) -> None:
-    """AutosegError for a schedule that does not exist, or that would not come into play before the early stop."""
+    """AutosegError for a schedule that does not exist, that would not come into play before the early stop, or that
+    has nothing to go by."""
     schedule = make_schedule(recipe.schedule)
+    if recipe.validation_steps == 0 and (going := by_validation_loss(recipe)):
+        raise AutosegError(
+            f"validation_steps=0 leaves no validation loss for {' and '.join(going)} to go by; give at least 1"
+        )
     if isinstance(schedule, Plateau) and 0 < recipe.stop_patience <= schedule.patience:
         raise AutosegError(
             f"stop_patience={recipe.stop_patience} ends training before schedule plateau(patience="

@@ -182,7 +182,7 @@ def check_case(
     except ValueError:
         unexpected = labels.unexpected(label.array)
         cure = "name them in `labels` of dataset.json, or replace them in the file"
-        known = ", ".join(map(str, sorted(labels.known)))
+        known = ", ".join(map(str, sorted(labels.allowed)))
         found("error", f"label values {names(map(str, unexpected))}, named are {known}", cure)
         return tuple(findings), None
     if annotated is not None and (extra := labels.not_annotated(indices, annotated)):

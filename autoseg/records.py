@@ -73,12 +73,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Make `folder` and keep it from other commands that ask for it with this; they wait, and say so.
 
     The lock is on the folder itself: it leaves no file, and ends with the process however that ends. File systems
-    without locks, and Windows, go without.
+    without locks, and Windows, go without. Raises AutosegError if nothing can be written there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise AutosegError(f"{folder} is or lies below a file; give the path of a folder") from None
+    refuse_unwritable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:
@@ -96,6 +94,18 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """AutosegError if nothing can be written into `folder`, or it cannot be made. Leaves nothing behind."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise AutosegError(f"{folder} is or lies below a file; give the path of a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"a full disk has no room for this")
+    except OSError as error:
+        raise AutosegError(f"nothing can be written to {folder}: {error.strerror}; give another folder") from None
 
 
 def sync(path: Path) -> None:

@@ -5,10 +5,12 @@ own, the streams of training and validation never meet, the number of threads ch
 needs no saved random state. A patch is chosen by its centre; only the box that its drawn transform needs is read.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, partial
@@ -146,8 +148,11 @@ class Prior:
     """Whether the masks are spoilt a little, as in training."""
 
 
-def forced_foreground(batch: int, fraction: float) -> list[bool]:
-    """Which samples of a batch must show foreground: the last ones, at least one, so that every batch has its share."""
+def forced_foreground(batch: int, fraction: float, step: int) -> list[bool]:
+    """Which samples of the batch of a step must show foreground: the last ones, at least one, so that every batch has
+    its share. Of batches of one patch as many steps as the fraction says, evenly spread, the first among them."""
+    if batch == 1:
+        return [math.ceil((step + 1) * fraction) > math.ceil(step * fraction)]
     first = min(round(batch * (1 - fraction)), batch - 1) if fraction > 0 else batch
     return [sample >= first for sample in range(batch)]
 
@@ -186,6 +191,15 @@ def cut_sources(case: PreparedCase, box: Box, dimension: int) -> tuple[Tensor, T
     return cut_source(case.image, box, dimension, 0), cut_source(case.labels, box, dimension, UNSEEN).short()
 
 
+@contextmanager
+def naming(case: str) -> Iterator[None]:
+    """Whatever fails within is an AutosegError that names the case."""
+    try:
+        yield
+    except Exception as error:
+        raise AutosegError(f"loading a patch of case {case} failed: {type(error).__name__}: {error}") from error
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sampler:
     """Makes the sources of any step: cases uniformly with replacement, patches, transforms.
@@ -220,6 +234,10 @@ class Sampler:
         """Class number, from 1 -> the cases that hold it."""
         return self.cases.holding(self.case_names)
 
+    def shown(self, patch: Patch) -> str:
+        """What a sample is of, for augmentations that change the same always alike: its case, in 2D its slice."""
+        return patch.case if len(self.patch) == 3 else f"{patch.case} {patch.box.start[0]}"
+
     def place(self, case: PreparedCase, foreground: bool, wanted: int | None, rng: np.random.Generator) -> Box:
         """One patch of a case; drawn again as often as the placement says while it shows no foreground.
 
@@ -247,7 +265,7 @@ class Sampler:
         chosen = rng.integers(len(self.case_names), size=self.batch_size)
         position = self.placement.position
         share = self.foreground_fraction if position.share is None else position.share
-        forced = forced_foreground(self.batch_size, share)
+        forced = forced_foreground(self.batch_size, share, step)
         names: list[str] = [self.case_names[index] for index in chosen]
         wanted: list[int | None] = [None] * self.batch_size
         if position.balanced and self.holding:
@@ -256,28 +274,25 @@ class Sampler:
                 held = self.holding[index]
                 wanted[place], names[place] = index, held[int(rng.integers(len(held)))]
         patches, arrays, priors, positions = [], [], [], []
-        draws: Drawn | None = None
-        own = range(self.batch_size)[self.own]
-        for sample, (name, foreground) in enumerate(zip(names, forced)):
-            try:
-                case = self.cases[name]
-                box = self.place(case, foreground, wanted[sample], rng)
-                if draws is None:
-                    # A child stream: how much the patches draw does not move what the transforms draw.
-                    child = generator(self.seed, self.stream, step).spawn(1)[0]
-                    draws = self.augmentation.draw(child, self.batch_size, case.image.shape[0], names)
-                shape = draws.source_shape(sample)
-                source = grow(box, shape)
-                if sample in own:
-                    arrays.append(cut_sources(case, source, len(shape)))
-                if sample in own and self.prior is not None:
-                    priors.append(cut_source(self.prior.maps(name), source, len(shape), 0).short())
-                if sample in own and self.positions:
-                    positions.append(position_of(box, case.labels.shape, draws.is_mirrored(sample)[-len(self.patch) :]))
-            except Exception as error:
-                raise AutosegError(f"loading a patch of case {name} failed: {type(error).__name__}: {error}") from error
+        for name, foreground, index in zip(names, forced, wanted):
+            with naming(name):
+                box = self.place(self.cases[name], foreground, index, rng)
             patches.append(Patch(case=name, box=box, forced_foreground=foreground))
-        assert draws is not None
+        # A child stream: how much the patches draw does not move what the transforms draw.
+        child = generator(self.seed, self.stream, step).spawn(1)[0]
+        with naming(names[0]):
+            channels = self.cases[names[0]].image.shape[0]
+            draws: Drawn = self.augmentation.draw(child, self.batch_size, channels, [self.shown(p) for p in patches])
+        for sample in range(self.batch_size)[self.own]:
+            name, box = patches[sample].case, patches[sample].box
+            with naming(name):
+                case, shape = self.cases[name], draws.source_shape(sample)
+                source = grow(box, shape)
+                arrays.append(cut_sources(case, source, len(shape)))
+                if self.prior is not None:
+                    priors.append(cut_source(self.prior.maps(name), source, len(shape), 0).short())
+                if self.positions:
+                    positions.append(position_of(box, case.labels.shape, draws.is_mirrored(sample)[-len(self.patch) :]))
         prior_draws = None
         if self.prior is not None and self.prior.corrupted:
             prior_draws = draw_prior(rng, self.batch_size, len(self.prior.foreground)).part(self.own)

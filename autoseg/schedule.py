@@ -35,21 +35,34 @@ def progress(recipe: Recipe, *, step: int, seconds: float) -> float:
     return min(step / (recipe.epochs * recipe.steps_per_epoch), 1.0)
 
 
-def choose_rhythm(recipe: Recipe, seconds_left: float, seconds_a_step: float) -> Rhythm:
+def choose_rhythm(
+    recipe: Recipe, seconds_left: float, seconds_a_step: float, validation_steps: int | None = None
+) -> Rhythm:
     """About 50 epochs in `seconds_left`, none shorter than five steps or, which comes first, longer than the recipe's.
 
     The recipe's 250 steps an epoch would leave a slow machine a handful of epochs, and so a handful of measurements.
-    Validation steps are a fifth of the training steps, at least one, at most the recipe's.
+    Validation steps are a fifth of the training steps, at least one, at most the recipe's; or those that are given,
+    and then epochs are long enough for them.
     """
     if recipe.budget_seconds is None:
         raise ValueError("a run without a budget has the epochs of its recipe")
     wanted = seconds_left / EPOCHS_IN_BUDGET / (seconds_a_step * (1 + VALIDATION_SHARE))
-    steps = min(max(round(wanted), SHORTEST_EPOCH), recipe.steps_per_epoch)
+    steps = min(max(round(wanted), SHORTEST_EPOCH, 5 * (validation_steps or 0)), recipe.steps_per_epoch)
     return Rhythm(
         budget_seconds=recipe.budget_seconds,
         steps=steps,
-        validation_steps=max(1, min(steps // 5, recipe.validation_steps)),
+        validation_steps=validation_steps or min(max(1, steps // 5), recipe.validation_steps),
     )
+
+
+def expected_epochs(recipe: Recipe, seconds_a_step: float | None) -> int:
+    """How many epochs a run has; by time about so many where a step takes so long, None: not known."""
+    if recipe.budget_seconds is None:
+        return recipe.epochs
+    if seconds_a_step is None:
+        return EPOCHS_IN_BUDGET
+    rhythm = choose_rhythm(recipe, recipe.budget_seconds, seconds_a_step)
+    return round(recipe.budget_seconds / (rhythm.steps * seconds_a_step * (1 + VALIDATION_SHARE)))
 
 
 def is_over(recipe: Recipe, *, step: int, seconds: float, recent: Sequence[float], closing: float) -> bool:

@@ -7,7 +7,7 @@ order*, which is the order of `Plan.orientation` permuted by `Plan.axis_order`. 
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from autoseg.crops import Crop
 from autoseg.labels import Labels
@@ -134,6 +134,9 @@ class Preparation:
 
     combined: tuple[str, ...] = ()
     """The channels of the files whose root of the sum of squares is the one channel of the plan; empty: as they are."""
+    thin: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 1)
+    """So many neighbouring voxels along each canonical axis (Z, Y, X) become one: slices thicker ones. It has the root
+    of the sum of their squares, and their labels, see `Labels.union`."""
     crops: tuple[Crop, ...] = ()
     function: str | None = None
     """A function of one's own as `package.module:name`: called with the image, float32 (C, Z, Y, X) in canonical axes,
@@ -187,6 +190,27 @@ class Reason:
 
 
 @record
+class Request:
+    """What was asked of the planner by options; None and empty: nothing. It holds for later plans of the same name."""
+
+    preset: str | None = None
+    network: str | None = None
+    gpu_memory_gb: float | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    context: int | None = None
+    crops: tuple[Crop, ...] = ()
+    combine: str | None = None
+    thin: tuple[PositiveInt, ...] = ()
+    """Voxels that become one, along slices or along each axis (Z, Y, X)."""
+    merge: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Class -> the labels that it is made of, each by name or value."""
+    like: str | None = None
+    """The path of the model whose plan was taken over."""
+    changes: dict[str, str] = field(default_factory=dict)
+    """Field of the plan -> its value as JSON, as given by --set."""
+
+
+@record
 class Plan:
     """All that preprocessing, training and prediction need to know about the data and the network."""
 
@@ -212,6 +236,7 @@ class Plan:
     reasons: tuple[Reason, ...] = ()
     planned: dict[str, str] = field(default_factory=dict)
     """Configuration (and `channels`, and `plan`: the rest) -> hash as it was planned; any other one: edited by hand."""
+    request: Request = Request()
 
     def __post_init__(self) -> None:
         if self.preparation.combined and len(self.channels) > 1:
@@ -250,7 +275,7 @@ class Plan:
                 read = (known[name].prepared, known[name].previous_stage)
                 kept += [other for other in read if other is not None and other not in kept]
         chosen = tuple(configuration for configuration in self.configurations if configuration.name in kept)
-        return replace(self, configurations=chosen, reasons=(), planned={})
+        return replace(self, configurations=chosen, reasons=(), planned={}, request=Request())
 
     def flips(self, configuration: Configuration) -> Flips:
         """The mirror images of a configuration's patches, in training and prediction."""
@@ -269,12 +294,14 @@ class Plan:
 class Recipe:
     """How a network is trained. Defaults follow nnU-Net v2 (Isensee et al., Nature Methods 2021)."""
 
-    epochs: int = 1000
+    epochs: PositiveInt = 1000
     budget_seconds: PositiveFloat | None = None
     """Training time over all sessions, in place of `epochs`; the two numbers below are then the largest allowed."""
-    steps_per_epoch: int = 250
-    validation_steps: int = 50
-    seed: int = 0
+    steps_per_epoch: PositiveInt = 250
+    validation_steps: NonNegativeInt = 50
+    """Batches of held-out patches after an epoch: others each time, or always the same ones where the run goes by their
+    loss (`schedule=plateau`, `stop_patience`, `weights=best`)."""
+    seed: NonNegativeInt = 0
     batch_size: PositiveInt | None = None
     """Patches a step; None: as planned, or fewer where a budget leaves few steps: `pipeline.recipe.for_time`."""
     loss: str = "dice_ce"
@@ -282,8 +309,8 @@ class Recipe:
     deep_supervision: bool = True
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     """`sgd` has Nesterov momentum. A short run takes `adamw` unless told otherwise: `pipeline.recipe.for_length`."""
-    learning_rate: float = 0.01
-    momentum: float = 0.99
+    learning_rate: NonNegativeFloat = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Of `sgd` only."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises from near 0 to the schedule's."""
@@ -291,10 +318,10 @@ class Recipe:
     """Epochs at the beginning in which the encoder stays as it is, norms included."""
     encoder_rate: PositiveFloat = 1.0
     """The encoder's learning rate as a multiple of the others'."""
-    weight_decay: float = 3e-5
+    weight_decay: NonNegativeFloat = 3e-5
     schedule: str = "poly"
     """A name of `rates.SCHEDULES`, with its options: `step(factor=0.8, period=1)`, `plateau(patience=5)`, `wsd`."""
-    poly_exponent: float = 0.9
+    poly_exponent: NonNegativeFloat = 0.9
     """Of `poly` only."""
     stop_patience: NonNegativeInt = 0
     """Epochs without a new lowest validation loss after which the run ends; 0: none."""
@@ -303,27 +330,30 @@ class Recipe:
     chosen by held-out cases (`best`, `stop_patience`) scores a little too well on them."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Of `ema` only: the average is over about 1 / (1 - ema_decay) steps."""
-    clip_norm: float = 12.0
+    clip_norm: NonNegativeFloat = 12.0
+    """Norm to which a longer gradient is shortened; 0: none is."""
     patch_position: str = "default"
     """Where patches of training lie, a key of `placement.POSITIONS`; those of the pseudo-validation as by default."""
-    foreground_fraction: float = 0.33
-    """Share of a batch's patches that are centred on foreground, where the position mixes them with others."""
+    foreground_fraction: Annotated[float, Field(ge=0, le=1)] = 0.33
+    """Share of the patches that are centred on foreground, where the position mixes them with others: rounded, but at
+    least one of each batch; of batches of one patch so many."""
     redraw_empty: NonNegativeInt = 0
     """How often at most a patch of training without foreground is drawn again, within a case that has some."""
     augmentation: str = "default"
     """`default`, `none`, `desai`, `strong`, `mr_artefacts`, `batchgenerators`, or `package.module:name` of a transform
     of your own. Held-out patches are never changed."""
     offline_copies: NonNegativeInt = 0
-    """How many fixed augmented copies there are of each case beside the case itself; 0: it is drawn anew each time."""
+    """How many fixed augmented copies there are of each case (in 2D: of each slice) beside itself; 0: it is drawn anew
+    each time."""
     match_steps: bool = True
     """Whether copies leave the number of steps as it is; otherwise epochs are as many times longer as the data are."""
-    loader_threads: int = 2
+    loader_threads: PositiveInt = 2
     tune: bool = True
     """Whether probes at the start may choose precision, layout and compilation; without them float32, eager."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: PositiveFloat = 5.0
     keep_probabilities: bool = True
     """Whether those of held-out cases stay beside the fold for `find_best`, which predicts anew what is not there."""
-    max_bad_steps: int = 5
+    max_bad_steps: PositiveInt = 5
     """Consecutive non-finite losses after which the run stops."""
 
 

@@ -8,6 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,15 +94,16 @@ def change(value: T, changes: Mapping[str, Any], *, taken: Mapping[str, str] | N
     """The record `value` with `changes` made, validated as a whole.
 
     A step of a path is a field name, a position in a tuple, or the `name` of a record in a tuple. `taken` maps
-    fields that have an option of their own to that option; changing one here is refused, so that nothing can be
-    said in two ways. Raises AutosegError that lists the valid fields.
+    fields that have an option of their own to that option; changing one here, or a part of it, is refused, so that
+    nothing can be said in two ways. Raises AutosegError that lists the valid fields.
     """
     content = TypeAdapter(type(value)).dump_python(value, mode="json")
     for path, new in changes.items():
-        if taken and path in taken:
-            raise AutosegError(f"{where} {path}: use the option {taken[path]} for this")
         holder: Any = content
         *steps, last = path.split(".")
+        for whole in accumulate((*steps, last), "{}.{}".format):
+            if taken and whole in taken:
+                raise AutosegError(f"{where} {path}: use the option {taken[whole]} for this")
         for depth, step in enumerate(steps):
             holder = holder[_place(holder, step, ".".join(steps[: depth + 1]), where)]
         holder[_place(holder, last, path, where)] = new

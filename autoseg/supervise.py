@@ -67,27 +67,34 @@ class Journal:
         finally:
             self._note(begins=False, stage=stage, case=case, last=last)
 
+    def stage(self, text: str) -> None:
+        """Note what is going on without any case in hand, for example `while fold 0 trained`; nothing: no longer."""
+        self._note(stage=text)
+
     def _note(self, **event: Any) -> None:
         if self.file is not None:
             # One unbuffered write a line: lines of several threads do not mix, and a killed process leaves whole ones.
             self.file.write(json.dumps(event).encode() + b"\n")
 
-    def read(self) -> tuple[dict[Job, str], int]:
-        """The jobs in hand at the end of the journal, with what was being done, and how many cases were finished."""
+    def read(self) -> tuple[dict[Job, str], int, str]:
+        """The jobs in hand at the end of the journal, with what was done to them; number of finished cases; `stage`."""
         assert self.file is not None
         self.file.seek(0)
         in_hand: dict[Job, str] = {}
-        finished = 0
+        finished, stage = 0, ""
         # What follows the last line break is empty, or a line that the end of the process cut short.
         for line in self.file.read().split(b"\n")[:-1]:
             event = json.loads(line)
+            if "case" not in event:
+                stage = event["stage"]
+                continue
             job = event["stage"], event["case"]
             if event["begins"]:
                 in_hand[job] = event["doing"]
             else:
                 in_hand.pop(job, None)
                 finished += event["last"]
-        return in_hand, finished
+        return in_hand, finished, stage
 
 
 JOURNAL = Journal()
@@ -108,7 +115,7 @@ def supervise(work: Callable[[], None]) -> int:
         with tempfile.TemporaryFile(buffering=0) as file:
             JOURNAL.file = file
             code, peak, told = _run(work)
-            in_hand, finished = JOURNAL.read()
+            in_hand, finished, stage = JOURNAL.read()
         JOURNAL.file = None
         name = signal.Signals(-code).name if code < 0 else ""
         if name not in CRASHES or told:
@@ -116,7 +123,8 @@ def supervise(work: Callable[[], None]) -> int:
         fruitless = 0 if finished else fruitless + 1
         death = f"the process died of {name}, {CRASHES[name]}; it had taken {peak / 2**30:.2f} GiB at its peak"
         if not in_hand:
-            _say(f"{death}. No case was in hand, so there is none to leave out: free memory and start again")
+            when = f" {stage}" if stage else ""
+            _say(f"{death}{when}. No case was in hand, so there is none to leave out: free memory and start again")
             return 128 - code
         if fruitless >= FRUITLESS:
             _say(f"{death}. {fruitless} deaths in a row without one finished case: no single case is at fault")

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autoseg.devices import usable_threads
 from autoseg.records import AutosegError
 
 HERE = "127.0.0.1"
@@ -38,6 +39,19 @@ PATIENCE = timedelta(days=1)
 """How long a process waits for the others. A dead one is noticed by its closed connection; a slow one is none."""
 GRACE_SECONDS = 5.0
 """How long the leader may take to notice by itself that another process has ended."""
+
+
+class Lost(RuntimeError):
+    """An exchange has failed, as it does when another process is no more."""
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """Whatever an exchange raises is Lost, so that it is told from a mistake of this process; also a decorator."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +79,7 @@ class Team:
         own = self.own(count)
         return (own.stop - own.start) / count
 
+    @exchange()
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes, in each of them."""
         if self.size > 1:
@@ -72,6 +87,7 @@ class Team:
             dist.all_reduce(values)
         return values
 
+    @exchange()
     def largest(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over all processes."""
         if self.size == 1:
@@ -80,6 +96,7 @@ class Team:
         dist.all_reduce(known, dist.ReduceOp.MAX)
         return tuple(known.tolist())
 
+    @exchange()
     def lead(self, value: float) -> float:
         """The leader's value."""
         if self.size == 1:
@@ -88,6 +105,7 @@ class Team:
         dist.broadcast(known, 0)
         return known.item()
 
+    @exchange()
     def tell(self, text: str = "") -> str:
         """The leader's text."""
         if self.size == 1:
@@ -103,6 +121,7 @@ class Team:
         """Until all processes are here."""
         self.largest(0)
 
+    @exchange()
     def share(self, network: nn.Module) -> Callable[[], None]:
         """Give all processes the leader's weights, and from now on in each backward pass the sum of all gradients.
 
@@ -115,6 +134,7 @@ class Team:
             dist.broadcast(tensor, 0)
         under_way: list[dist.Work] = []
 
+        @exchange()
         def send(parameter: Tensor) -> None:
             work = dist.all_reduce(parameter.grad, async_op=True)
             assert work is not None
@@ -123,6 +143,7 @@ class Team:
         for parameter in network.parameters():
             parameter.register_post_accumulate_grad_hook(send)
 
+        @exchange()
         def finish() -> None:
             while under_way:
                 under_way.pop(0).wait()
@@ -148,7 +169,8 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
 
     size: how many processes to start, this one included, with the command line that this one was started with; 1: none.
     Under torchrun its processes are taken, whatever `size`. Raises AutosegError if there are fewer GPUs than
-    processes, and in the leader when another process has ended before its work was done.
+    processes, and in the leader when another process has ended before its work was done; under torchrun, whose
+    processes all speak for themselves, in each of them.
     """
     # WORLD_SIZE alone is set in many containers.
     started = LED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
@@ -163,7 +185,7 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
     place = int(os.environ.get("LOCAL_RANK", team.rank))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     own_device = one_each(device, place, here)
-    torch.set_num_threads(max(torch.get_num_threads() // here, 1))
+    torch.set_num_threads(max(usable_threads() // here, 1))
     if own_device.startswith("cuda"):
         torch.cuda.set_device(own_device)
     backend = "cpu:gloo,cuda:nccl" if own_device.startswith("cuda") else "gloo"
@@ -179,9 +201,14 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
             # Only where all come by: an NCCL communicator waits here for the others, who may wait for this process.
             dist.destroy_process_group()
     except BaseException as error:
+        if started and isinstance(error, Lost):
+            error = AutosegError(
+                f"process {team.rank} of {size} ends because another one has ended, which says why itself "
+                f"({str(error).splitlines()[0].partition('. ')[0]})"
+            )
         if own_device.startswith("cuda"):
             _leave(error)
-        raise
+        raise error
 
 
 def _leave(error: BaseException) -> NoReturn:

@@ -27,14 +27,14 @@ from autoseg.agreement import Workload
 from autoseg.bad_steps import record_bad_step, refuse_many
 from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, save_weights
 from autoseg.computing import apply, autocast, scaler
-from autoseg.history import Epoch, append_metrics, forget_metrics_from, read_metrics
+from autoseg.history import Epoch, append_metrics, forget_metrics_from, in_words, read_metrics, rolling
 from autoseg.kept import average, second_network, take_over
 from autoseg.labels import Labels
 from autoseg.losses import Loss, Part, deep_supervision, scale_targets
 from autoseg.optimizers import OPTIMIZERS
 from autoseg.parameter_groups import groups, hold_encoder, set_rate
 from autoseg.progress import Progress
-from autoseg.rates import early_stop, learning_rate, lowest, next_leg, reduced
+from autoseg.rates import by_validation_loss, early_stop, learning_rate, lowest, next_leg, reduced
 from autoseg.sampling import Batch, Sampler, Stream, generator, prefetch
 from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, progress
 from autoseg.schema import Recipe, Tuning
@@ -59,6 +59,8 @@ class Parts:
     labels: Labels
     scales: tuple[tuple[int, ...], ...]
     """By how much each output of the network is smaller than the patch, for the targets of deep supervision."""
+    output_weights: tuple[float, ...] = ()
+    """How much each of them counts there; (): see `losses.scale_weights`."""
     loss: Loss
     """Of logits and target, and by keyword `annotated` and `part`; see `losses.make_loss`."""
     device: torch.device
@@ -87,7 +89,8 @@ def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
             logits = parts.network(batch.image, **where)
             return loss(logits, batch.labels), logits
         scales = parts.network(batch.image, all_scales=True, **where)
-        return deep_supervision(loss, scales, scale_targets(batch.labels, parts.scales)), scales[0]
+        targets = scale_targets(batch.labels, parts.scales)
+        return deep_supervision(loss, scales, targets, parts.output_weights), scales[0]
 
 
 def training_step(
@@ -113,7 +116,7 @@ def training_step(
     scaler.scale(loss).backward()
     gathered()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(parts.network.parameters(), parts.recipe.clip_norm)
+    norm = nn.utils.clip_grad_norm_(parts.network.parameters(), parts.recipe.clip_norm or math.inf)
     # A scale that was too large is no bad batch: the scaler leaves the step out and tries a smaller one.
     if not scaler.is_enabled() and not torch.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
@@ -152,12 +155,15 @@ def batches(sampler: Sampler, steps: Iterable[int], threads: int, device: torch.
 def validate(
     parts: Parts, epoch: int, steps: int, between: Callable[[], None]
 ) -> tuple[float | None, dict[str, float | None]]:
-    """(mean loss, pseudo-Dice of each class) over `steps` batches of random validation patches of an epoch.
+    """(mean loss, pseudo-Dice of each class) over `steps` batches of random validation patches.
 
-    Counts are pooled over all patches, without ignored voxels and without the classes that were not annotated in a
-    patch's case; a class that is neither present nor predicted is None. `between` is called before each batch.
+    They are others in each epoch, so that the curve tells of all held-out cases; but the same ones in every epoch where
+    the recipe goes by these losses (`rates.by_validation_loss`), since losses of different patches differ by more than
+    the weights improve. Counts are pooled over all patches, without ignored voxels and without the classes that were
+    not annotated in a patch's case; a class that is neither present nor predicted is None. `between` is called before
+    each batch.
     """
-    first = epoch * parts.recipe.validation_steps
+    first = 0 if by_validation_loss(parts.recipe) else epoch * parts.recipe.validation_steps
     losses: list[float] = []
     counts = torch.zeros(3, parts.labels.count - 1, dtype=torch.float64)
     parts.network.eval()
@@ -327,15 +333,18 @@ def _steps(recipe: Recipe, first: int) -> Iterable[int]:
 
 def _lacks_rhythm(recipe: Recipe, state: Progressed) -> bool:
     chosen = None if state.rhythm is None else state.rhythm.budget_seconds
-    return recipe.budget_seconds != chosen
+    return recipe.budget_seconds not in (None, chosen)
 
 
 def _epoch_lengths(recipe: Recipe, state: Progressed) -> tuple[int, int]:
     """Steps of training and of validation in the epoch under way."""
-    if state.rhythm is None:
+    steps, validation_steps = recipe.steps_per_epoch, recipe.validation_steps
+    if recipe.budget_seconds is not None and state.rhythm is not None:
+        steps, validation_steps = state.rhythm.steps, state.rhythm.validation_steps
+    elif recipe.budget_seconds is not None:
         # A budget too short to be timed has no room for the recipe's validation either.
-        return recipe.steps_per_epoch, recipe.validation_steps if recipe.budget_seconds is None else 1
-    return state.rhythm.steps, state.rhythm.validation_steps
+        validation_steps = min(1, validation_steps)
+    return steps, state.compared_steps or validation_steps
 
 
 def _epoch_is_full(recipe: Recipe, state: Progressed) -> bool:
@@ -345,7 +354,7 @@ def _epoch_is_full(recipe: Recipe, state: Progressed) -> bool:
 def _with_rhythm(recipe: Recipe, state: Progressed, timed: Iterable[float], bar: Progress) -> Progressed:
     assert recipe.budget_seconds is not None
     step = median([*timed][1:])
-    rhythm = choose_rhythm(recipe, recipe.budget_seconds - state.seconds, step)
+    rhythm = choose_rhythm(recipe, recipe.budget_seconds - state.seconds, step, state.compared_steps)
     bar.say(
         f"a step takes {step:.2g} s: epochs of {rhythm.steps} steps and {rhythm.validation_steps} validation steps; "
         f"{recipe.epochs} epochs of {recipe.steps_per_epoch} steps would take "
@@ -379,7 +388,8 @@ def _end_epoch(
 ) -> Progressed:
     recipe = parts.recipe
     judged = parts if kept is None or recipe.weights == "best" else replace(parts, network=kept)
-    validation_loss, dice = validate(judged, state.epoch, _epoch_lengths(recipe, state)[1], between)
+    validation_steps = _epoch_lengths(recipe, state)[1]
+    validation_loss, dice = validate(judged, state.epoch, validation_steps, between)
     losses = (*state.validation_losses, validation_loss)
     if kept is not None and recipe.weights == "best" and lowest(losses) in (None, len(losses) - 1):
         take_over(kept, parts.network)
@@ -396,6 +406,7 @@ def _end_epoch(
         training_loss=sum(state.epoch_losses) / len(state.epoch_losses) if state.epoch_losses else None,
         validation_loss=validation_loss,
         pseudo_dice=dice,
+        pseudo_iou={name: None if value is None else value / (2 - value) for name, value in dice.items()},
         mean_pseudo_dice=mean,
         smooth_pseudo_dice=smooth,
         skipped_steps=state.skipped_steps,
@@ -406,7 +417,14 @@ def _end_epoch(
         silent = watch(lines, state.shown, parts.labels, recipe, parts.training, parts.validation)
         for one in silent:
             bar.say(one["said"])
-        append_metrics(parts.folder, replace(line, silent=tuple(silent)))
+        line = replace(
+            line,
+            rolling_training_loss=rolling(lines, "training_loss"),
+            rolling_validation_loss=rolling(lines, "validation_loss"),
+            silent=tuple(silent),
+        )
+        bar.remark(in_words(line))
+        append_metrics(parts.folder, line)
         on_epoch(read_metrics(parts.folder))
     ended = replace(
         state,
@@ -415,6 +433,7 @@ def _end_epoch(
         smooth_pseudo_dice=smooth,
         epoch_losses=(),
         validation_losses=losses,
+        compared_steps=validation_steps if by_validation_loss(recipe) else None,
     )
     if said := reduced(recipe, state.moment(recipe), ended.moment(recipe)):
         bar.say(said)

@@ -83,6 +83,13 @@ class Box:
             stop=tuple(max(min(b, n), 0) for b, n in zip(self.stop, shape)),
         )
 
+    def shared(self, other: "Box") -> "Box":
+        """The part that lies inside another box too; negative along an axis where none does."""
+        return Box(
+            start=tuple(max(a, b) for a, b in zip(self.start, other.start)),
+            stop=tuple(min(a, b) for a, b in zip(self.stop, other.stop)),
+        )
+
     def moved(self, by: tuple[int, ...]) -> "Box":
         """The same block `by` voxels further."""
         return Box(start=tuple(a + d for a, d in zip(self.start, by)), stop=tuple(b + d for b, d in zip(self.stop, by)))

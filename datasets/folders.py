@@ -36,7 +36,7 @@ MOST_VALUES = 256
 """More label values than this are no classes: the masks are images, or instances with a number each."""
 
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-IMAGES = ("images", "image", "imgs", "img")
+IMAGES = ("images", "image", "imgs", "img", "magn")
 MASKS = ("masks", "mask", "labels", "label", "segmentations", "annotations")
 
 

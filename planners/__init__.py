@@ -9,7 +9,8 @@ from autoseg.planners.default import plan
 from autoseg.planners.edits import added, difference, edited, keep_edits, stamped
 from autoseg.planners.explain import explain
 from autoseg.planners.like import plan_like
-from autoseg.planners.prepared import as_prepared, with_preparation
+from autoseg.planners.prepared import as_prepared, thinning, with_preparation
+from autoseg.planners.request import asks, joined, kept, refuse_other_network, request_of, words
 from autoseg.planners.rules import PLANNERS, Budget, Rules
 from autoseg.planners.sides import says_sides
 
@@ -19,14 +20,21 @@ __all__ = [
     "Rules",
     "added",
     "as_prepared",
+    "asks",
     "difference",
     "edited",
     "explain",
+    "joined",
     "keep_edits",
+    "kept",
     "plan",
     "plan_like",
+    "refuse_other_network",
+    "request_of",
     "says_sides",
     "stamped",
+    "thinning",
     "with_context",
     "with_preparation",
+    "words",
 ]

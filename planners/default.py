@@ -100,12 +100,16 @@ def plan(
 
 
 def _labels(labels: Labels) -> tuple[Reason, ...]:
-    """What regions and the ignored value mean for the network and the written labels; nothing for plain classes."""
+    """What regions, merged labels and the ignored value mean for the network and what it writes; else nothing."""
+    rule = "regions have a sigmoid each and are written as regions_class_order says, else larger ones first"
+    if labels.merges:
+        rule = (
+            "labels that --merge names are one class in training, scores and prediction; their files stay as they are"
+        )
     return tuple(
         Reason(
             decision="labels",
-            rule="regions have a sigmoid each and are written as regions_class_order says, else larger ones first; "
-            "ignored voxels take part in nothing",
+            rule=f"{rule}; ignored voxels take part in nothing",
             inputs=", ".join(f"{name} {value}" for name, value in labels.scored.items()),
             outcome=remark,
         )

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from autoseg.records import AutosegError, hash_text
-from autoseg.schema import ChannelNorm, Configuration, Plan
+from autoseg.schema import ChannelNorm, Configuration, Plan, Request
 from autoseg.settings import fields
 
 CHANNELS = "channels"
@@ -147,4 +147,4 @@ def difference(first: Plan, second: Plan) -> list[Row]:
 
 def _bare(plan: Plan) -> Plan:
     """The plan without what is compared by name, and without what says nothing about training."""
-    return replace(plan, name="", configurations=(), channels=(), reasons=(), planned={})
+    return replace(plan, name="", configurations=(), channels=(), reasons=(), planned={}, request=Request())

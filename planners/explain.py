@@ -4,6 +4,7 @@ import textwrap
 
 from autoseg.planners.edits import added, edited
 from autoseg.planners.grid import by
+from autoseg.planners.request import words
 from autoseg.schema import Plan
 
 WIDTH = 110
@@ -14,6 +15,7 @@ def explain(plan: Plan) -> str:
     memory = f", {plan.gpu_memory_gb:g} GB of GPU memory" if plan.gpu_memory_gb is not None else ""
     lines = [
         f"Plan {plan.name!r} for {plan.dataset}: preset {plan.preset}{memory}",
+        *([f"Asked for: {asked}"] if (asked := words(plan.request)) else []),
         "",
         f"{'configuration':20}{'patch':18}{'batch':>6}  spacing (mm)",
     ]

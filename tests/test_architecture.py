@@ -16,6 +16,7 @@ ROWS = [
         "records",
         "labels",
         "crops",
+        "merging",
         "mirroring",
         "schema",
         "needs",

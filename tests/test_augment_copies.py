@@ -66,6 +66,23 @@ def test_copies_stay_from_step_to_step_and_differ_with_the_seed(folder):
     assert all(len(early[case] & other[case]) == 1 for case in CASES)  # the case itself
 
 
+def test_in_2d_every_slice_has_copies_of_its_own(folder):
+    patch = PATCH[1:]
+    maker = {
+        name: make_augmentation(name, patch=patch, dimension=2, masked=(False, False)) for name in ("desai", "none")
+    }
+    fixed = FixedCopies(augmentation=maker["desai"], plain=maker["none"], copies=2, seed=3)
+    made = Sampler(**{**vars(toy_sampler(folder, patch=patch)), "augmentation": fixed})
+    found = defaultdict(set)
+    for step in range(40):
+        sources = made.sources(step)
+        for shown, copy, (_, drawn) in zip(sources.patches, sources.draws.copies, sources.draws.samples):
+            found[shown.case, shown.box.start[0], copy].add(drawn.affine.tobytes())
+    assert all(len(affine) == 1 for affine in found.values())
+    changed = [affine for (_, _, copy), affine in found.items() if copy]
+    assert len(changed) > 30 and len(set.union(*changed)) == len(changed)
+
+
 def test_each_copy_is_seen_as_often_as_the_case(folder):
     chosen = np.concatenate(
         [sampler(folder).augmentation.draw(np.random.default_rng(step), 30, 2, ["a"] * 30).copies for step in range(50)]
@@ -129,4 +146,3 @@ def test_without_matched_steps_an_epoch_grows_with_the_data():
     grown = make_recipe(options)
     assert (grown.epochs, grown.steps_per_epoch) == (7, 50)
     assert make_recipe(options, existing=grown) == grown  # the same command goes on with it
-    assert make_recipe(TrainOptions(changes={"match_steps": False})).steps_per_epoch == 250

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import pytest
 from test_pipeline import NAME
@@ -22,7 +23,8 @@ OPTIONS = {
     "check": {"dataset", "workspace", "workers"},
     "plan_and_preprocess": {
         "dataset", "configurations", "preset", "gpu_memory", "spacing", "like", "plan", "group_by", "test_fraction",
-        "context", "crop", "combine", "discard_edits", "workers", "workspace", "set_", "help_fields", "network",
+        "context", "crop", "combine", "thin", "merge", "discard_edits", "workers", "workspace", "set_", "help_fields",
+        "network",
     },
     "plan": {"dataset", "plan", "explain", "diff", "workspace"},
     "train": {
@@ -32,18 +34,19 @@ OPTIONS = {
     "fit": {
         "dataset", "configurations", "folds", "budget", "epochs", "preset", "gpu_memory", "spacing", "group_by",
         "test_fraction", "seed", "loss", "device", "num_gpus", "plan", "run", "recipe", "workers", "workspace", "set_",
-        "network",
+        "network", "like", "context", "crop", "combine", "thin", "merge", "discard_edits",
+        "pretrained",
     },
     "find_best": {"dataset", "runs", "device", "workers", "workspace"},
     "predict": {
-        "source", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
+        "sources", "target", "dataset", "configuration", "folds", "run", "model", "step_size", "no_tta",
         "save_probabilities", "no_postprocess", "retry_failed", "device", "workspace",
     },
     "ensemble": {"folders", "target", "dataset", "workers", "workspace"},
     "export": {"target", "dataset", "configuration", "folds", "run", "model", "licence", "note", "workspace"},
     "info": {"file"},
     "import-nnunet": {"source", "target", "configuration", "folds"},
-    "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace"},
+    "evaluate": {"truth", "prediction", "dataset", "output", "tolerance", "partial", "workers", "workspace", "merge"},
     "postprocess": {"source", "target", "truth", "rule", "dataset", "workers", "workspace"},
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
@@ -98,6 +101,31 @@ def test_folds_are_numbers_with_commas(text):
 def test_fit_refuses_two_ends():
     refused = RUNNER.invoke(app, ["fit", "-d", "7", "--epochs", "3", "--budget", "2h"])
     assert "not both" in str(refused.exception)
+
+
+PLANNING = [
+    *("--preset", "resenc_m", "--network", "resenc(stages=3)", "--gpu-memory", "6", "--spacing", "3,1,0.5"),
+    *("--context", "5", "--crop", "crop_to(size=[0, 7, 11])", "--crop", "margins(low=[1, 0, 0], high=[0, 0, 2])"),
+    *("--thin", "1,1,2", "--merge", "both=1,2"),
+    *("--combine", "rss", "--plan", "mine", "--group-by", "p(.)", "--test-fraction", "0.2", "--discard-edits"),
+    *("--workers", "3"),
+]
+
+
+@pytest.mark.parametrize("asked", [[], PLANNING, ["--like", "m.autoseg", "--context", "3"]])
+def test_fit_plans_what_the_verb_that_plans_would(tmp_path, monkeypatch, asked):
+    from autoseg.pipeline import data, fit
+
+    given = []
+    monkeypatch.setattr(data, "plan_and_preprocess", lambda place, dataset, options: given.append(options))
+    monkeypatch.setattr(fit, "fit", lambda place, dataset, options: given.append(options.plan))
+    for verb in ("plan_and_preprocess", "fit"):
+        RUNNER.invoke(app, [verb, "-d", "7", *asked, "--workspace", str(tmp_path)], catch_exceptions=False)
+    planned, fitted = given
+    assert replace(fitted, keep=False) == replace(planned, changes=None)
+    if asked is PLANNING:
+        unset = {field.name for field in fields(planned) if getattr(planned, field.name) == field.default}
+        assert unset == {"like", "choose", "keep", "configurations"}, "given another value, all others are"
 
 
 def test_fields_of_recipe_plan_and_source_are_listed(tmp_path):

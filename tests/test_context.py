@@ -427,3 +427,11 @@ def test_from_raw_images_to_predictions_with_neighbours(tmp_path, capsys):
     assert again.exit_code and "give an odd number" in str(again.exception)
     again = run(app, ["plan_and_preprocess", "-d", "7", "--set", "configurations.2d.context=5", *place])
     assert again.exit_code and "use the option --context" in str(again.exception)
+
+
+def test_slices_for_what_would_not_be_trained_are_refused_with_the_cure(tmp_path):
+    workspace = Workspace(tmp_path)
+    balls_dataset(workspace.raw(NAME))
+    with pytest.raises(AutosegError, match=r"is for 2d, and only 3d_fullres is asked for; add -c 2d"):
+        plan_and_preprocess(workspace, "7", PlanOptions(context=3, choose=lambda made: ("3d_fullres",)))
+    assert not workspace.prepared(NAME).exists()

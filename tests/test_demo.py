@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from autoseg.pipeline.demo import CASES, SEED, TEST_CASES, made_before
+from autoseg.records import AutosegError
+
 
 @pytest.mark.slow
 def test_the_demo_segments_unseen_vessels(tmp_path):
@@ -24,5 +27,28 @@ def test_the_demo_segments_unseen_vessels(tmp_path):
     again = subprocess.run(
         [autoseg, "demo"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert again.returncode == 1
-    assert "holds a demo already" in again.stderr
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "They are there already" in again.stdout
+    assert "is trained already" in again.stdout
+    assert "4 of 4 cases are predicted already" in again.stdout
+
+
+def test_vessels_that_were_made_before_are_taken_a_part_is_made_anew_others_are_refused(tmp_path):
+    raw = tmp_path / "Dataset900_Vessels"
+    assert not made_before(raw)
+    part = raw / "imagesTr" / "vessels_003_0000.nii.gz"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    assert not made_before(raw)
+    assert not raw.exists(), "it was stopped while they were made"
+    raw.mkdir()
+    facts = {"numTraining": CASES, "numTest": TEST_CASES, "seed": SEED}
+    (raw / "dataset.json").write_text(json.dumps(facts))
+    assert made_before(raw)
+    (raw / "dataset.json").write_text(json.dumps(facts | {"seed": SEED + 1}))
+    with pytest.raises(AutosegError, match="other data than those of the demo"):
+        made_before(raw)
+    (raw / "dataset.json").rename(raw / "mine.txt")
+    with pytest.raises(AutosegError, match="other data"):
+        made_before(raw)
+    assert (raw / "mine.txt").is_file()

@@ -13,7 +13,7 @@ from autoseg.labels import Labels
 from autoseg.layout import open_dataset
 from autoseg.model import in_folders, open_run
 from autoseg.pipeline import fit as module
-from autoseg.pipeline.crossval import all_folds, cross_validate, held_out
+from autoseg.pipeline.crossval import all_folds, cross_validate, held_out, validated
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, Spent, Task, find_tasks, fit, fit_table, share, stages
 from autoseg.pipeline.predict import PredictOptions, predict
@@ -23,6 +23,7 @@ from autoseg.readers import read_labels, write_labels
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Fold, Run
 from autoseg.splits import Splits
+from autoseg.supervise import JOURNAL
 from autoseg.workspace import Workspace
 
 NAME = "Dataset007_Balls"
@@ -71,6 +72,31 @@ def test_all_folds_are_trained_merged_and_followed_by_predict(place, capsys, tmp
     printed = capsys.readouterr().out
     assert "fold 0, 1, 2" in printed
     assert f"Post-processing: {card.postprocessing.describe(Labels.from_dataset(BALLS))}" in printed
+
+
+def test_on_a_cpu_the_sum_of_all_folds_is_announced(capsys):
+    task = Task(configuration=configuration(), fold=0, folder=Path("nowhere"), cases=1)
+    usual = FitOptions(plan=PLAN, train=TrainOptions(device="cpu"))
+    module.say_total([task, task, task], usual)
+    assert "3 folds train for 6h in all, since on a CPU each trains for 2h" in capsys.readouterr().out
+    for told in (OPTIONS, replace(usual, budget_seconds=60.0)):
+        module.say_total([task], told)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_fold_with_a_case_that_kills_does_not_keep_the_others_from_being_trained(place, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(JOURNAL.dead, ("validate", "p0_0"), "the process died of SIGKILL")
+        with pytest.raises(
+            AutosegError, match=r"1 of 1 held-out cases of .* cannot be predicted:\n  p0_0: the process"
+        ):
+            fit(place, "7", OPTIONS)
+    folders = [place.fold(NAME, "default", "3d_fullres", fold) for fold in range(3)]
+    assert sorted(validated(folder) for folder in folders) == [False, True, True]
+    capsys.readouterr()
+    fit(place, "7", OPTIONS)
+    assert all(validated(folder) for folder in folders)
+    assert capsys.readouterr().out.count("== fold") == 1
 
 
 def test_a_rule_that_helps_is_found_stored_and_applied_unless_left_out(place, capsys, tmp_path, monkeypatch):

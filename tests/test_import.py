@@ -272,14 +272,15 @@ def test_requests_that_cannot_be_met_say_what_to_do(place, tmp_path):
 # train-val
 
 
-def test_a_split_in_folders_becomes_the_fold(place, tmp_path, capsys):
+@pytest.mark.parametrize(("images", "masks"), [("images", "masks"), ("magn", "mask")])
+def test_a_split_in_folders_becomes_the_fold(place, tmp_path, capsys, images, masks):
     for part, names, first in (("train", ["1", "2", "3"], 0), ("valid", ["1"], 5), ("test", ["7"], 7)):
-        write_pairs(tmp_path / "d" / part / "images", tmp_path / "d" / part / "masks", names, names, first=first)
+        write_pairs(tmp_path / "d" / part / images, tmp_path / "d" / part / masks, names, names, first=first)
     made = import_dataset(place, "train-val", str(tmp_path / "d"), name=NAME, channels=("MR",), yes=True)
     fold = json.loads((made / "splits.json").read_text())["folds"]
     assert fold == [{"train": ["train_1", "train_2", "train_3"], "val": ["val_1"]}]
     assert {"imagesTs/test_7_0000.nii.gz", "labelsTs/test_7.nii.gz"} <= tree(made)
-    shutil.rmtree(tmp_path / "d" / "test" / "masks")
+    shutil.rmtree(tmp_path / "d" / "test" / masks)
     other = import_dataset(place, "train-val", str(tmp_path / "d"), name="Dataset004_B", channels=("MR",), yes=True)
     assert "has no masks and is left out" in capsys.readouterr().out
     assert not (other / "imagesTs").exists()
@@ -428,6 +429,10 @@ def test_profiles_are_whole_and_listed():
         assert name in shown and to_json(profile)
         assert profile.labels["background"] == 0
     assert list(PROFILES["knee_cartilage"].labels.values()) == list(range(7))
+    cartilage = {f"{place} cartilage" for place in ("femoral", "medial tibial", "lateral tibial", "patellar")}
+    menisci = {"medial meniscus", "lateral meniscus"}
+    assert PROFILES["knee_cartilage"].labels.keys() == {"background"} | cartilage | menisci
+    assert PROFILES["lower_limb_bones"].labels.keys() == {"background", "tibia", "femur", "fibula", "pelvis"}
     assert PROFILES["lower_limb_bones"].licence is None
     assert set(IMPORTS) == {"msd", "nnunet", "folders", "masks", "train-val", "hdf5"}
 

@@ -72,6 +72,7 @@ def naive(networks, image, patch, heads, step, mirror_axes):
         (100, 40, 0.5, (0, 20, 40, 60)),
         (101, 40, 0.5, (0, 15, 30, 46, 61)),  # 61 / 4 = 15.25
         (100, 40, 1.0, (0, 30, 60)),
+        (64, 32, 1.0, (0, 32)),  # side by side: each voxel in one
     ],
 )
 def test_tiles_are_spread_evenly(size, patch, step, starts):

@@ -49,7 +49,7 @@ SETTINGS = [
 def test_killed_within_an_epoch_and_gone_on_with_equals_uninterrupted(place, tmp_path, setting):
     whole = parts(place, f"{tmp_path}/whole", **FOUR, **setting)
     train(whole)
-    first = parts(place, f"{tmp_path}/halves", checkpoint_minutes=0.0, **FOUR, **setting)
+    first = parts(place, f"{tmp_path}/halves", checkpoint_minutes=1e-9, **FOUR, **setting)
     calls = []
 
     def kill(network, inputs):
@@ -72,12 +72,37 @@ def test_killed_within_an_epoch_and_gone_on_with_equals_uninterrupted(place, tmp
 def test_the_best_epoch_is_kept_though_the_run_goes_on(place, tmp_path, capsys):
     made = parts(place, f"{tmp_path}/run", weights="best", learning_rate=1e-5, **{**FOUR, "epochs": 6})
     seen = []
-    train(made, lambda lines: seen.append(copy.deepcopy(made.network.state_dict())))
+
+    def look(lines):
+        seen.append(copy.deepcopy(made.network.state_dict()))
+        if len(seen) == 3:
+            with torch.no_grad():
+                made.network.heads[0].weight *= -5
+
+    train(made, look)
     best = lowest([line["validation_loss"] for line in read_metrics(made.folder)])
-    assert best < 5, "patches differ more than these weights do"
+    assert best < 3, "what comes after is spoilt"
     assert f"kept: the weights of epoch {best}," in capsys.readouterr().out
     assert same(kept(made), seen[best])
     assert not same(kept(made), seen[-1])
+
+
+STILL = {"learning_rate": 0.0, "epochs": 3, "steps_per_epoch": 1, "validation_steps": 2}
+
+
+@pytest.mark.parametrize("going", [{"weights": "best"}, {"stop_patience": 9}, {"schedule": "plateau"}])
+def test_weights_that_stay_have_the_same_loss_in_every_epoch_where_something_goes_by_it(place, tmp_path, going):
+    made = parts(place, f"{tmp_path}/run", **STILL, **going)
+    train(made)
+    lines = read_metrics(made.folder)
+    assert len({line["validation_loss"] for line in lines}) == 1
+    assert lines[0]["validation_loss"] == validate(made, 0, 2, lambda: None)[0] == validate(made, 7, 2, lambda: None)[0]
+
+
+def test_other_runs_look_at_other_patches_in_every_epoch(place, tmp_path):
+    made = parts(place, f"{tmp_path}/run", weights="ema", **STILL)
+    assert train(made).compared_steps is None
+    assert len({line["validation_loss"] for line in read_metrics(made.folder)}) == 3
 
 
 def test_the_average_is_what_is_judged(place, tmp_path):

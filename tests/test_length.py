@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import NAME, PLAN, QUICK
@@ -217,8 +218,25 @@ def test_a_finished_run_goes_on_with_more_epochs_or_more_time(prepared, capsys):
     assert steps == sorted(set(steps))
     train(prepared, "longer", ANY)
     assert "trained already" in capsys.readouterr().out
-    with pytest.raises(AutosegError, match="leave out --epochs"):
-        train(prepared, "longer", replace(TRAIN, epochs=9))
+
+
+def test_a_run_by_time_goes_on_by_epochs_that_are_more_than_it_has(prepared, capsys):
+    folder = train(prepared, "by_time", replace(ANY, budget_seconds=0.5))
+    done = read_progress(folder)
+    assert done.rhythm is not None and done.rhythm.budget_seconds == 0.5, "epochs of its own"
+    capsys.readouterr()
+    with pytest.raises(AutosegError, match=rf"{done.step} steps, as many as [\d.]+ epochs of 3, are trained already"):
+        train(prepared, "by_time", replace(TRAIN, epochs=done.step // 3))
+    more = done.step // 3 + 4
+    train(prepared, "by_time", replace(TRAIN, epochs=more))
+    assert f"to {more} epochs of 3 steps; {done.step} steps are done" in capsys.readouterr().out
+    run = load_json(Run, folder / "run.json")
+    assert (run.recipe.epochs, run.recipe.budget_seconds, run.ended) == (more, None, None)
+    assert run.finished is not None
+    assert read_progress(folder).step == 3 * more
+    steps = [line["step"] for line in read_metrics(folder)]
+    assert steps == sorted(set(steps)) and steps[-1] == 3 * more
+    assert steps[-2] - steps[-3] == 3, "epochs are as long as the recipe says again"
 
 
 def test_an_unfinished_run_by_time_keeps_what_it_has_left(prepared, capsys):
@@ -317,11 +335,28 @@ def test_an_early_stop_finishes_the_run_and_its_record_says_why(prepared, capsys
     assert load_json(Run, folder / "run.json").ended is None
 
 
-def test_a_run_that_was_made_longer_keeps_its_length_under_a_named_recipe():
-    named = TrainOptions(recipe=Path("desai_unet"))
-    assert make_recipe(named).epochs == 100
-    longer = make_recipe(replace(named, epochs=150), make_recipe(named))
-    assert make_recipe(named, longer) == longer
+def test_a_run_that_was_made_longer_keeps_its_length_under_a_named_recipe(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "desai_unet"\nbatch_size = 4\n')
+    for place in (Path("desai_unet"), file):
+        named = TrainOptions(recipe=place)
+        assert make_recipe(named).epochs == 100
+        longer = make_recipe(replace(named, epochs=200), make_recipe(named))
+        assert make_recipe(named, longer) == longer
+    file.write_text('base = "desai_unet"\nepochs = 300\n')
+    assert make_recipe(named, longer).epochs == 300, "whoever edits a file means it"
+
+
+def test_no_memory_for_the_batch_is_said_with_what_to_do(prepared, monkeypatch, capsys):
+    import autoseg.pipeline.train as module
+
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("tried to allocate 7 GiB")
+
+    monkeypatch.setattr(module, "train", full)
+    with pytest.raises(AutosegError, match=r"no memory for batches of 9 patches \(tried.*--set batch_size=4"):
+        train(prepared, "crowded", replace(TRAIN, changes={**CHANGES, "tune": False, "batch_size": 9}))
+    assert "batches of 9 patches, and 2 were planned to fill the memory" in capsys.readouterr().out
 
 
 def test_blanks_in_a_schedule_make_no_other_recipe():
@@ -330,15 +365,3 @@ def test_blanks_in_a_schedule_make_no_other_recipe():
         for text in ("step(factor=0.8,period=1)", " step( factor=0.8, period=1 )")
     )
     assert a == b
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"freeze_encoder_epochs": 3}, "leaves the encoder as it is"),
-        ({"offline_copies": 2, "augmentation": "none"}, "augmented copies"),
-    ],
-)
-def test_fields_that_could_do_nothing_are_refused(changes, said):
-    with pytest.raises(AutosegError, match=said):
-        make_recipe(TrainOptions(epochs=3, changes=changes))

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,14 @@ from network_contract import (
     on_meta,
     parameters,
 )
+from toys import ball
 
 from autoseg.inference import predict_logits
 from autoseg.networks import NETWORKS, build
 from autoseg.networks.vnet import Stage
+
+VOLUMETRIC = ("unet3d", "unet3d_nohighway", "relative_unet3d", "vnet", "relative_vnet")
+SLICES = ("slice_unet3d", "slice_vnet")
 
 
 def paper(name, dimension=3, **options):
@@ -40,7 +45,7 @@ def meta(name, in_channels=1, heads=2, dimension=3, **options):
 
 
 @pytest.mark.parametrize("dimension", [2, 3])
-@pytest.mark.parametrize("name", ["unet3d", "unet3d_nohighway", "relative_unet3d", "vnet", "relative_vnet"])
+@pytest.mark.parametrize("name", VOLUMETRIC)
 def test_every_promise_is_kept(name, dimension):
     check_contract(name, dimension)
 
@@ -50,7 +55,7 @@ def test_onnx_gives_the_same(name):
     check_onnx(narrow(paper(name)), (5, 11, 14))
 
 
-@pytest.mark.parametrize("name", ["slice_unet3d", "slice_vnet"])
+@pytest.mark.parametrize("name", SLICES)
 @pytest.mark.parametrize("reduce", ["mean", "sum", "centre"])
 def test_every_promise_is_kept_on_slices(name, reduce):
     # These checks feed two channels: one slice of each. (More slices: see below.)
@@ -151,9 +156,17 @@ def test_a_slab_gives_its_middle_slice(name, size):
     assert network(torch.empty(1, 5, 160, 160, device="meta")).shape == (1, 2, 160, 160)
 
 
-def test_convolutions_start_as_he_has_it():
+@pytest.mark.parametrize(
+    ("spec", "in_channels", "seen"),
+    [
+        (narrow(paper("unet3d"), (24, 40, 60)), 1, 6),
+        (narrow(paper("vnet"), (16, 40, 64)), 1, 6),
+        (narrow(paper("slice_unet3d", 2), (24, 40, 80)), 5, 6),
+    ],
+)
+def test_convolutions_start_as_he_has_it(spec, in_channels, seen):
     torch.manual_seed(8)
-    assert check_he(build(paper("unet3d", size="small"), 1, 2)) > 5
+    assert check_he(build(spec, in_channels, 2)) >= seen
 
 
 def test_without_highways_all_that_is_known_of_the_image_goes_through_the_bottleneck():
@@ -259,6 +272,47 @@ def test_without_highways_fine_detail_is_learnt_less_well():
 @pytest.mark.parametrize(("name", "options"), [("vnet", {}), ("vnet", {"size": "small"}), ("relative_unet3d", {})])
 def test_fine_detail_is_learnt(name, options):
     assert dice_learnt(name, **options) > 0.95
+
+
+SIZE = (12, 14, 16)
+
+
+def balls(count, seed):
+    """Noisy volumes (count, 1, *SIZE) of a bright ball beside a dim one, and the ball (count, *SIZE)."""
+    random = np.random.default_rng(seed)
+    images, masks = np.empty((count, 1, *SIZE), np.float32), np.empty((count, *SIZE), np.int64)
+    for image, mask in zip(images, masks):
+        mask[:] = ball(SIZE, random.uniform(4, np.array(SIZE) - 5), 4)
+        dim = ball(SIZE, random.uniform(0, SIZE), 3) & (mask == 0)
+        image[0] = 1.5 * mask + 0.7 * dim + random.normal(0, 0.3, SIZE)
+    return torch.from_numpy(images), torch.from_numpy(masks)
+
+
+def slabs(count, seed):
+    """Five neighbouring slices of `balls` (count, 5, Y, X), and the ball in their middle (count, Y, X)."""
+    images, masks = balls(count, seed)
+    middle = np.random.default_rng(seed).integers(3, SIZE[0] - 3, count)
+    slices = torch.stack([image[0, k - 2 : k + 3] for image, k in zip(images, middle)])
+    return slices, torch.stack([mask[k] for mask, k in zip(masks, middle)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*VOLUMETRIC, *SLICES])
+def test_it_learns_a_ball_to_a_dice_of_0_9(name):
+    dimension, shown = (2, slabs) if name in SLICES else (3, balls)
+    torch.manual_seed(17)
+    network = build(narrow(paper(name, dimension), (6, 8, 12)), 5 if dimension == 2 else 1, 2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
+    for step in range(80):
+        image, mask = shown(4, step)
+        loss = F.cross_entropy(network(image), mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    image, mask = shown(12, 10_000)
+    with torch.no_grad():
+        found = network.eval()(image).argmax(1)
+    assert (2 * (found * mask).sum() / (found.sum() + mask.sum())).item() >= 0.9
 
 
 # Told of the place.

@@ -338,12 +338,11 @@ def test_a_model_file_is_planned_like_and_fine_tuned(place, tmp_path, capsys):
 def test_a_plan_is_kept_only_for_the_data_and_labels_it_was_made_from(place):
     keeping = PlanOptions(keep=True, configurations=("2d",))
     first = plan_and_preprocess(place, "7", replace(PLAN, configurations=("2d",)))
-    assert plan_and_preprocess(place, "7", keeping) == first, "edited fields survive"
+    assert plan_and_preprocess(place, "7", keeping) == first
     card = place.raw(NAME) / "dataset.json"
     card.write_text(card.read_text().replace("big", "huge"))
     renamed = plan_and_preprocess(place, "7", keeping)
     assert renamed.labels.names == ("background", "huge", "small")
-    assert renamed != replace(first, labels=renamed.labels)
     card.write_text(card.read_text().replace('"MR"', '"CT"'))
     assert plan_and_preprocess(place, "7", PlanOptions(configurations=("2d",))).channels[0].scheme == "ct"
 
@@ -370,12 +369,35 @@ def test_validating_again_needs_the_plan_of_the_run(place, monkeypatch):
     before = tree(folder / "validation")
     save_json(replace(load_json(Run, folder / "run.json"), validation_seconds=1e6), folder / "run.json")
     monkeypatch.setattr("autoseg.pipeline.train.time", SimpleNamespace(monotonic=lambda: 7.0))
-    train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, validate_only=True))
+    train_fold(place, "7", "3d_fullres", "0", TrainOptions(device="cpu", validate_only=True))
     assert tree(folder / "validation") == before
     assert load_json(Run, folder / "run.json").validation_seconds == 0, "the record of the first validation is gone"
     plan_and_preprocess(place, "7", replace(PLAN, spacing_mm=(2.0, 1.9, 1.8)))
     with pytest.raises(AutosegError, match="another plan"):
-        train_fold(place, "7", "3d_fullres", "0", replace(TRAIN, validate_only=True))
+        train_fold(place, "7", "3d_fullres", "0", TrainOptions(device="cpu", validate_only=True))
+    assert tree(folder / "validation") == before
+
+
+def test_a_validation_made_again_stands_beside_the_former_until_it_is_whole(place, monkeypatch):
+    plan_and_preprocess(place, "7", PLAN)
+    train_fold(place, "7", "3d_fullres", "0", TRAIN)
+    folder = place.fold(NAME, "default", "3d_fullres", 0)
+    before = tree(folder / "validation")
+    again, only = folder / "validation_again", TrainOptions(device="cpu", validate_only=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "autoseg.pipeline.validation.save_summary", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train_fold(place, "7", "3d_fullres", "0", only)
+    assert tree(folder / "validation") == before
+    (kept,) = again.glob("*.nii.gz")
+    stamp = kept.stat().st_mtime_ns
+    train_fold(place, "7", "3d_fullres", "0", TRAIN)
+    assert again.is_dir(), "the same training again is content with what there is"
+    train_fold(place, "7", "3d_fullres", "0", only)
+    assert not again.exists()
+    assert (folder / "validation" / kept.name).stat().st_mtime_ns == stamp, "it went on where it was"
     assert tree(folder / "validation") == before
 
 

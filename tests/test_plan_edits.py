@@ -143,8 +143,11 @@ def test_edits_in_the_file_survive_planning_and_are_shown(tmp_path, capsys):
     line = ["plan", "-d", "7", "--workspace", str(tmp_path)]
     shown = RUNNER.invoke(app, line, catch_exceptions=False).output
     assert "edited by hand" in shown and "added by hand" in shown
-    plan_and_preprocess(place, "7", replace(only, discard_edits=True))
-    assert load_json(Plan, path) == first
+    planned_anew = plan_and_preprocess(place, "7", replace(only, discard_edits=True))
+    assert edited(planned_anew) == added(planned_anew) == set()
+    assert planned_anew.configuration("3d_fullres") == made.configuration("3d_fullres"), "what was asked for holds"
+    path.unlink()
+    assert plan_and_preprocess(place, "7", only) == first
     plan_and_preprocess(place, "7", replace(only, name="big", gpu_memory_gb=2.5))
     compared = RUNNER.invoke(app, [*line, "--diff", "default", "big"], catch_exceptions=False).output
     assert compared.splitlines()[0].split() == ["field", "default", "big"]

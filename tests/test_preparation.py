@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import NAME
 from test_planners import STATS, fingerprint
+from test_stale import put_fold
 from toys import BALLS, LABELS, OBLIQUE, balls_dataset, configuration, grid, plan, write_balls
 from typer.testing import CliRunner
 
@@ -24,12 +25,14 @@ from autoseg.cli import app
 from autoseg.crops import centre_of_mass, describe, parse_crop
 from autoseg.labels import UNSEEN, Labels
 from autoseg.pipeline.preparing import case_key
+from autoseg.pipeline.train import weigh_classes
 from autoseg.planners import PLANNERS, as_prepared, edited, explain, keep_edits, stamped, with_preparation
 from autoseg.planners import plan as make_plan
 from autoseg.preprocess import normalise_channel, prepare, restore, restore_probabilities
 from autoseg.readers import read_image, read_labels
 from autoseg.records import AutosegError, from_json, load_json, to_json
-from autoseg.schema import CaseFingerprint, ChannelNorm, Plan, Preparation
+from autoseg.schema import CaseFingerprint, ChannelNorm, Fingerprint, Fold, Plan, Preparation, Recipe, Run
+from autoseg.store import write_case
 from autoseg.volume import Grid, Volume, canonical_grid
 
 BINARY = {"background": 0, "bone": 1}
@@ -418,3 +421,22 @@ def test_all_of_it_from_raw_images_to_predictions_on_their_own_grids(mine, tmp_p
         outside[case.trace.crop.within(outside.shape).slices()] = False
         assert outside.any() and not labels.array[0][outside].any()
     assert CliRunner().invoke(app, ["export", "-o", str(tmp_path / "m.autoseg"), *place]).exit_code == 1
+
+
+def test_losses_weigh_classes_by_what_the_crops_leave(tmp_path):
+    shape, asked = (6, 8, 10), Preparation(crops=(parse_crop("crop_to(size=[4, 4, 5])"),))
+    labels = np.zeros(shape, np.int16)
+    labels[2, 3, 4:6], labels[3, 3, 4] = 1, 2
+    made = replace(plan(), preparation=asked)
+    image = Volume(array=np.ones((1, *shape), np.float32), grid=grid(shape))
+    write_case(tmp_path, prepare("a", image, labels, grid(shape), made, made.configurations[0]), key="a")
+    facts = [replace(FACTS, case=name, voxels={0: 477, 1: 2, 2: 1}) for name in ("a", "locked away")]
+    counted = Fingerprint(dataset=NAME, dimension=3, channel_names=("MR",), cases=tuple(facts), intensities=(None,))
+    run = load_json(Run, put_fold(tmp_path / "runs", made, "3d_fullres") / "run.json")
+    run = replace(run, cases=Fold(train=("a",), val=()), recipe=Recipe(loss="dice+0.5*weighted_ce"))
+    assert weigh_classes(run, tmp_path, counted) == pytest.approx((2 / 77, 1, 2)), "of 80 voxels"
+    whole = (2 / 477, 1, 2)
+    assert weigh_classes(replace(run, plan=plan()), tmp_path, counted) == pytest.approx(whole)
+    for loss in ("dice_ce", "weighted_ce(weights=[1,2,5])"):  # nobody asks, nothing is read
+        unread = replace(run, recipe=Recipe(loss=loss))
+        assert weigh_classes(unread, tmp_path / "nowhere", counted) == pytest.approx(whole)

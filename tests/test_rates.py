@@ -101,6 +101,8 @@ def test_the_stop_waits_for_its_patience_and_anew_after_an_extension():
         ({"schedule": "step(factor=1.5)"}, "less than 1.*its options: factor=0.9, period=3"),
         ({"schedule": "poly(exponent=2)"}, "its options: none"),
         ({"schedule": "step(0.5)"}, "write it as key=value"),
+        ({"schedule": "plateau", "validation_steps": 0}, "no validation loss for schedule=plateau to go by"),
+        ({"stop_patience": 3, "weights": "best", "validation_steps": 0}, "stop_patience and weights=best to go by"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(changes, said):
@@ -185,7 +187,7 @@ def test_stable_decay_begins_at_once_where_a_run_is_made_shorter(place, tmp_path
             raise Ended
 
     with pytest.raises(Ended):
-        train(parts(place, f"{tmp_path}/run", epochs=10, checkpoint_minutes=0.0, **fields), end)
+        train(parts(place, f"{tmp_path}/run", epochs=10, checkpoint_minutes=1e-9, **fields), end)
     made = parts(place, f"{tmp_path}/run", epochs=5, **fields)
     assert read_progress(made.folder).epoch == 3
     train(made)
@@ -219,6 +221,7 @@ def test_optimizers_of_the_table_have_the_usual_settings():
     assert (adam["betas"], adam["eps"], adam["lr"], adam["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.003, 0.02)
     assert made["sgd"].param_groups[0]["nesterov"]
     assert isinstance(made["rmsprop"], torch.optim.RMSprop)
+    assert made["rmsprop"].param_groups[0]["alpha"] == 0.9
     # Without a gradient Adam moves by its weight decay through the moments, AdamW by that share of the weight itself.
     moved = {}
     for name in ("adam", "adamw"):

@@ -4,11 +4,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from toys import configuration
 from typer.testing import CliRunner
 
 from autoseg.cli import app
 from autoseg.networks import NETWORKS
-from autoseg.pipeline.recipe import TrainOptions, for_length, make_recipe, say_other_network
+from autoseg.pipeline.recipe import TrainOptions, for_length, make_recipe, say_large_batch, say_other_network
 from autoseg.rates import Moment, learning_rate
 from autoseg.recipes import RECIPES
 from autoseg.records import AutosegError
@@ -44,6 +45,24 @@ def test_rates_and_schedules_of_the_knee_study():
         ("adam", 1e-4, "constant", 100),
     ]
     assert {(r.loss, r.augmentation, r.weights) for r in made} == {("dice", "none", "best")}
+    # 120 volumes of 72 slices an epoch.
+    assert [(r.batch_size, r.steps_per_epoch) for r in made] == [(35, 247), (15, 576), (12, 720)]
+
+
+def test_batches_of_the_other_works():
+    made = {name: make_recipe(named(name)) for name in ("knee_vnet", "knee_unet3d", "tiramisu")}
+    assert [recipe.batch_size for recipe in made.values()] == [1, 1, 3]
+    tiramisu = made["tiramisu"]
+    assert (tiramisu.optimizer, tiramisu.weight_decay, tiramisu.epochs) == ("rmsprop", 1e-4, 750)
+    assert tiramisu.steps_per_epoch * tiramisu.batch_size == 366
+
+
+def test_a_batch_that_is_larger_than_planned_is_said(capsys):
+    for batch_size in (None, 1, 2):
+        say_large_batch(Recipe(batch_size=batch_size), configuration(batch_size=2))
+    assert capsys.readouterr().out == ""
+    say_large_batch(make_recipe(named("desai_unet")), configuration(batch_size=2))
+    assert "batches of 35 patches, and 2 were planned" in capsys.readouterr().out
 
 
 def test_decay_and_losses_of_the_bones_and_of_the_vessels():
@@ -74,10 +93,17 @@ def test_set_and_files_with_a_base_beat_the_recipe(tmp_path):
 
 
 def test_another_network_than_that_of_the_recipe_is_said(capsys, tmp_path):
-    say_other_network(named("desai_segnet"), "unet")
-    assert "made for the network segnet, this plan has unet" in capsys.readouterr().out
-    for options in (named("desai_segnet"), TrainOptions(), TrainOptions(recipe=tmp_path / "file.toml")):
-        say_other_network(options, "segnet")
+    say_other_network(named("desai_segnet"), "unet", "7 --workspace here")
+    said = capsys.readouterr().out
+    assert "made for the network segnet, this plan has unet" in said
+    assert "autoseg fit -d 7 --workspace here --network 'segnet' --recipe desai_segnet --run segnet;" in said
+    file = tmp_path / "file.toml"
+    file.write_text('base = "desai_deeplab"')
+    say_other_network(TrainOptions(recipe=file), "unet", "7")
+    assert f"--network 'deeplabv3plus(rates=[2, 4, 6], dropout=0.5)' --recipe {file}" in capsys.readouterr().out
+    file.write_text("epochs = 3")
+    for options in (named("desai_segnet"), TrainOptions(), TrainOptions(recipe=file)):
+        say_other_network(options, "segnet", "7")
     assert capsys.readouterr().out == ""
 
 

@@ -141,10 +141,26 @@ def test_a_batch_says_what_was_annotated_in_each_case(folder):
 
 
 def test_the_share_of_forced_samples_by_hand():
-    assert forced_foreground(2, 0.33) == [False, True]
-    assert forced_foreground(12, 0.33) == [False] * 8 + [True] * 4
-    assert forced_foreground(1, 0.33) == [True]
-    assert forced_foreground(3, 0.0) == [False] * 3
+    for step in (0, 1, 7):
+        assert forced_foreground(2, 0.33, step) == [False, True]
+        assert forced_foreground(12, 0.33, step) == [False] * 8 + [True] * 4
+        assert forced_foreground(3, 0.0, step) == [False] * 3
+        assert forced_foreground(3, 0.01, step) == [False, False, True]
+
+
+@pytest.mark.parametrize(("fraction", "forced"), [(0.0, 0), (0.01, 1), (0.33, 33), (0.5, 50), (0.9, 90), (1.0, 100)])
+def test_batches_of_one_patch_show_foreground_in_as_many_steps(fraction, forced):
+    steps = [forced_foreground(1, fraction, step) for step in range(100)]
+    assert sum(map(sum, steps)) == forced
+    assert steps[0] == [fraction > 0]
+    for first in range(0, 100, 10):  # evenly spread
+        assert abs(sum(map(sum, steps[first : first + 10])) - 10 * fraction) < 1
+
+
+def test_a_sampler_of_single_patches_forces_its_share_of_steps(folder):
+    one = replace(sampler(folder), batch_size=1)
+    forced = [patch.forced_foreground for step in range(7) for patch in one.sources(step).patches]
+    assert forced == [True, False, False, True, False, False, True]
 
 
 def test_grow_keeps_the_centre():

@@ -72,6 +72,14 @@ def test_epochs_of_a_run_by_time(seconds_a_step, steps, validation_steps):
     assert (rhythm.steps, rhythm.validation_steps) == (steps, validation_steps)
 
 
+def test_epochs_of_a_run_by_time_suit_the_validation_that_they_are_given():
+    recipe = Recipe(budget_seconds=7200.0)
+    assert choose_rhythm(recipe, 7200.0, 20.0, 4).steps == 20, "five times the validation, not 7"
+    assert choose_rhythm(recipe, 7200.0, 1.0, 4).steps == 135
+    assert choose_rhythm(recipe, 7200.0, 1.0, 4).validation_steps == 4
+    assert choose_rhythm(Recipe(budget_seconds=7200.0, validation_steps=0), 7200.0, 1.0).validation_steps == 0
+
+
 def test_a_run_ends_nearest_to_its_budget():
     recipe = Recipe(budget_seconds=100.0)
     assert not is_over(recipe, step=9, seconds=95.0, recent=[9.0, 10.0], closing=0.0)
@@ -191,6 +199,19 @@ def test_under_a_budget_a_schedule_in_epochs_counts_those_of_the_rhythm(place, t
     rates = [line["learning_rate"] for line in read_metrics(made.folder)]
     assert len(rates) > 3
     assert rates == pytest.approx([0.01 * 0.5 ** (epoch // 2) for epoch in range(len(rates))])
+
+
+def test_losses_that_are_compared_are_of_the_same_patches_also_when_the_length_changes(place, tmp_path):
+    """Two epochs of three validation steps, then by time: those of its rhythm would have one."""
+    fields = {"validation_steps": 3, "augmentation": "none", "weights": "best", "learning_rate": 0.0}
+    made = parts(place, f"{tmp_path}/run", epochs=2, steps_per_epoch=4, **fields)
+    train(made, clock=Clock(made.network, lambda step: 1.0))
+    budget = read_progress(made.folder).seconds + 25.0
+    made = parts(place, f"{tmp_path}/run", budget_seconds=budget, steps_per_epoch=250, **fields)
+    state = train(made, clock=Clock(made.network, lambda step: 1.0))
+    assert (state.compared_steps, state.rhythm.validation_steps, state.rhythm.steps) == (3, 3, 15)
+    assert len(state.validation_losses) > 2
+    assert len(set(state.validation_losses)) == 1
 
 
 def test_a_run_of_epochs_goes_on_by_time(place, tmp_path):

@@ -151,6 +151,19 @@ def work():
     assert "No case was in hand" in said
 
 
+def test_a_death_between_cases_names_what_was_going_on(tmp_path):
+    _, _, said, _ = run(
+        """
+def work():
+    cases(lambda n: n, count=2)
+    JOURNAL.stage("while fold 0 of 2d trained")
+    die()
+""",
+        tmp_path,
+    )
+    assert "GiB at its peak while fold 0 of 2d trained. No case was in hand" in said
+
+
 def test_deaths_without_end_end_the_command(tmp_path):
     code, _, said, tried = run(
         """

@@ -185,22 +185,63 @@ print(*[open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listd
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the threads of a process")
-def test_no_thread_of_the_exchange_outlives_it():
-    """One that still lets go of a tensor when Python ends would abort the process."""
+def together(code):
+    """Exit code, output and errors of two processes that run `code` as torchrun would have them do."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     known = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    known["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as under torchrun: the processes find the store, none makes it
+    known["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the processes find the store, none makes it
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", MEETING], env=environment() | known | {"RANK": str(rank)},
-            stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", code], env=environment() | known | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert all(words and "gloo" not in words for words in said), said
+    said = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *words) for process, words in zip(processes, said)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the threads of a process")
+def test_no_thread_of_the_exchange_outlives_it():
+    """One that still lets go of a tensor when Python ends would abort the process."""
+    done = together(MEETING)
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert all(words and "gloo" not in words for _, words, _ in done), done
+
+
+FAILING = """
+import sys
+from autoseg import cli
+from autoseg.records import AutosegError
+from autoseg.team import assembled
+def work():
+    with assembled(2, "cpu") as (team, _):
+        team.wait()
+        if team.rank == {rank}:
+            raise {error}
+        team.tell("an order")
+        team.tell("another")
+cli.app = work
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "shown"),
+    [
+        (0, "AutosegError('no plan yet')", "error: no plan yet\n"),
+        (1, "RuntimeError('a mistake of its own')", "RuntimeError: a mistake of its own\n"),
+    ],
+)
+def test_under_torchrun_the_error_of_one_process_stands_alone(rank, error, shown):
+    done = together(FAILING.format(rank=rank, error=error))
+    assert [code for code, _, _ in done] == [1, 1], done
+    own, others = done[rank][2], done[1 - rank][2]
+    assert own.endswith(shown) and ("Traceback" in own) == ("RuntimeError" in error)
+    assert others.startswith(
+        f"error: process {1 - rank} of 2 ends because another one has ended, which says why itself"
+    )
+    assert others.count("\n") == 1, others
 
 
 # Whole processes. What they train with is exact enough to compare: SGD, no probing.

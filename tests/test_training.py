@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from autoseg.augment import make_augmentation
 from autoseg.bad_steps import BAD_STEPS
 from autoseg.checkpoint import read_progress
 from autoseg.computing import safe_base
-from autoseg.evaluation.plots import training_curves
-from autoseg.history import read_metrics
+from autoseg.evaluation.plots import Curves, training_curves
+from autoseg.history import read_metrics, rolling
 from autoseg.labels import Labels
 from autoseg.losses import make_loss
-from autoseg.networks import build, output_scales
+from autoseg.networks import build, output_scales, output_weights
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import PreparedCases, Sampler, Stream
@@ -71,6 +72,7 @@ def parts(tmp_path, run="run", augmentation="default", tuning=None, team=ALONE, 
         recipe=made,
         labels=LABELS,
         scales=output_scales(network, spec),
+        output_weights=output_weights(network),
         loss=make_loss(made.loss, labels=LABELS, batch_dice=False),
         device=torch.device("cpu"),
         folder=tmp_path / run,
@@ -126,6 +128,49 @@ def test_a_loss_scale_that_is_too_large_is_no_bad_step(place):
     assert scaler.get_scale() == 2.0**59
 
 
+def test_a_gradient_is_shortened_to_the_clip_norm_and_0_leaves_it(place):
+    def moved(clip_norm):
+        made = parts(place, augmentation="none", clip_norm=clip_norm, momentum=0.0, weight_decay=0.0, learning_rate=1.0)
+        optimizer, before = make_optimizer(made.network, made.recipe), weights(made)
+        batch = made.training.assemble(made.training.sources(0), made.device)
+        training_step(made, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch)
+        return weights(made) - before
+
+    assert torch.equal(moved(0.0), moved(1e9))
+    assert moved(0.0).norm() > 0.1
+    assert moved(0.01).norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_run_without_validation_has_no_losses_of_it(place):
+    made = parts(place, epochs=2, steps_per_epoch=1, validation_steps=0, augmentation="none")
+    assert train(made).validation_losses == (None, None)
+    assert [line["mean_pseudo_dice"] for line in read_metrics(made.folder)] == [None, None]
+
+
+def test_curves_are_drawn_at_once_then_now_and_then_and_what_is_missing_at_the_end(tmp_path):
+    now = [100.0]
+    curves = Curves(path=tmp_path / "progress.png", clock=lambda: now[0])
+    line = dict.fromkeys(("training_loss", "validation_loss", "smooth_pseudo_dice", "learning_rate"), 0.5)
+    seen = []
+
+    def after(seconds, epochs):
+        now[0] += seconds
+        curves([{**line, "epoch": epoch, "pseudo_dice": {}} for epoch in range(epochs)])
+        seen.append((tmp_path / "progress.png").read_bytes())
+
+    after(0, 1)
+    after(10, 2)
+    after(19, 3)
+    after(1, 4)
+    after(29, 5)
+    curves.finish()
+    seen.append((tmp_path / "progress.png").read_bytes())
+    assert [one == other for one, other in pairwise(seen)] == [True, True, False, True, False]
+    (tmp_path / "progress.png").unlink()
+    curves.finish()
+    assert not (tmp_path / "progress.png").exists(), "nothing new"
+
+
 def test_it_learns_and_writes_what_it_should(place):
     made = parts(place, epochs=8, steps_per_epoch=12, augmentation="none", learning_rate=0.02)
     state = train(made)
@@ -133,7 +178,13 @@ def test_it_learns_and_writes_what_it_should(place):
     assert [line["epoch"] for line in lines] == list(range(8))
     assert lines[-1]["training_loss"] < lines[0]["training_loss"] - 0.5
     assert lines[-1]["mean_pseudo_dice"] > 0.8
-    assert set(lines[-1]["pseudo_dice"]) == {"liver", "lesion"}
+    assert set(lines[-1]["pseudo_dice"]) == set(lines[-1]["pseudo_iou"]) == {"liver", "lesion"}
+    dice, iou = lines[-1]["pseudo_dice"]["liver"], lines[-1]["pseudo_iou"]["liver"]
+    assert 0 < iou < dice and dice == pytest.approx(2 * iou / (1 + iou))
+    for kind in ("training_loss", "validation_loss"):
+        raw, smooth = ([line[f"{name}{kind}"] for line in lines] for name in ("", "rolling_"))
+        assert smooth[4:] == pytest.approx(np.convolve(raw, np.ones(5) / 5, "valid"))
+        assert smooth[:2] == pytest.approx([raw[0], (raw[0] + raw[1]) / 2])
     assert state.step == 96
     assert {p.name for p in made.folder.iterdir()} == {"checkpoint_000000096", "metrics.jsonl", "weights.safetensors"}
     training_curves(lines, made.folder / "progress.png")
@@ -192,7 +243,7 @@ class Stop(BaseException):
 def test_stopped_and_resumed_equals_uninterrupted(place, deep):
     whole = parts(place, "whole", deep_supervision=deep)
     train(whole)
-    first = parts(place, "halves", deep_supervision=deep, checkpoint_minutes=0.0)
+    first = parts(place, "halves", deep_supervision=deep, checkpoint_minutes=1e-9)
 
     def stop_after_two_epochs(lines):
         if len(lines) == 2:
@@ -241,3 +292,9 @@ def test_a_broken_case_ends_the_run(place):
         file.write_bytes(b"")
     with pytest.raises(AutosegError, match="case c"):
         train(parts(place, epochs=100))
+
+
+def test_a_rolling_mean_leaves_out_epochs_without_a_loss():
+    lines = [{"loss": loss} for loss in (100.0, None, 4.0, None, 8.0, None)]
+    assert rolling(lines, "loss") == 6.0
+    assert rolling(lines[-1:], "loss") is None and rolling([], "loss") is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from toys import network as network_spec
 
-from autoseg import computing, tuning
+from autoseg import devices, tuning
 from autoseg.agreement import Workload
 from autoseg.computing import apply, autocast, describe, fits, safe_base, scaler, settle, untuned
 from autoseg.networks import build
@@ -206,6 +206,28 @@ def test_a_right_kernel_agrees(no_compiler, name):
     assert (made.precision, made.channels_last) == ("bfloat16", True)
 
 
+class LeavesOut(nn.Module):
+    """Half of its features in training, at random; in low precision logits are `factor` times what they should be."""
+
+    divisor = (2, 2, 2)
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.body = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.5), nn.Conv3d(8, 2, 1))
+
+    def forward(self, x, all_scales=False):
+        logits = self.body(x) * (self.factor if torch.is_autocast_enabled("cpu") else 1.0)
+        return [logits] if all_scales else logits
+
+
+@pytest.mark.parametrize(("factor", "precision"), [(1.0, "bfloat16"), (1.2, "float32")])
+def test_what_is_left_out_at_random_hides_no_wrong_kernel(no_compiler, factor, precision):
+    made = probe(Machine(cost_of(precision=0.5)), lambda: LeavesOut(factor))
+    assert made.precision == precision
+    assert LeavesOut(factor).body[2].p == 0.5
+
+
 def test_a_wrong_layout_is_refused_however_little_it_is_off(no_compiler):
     class WrongInChannelsLast(WrongInLowPrecision):
         def forward(self, x, all_scales=False):
@@ -318,7 +340,7 @@ def test_a_compilation_that_is_not_earned_back_is_not_used(monkeypatch):
 
 
 def test_threads_are_tried_where_there_are_more_than_two(monkeypatch, no_compiler):
-    monkeypatch.setattr(computing, "cores", lambda: 6)
+    monkeypatch.setattr(devices, "cores", lambda: 6)
     torch.set_num_threads(8)
     machine = Machine(lambda setting: {6: 1.0, 5: 0.8, 3: 0.7, 4: 0.5}[setting.threads])
     made = probe(machine)

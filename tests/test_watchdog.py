@@ -182,7 +182,7 @@ def test_counts_are_those_of_the_batches_and_survive_a_kill(tmp_path):
     assert state.shown == expected == read_progress(whole.folder).shown
     assert expected.patches == 24 and expected.voxels == 24 * np.prod(PATCH)
 
-    begun = parts(tmp_path, "begun", checkpoint_minutes=0.0, **LONG)
+    begun = parts(tmp_path, "begun", checkpoint_minutes=1e-9, **LONG)
     calls = []
 
     def kill(network, inputs):

@@ -61,7 +61,8 @@ class Augmentation(Protocol):
     """What `make_augmentation` returns."""
 
     def draw(self, rng: np.random.Generator, batch: int, channels: int, cases: Sequence[str] = ()) -> Any:
-        """Decide everything for a batch; returns a `Drawn`. `cases`: their names, which `FixedCopies` needs."""
+        """Decide everything for a batch; returns a `Drawn`. `cases`: what each sample is of, by name (in 2D the
+        slice), which `FixedCopies` needs."""
         ...
 
     def apply(self, draws: Any, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:

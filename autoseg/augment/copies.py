@@ -1,9 +1,10 @@
 """A few fixed changes of every case in place of new ones all the time, as if augmented copies lay on disk.
 
-Copy 0 of a case is the case itself. What is drawn for each other one depends on seed, case and number alone, and is
-applied to whichever patch of the case is chosen: nothing is written, and a patch of a copy is what the copy of the
-whole case would show there, but for changes that follow the patch (elastic displacement, bias field, statistics of its
-grey values). The masks that a cascade's second stage reads are still corrupted anew each time.
+Copy 0 of a case is the case itself; in 2D every slice is a case here. What is drawn for each other copy depends on
+seed, case and number alone, and is applied to whichever patch of the case is chosen: nothing is written, and a patch of
+a copy is what the copy of the whole case would show there, but for changes that follow the patch (elastic displacement,
+bias field, statistics of its grey values). The masks that a cascade's second stage reads are still corrupted anew each
+time.
 """
 
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class FixedCopies:
     seed: int
 
     def draw(self, rng: np.random.Generator, batch: int, channels: int, cases: Sequence[str] = ()) -> CopyDraws:
-        """Choose a copy for each sample; `cases` are their names."""
+        """Choose a copy for each sample; `cases` are the names of what they are of: cases, in 2D slices."""
         if len(cases) != batch:
             raise ValueError(f"{batch} samples, but the names of {len(cases)} cases")
         copies = tuple(rng.integers(self.copies + 1, size=batch).tolist())

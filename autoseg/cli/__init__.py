@@ -15,6 +15,7 @@ import typer
 
 from autoseg import __version__
 from autoseg.cli import datasets, planning, predicting, sharing, training
+from autoseg.cli.failures import Command, in_words
 from autoseg.records import AutosegError
 from autoseg.supervise import supervise
 
@@ -44,8 +45,24 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 """What is typed after `autoseg`, in the order of its help -> what it runs."""
 
-SUPERVISED = ("check", "plan_and_preprocess", "predict", "fit", "find_best")
-"""Verbs that go on without a case that ended their process."""
+SUPERVISED = (
+    "check",
+    "plan_and_preprocess",
+    "train",
+    "predict",
+    "fit",
+    "find_best",
+    "ensemble",
+    "evaluate",
+    "postprocess",
+    "overlay",
+)
+"""Verbs that go on without a case that ended their process.
+
+Not `dataset import`: it asks the person at the terminal, which only the first process of a command may.
+"""
+ONE_OF_SEVERAL = ("TORCHELASTIC_RUN_ID", "AUTOSEG_LED")
+"""Variables of processes that train together. Started anew alone, one would wait for the others forever."""
 
 app = typer.Typer(
     help="Segmentation of medical images that configures itself: fingerprint, plan, train, predict, evaluate.",
@@ -62,7 +79,7 @@ GROUPS = {
 }
 for typed, verb in VERBS.items():
     group, _, word = typed.rpartition(" ")
-    GROUPS[group].command(word)(verb)
+    GROUPS[group].command(word, cls=Command)(verb)
 for name in ("dataset", "augment"):
     app.add_typer(GROUPS[name], name=name)
 
@@ -77,13 +94,16 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 def main() -> None:
     """Run the command line, the verbs of SUPERVISED in a process of their own; see autoseg/supervise.py."""
-    if sys.argv[1:2] and sys.argv[1] in SUPERVISED:
+    if sys.argv[1:2] and sys.argv[1] in SUPERVISED and os.environ.keys().isdisjoint(ONE_OF_SEVERAL):
         sys.exit(supervise(run))
     run()
 
 
 def run() -> None:
-    """Run the command line here; an AutosegError ends it with code 1, its words, and the traceback of its cause."""
+    """Run the command line here; an AutosegError ends it with code 1, its words, and the traceback of its cause.
+
+    So does an error of the system, see `failures.in_words`.
+    """
     # Before torch loads OpenMP: threads that spin while they wait take the cores from whoever they wait for when other
     # programs share the machine, and gained nothing measurable when none did.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -96,4 +116,9 @@ def run() -> None:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if (said := in_words(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(1)

@@ -6,25 +6,32 @@ from typing import Annotated
 import typer
 
 from autoseg.cli.options import (
-    PRESET_HELP,
     ChannelsOption,
     ClassesOption,
+    CombineOption,
+    ContextOption,
+    CropOption,
     DatasetOption,
     DeviceOption,
+    DiscardEditsOption,
     GpuMemoryOption,
     GroupByOption,
+    LikeOption,
+    MergeOption,
     NetworkOption,
     NewPlanOption,
     PatchOption,
     PlanOption,
+    PresetOption,
     SetOption,
     SpacingOption,
     TestFractionOption,
+    ThinOption,
     WorkersOption,
     WorkspaceOption,
     parse_patch,
-    parse_spacing,
     plan_name,
+    plan_options,
 )
 from autoseg.records import AutosegError
 from autoseg.workspace import Workspace
@@ -42,29 +49,20 @@ def plan_and_preprocess_verb(
     configurations: Annotated[
         list[str] | None, typer.Option("-c", "--configuration", help="Preprocess only this; may be repeated.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"{PRESET_HELP} [unet]")] = None,
+    preset: PresetOption = None,
     network: NetworkOption = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
-    like: Annotated[
-        Path | None, typer.Option(help="Take over the plan of this model (a file or a fold folder), for fine-tuning.")
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(metavar="3|5|7", help="Slices that 2d sees, to label the middle one [1].")
-    ] = None,
-    crop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CROP", help="crop_to(size=[Z,Y,X]), crop_around_mass, margins; may be repeated."),
-    ] = None,
-    combine: Annotated[
-        str | None, typer.Option(metavar="rss", help="Make all channels one: the root of the sum of squares.")
-    ] = None,
+    like: LikeOption = None,
+    context: ContextOption = None,
+    crop: CropOption = None,
+    combine: CombineOption = None,
+    thin: ThinOption = None,
+    merge: MergeOption = None,
     plan: NewPlanOption = None,
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
-    discard_edits: Annotated[
-        bool, typer.Option("--discard-edits", help="Plan anew what was edited in plan.json by hand.")
-    ] = False,
+    discard_edits: DiscardEditsOption = False,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
     set_: SetOption = None,
@@ -72,37 +70,32 @@ def plan_and_preprocess_verb(
 ) -> None:
     """Check, fingerprint, plan and preprocess a dataset; a second run does only what is missing."""
     from autoseg import settings
-    from autoseg.crops import parse_crop
-    from autoseg.pipeline.data import PlanOptions, describe_plan_fields, plan_and_preprocess
-    from autoseg.schema import Preparation
+    from autoseg.pipeline.data import describe_plan_fields, plan_and_preprocess
 
-    place, name = Workspace.find(workspace), plan_name(plan, network)
+    place = Workspace.find(workspace)
     if help_fields:
-        describe_plan_fields(place, dataset, name)
+        describe_plan_fields(place, dataset, plan_name(plan, network))
         return
-    if like is not None and (preset or network or gpu_memory or spacing or crop or combine):
-        raise AutosegError(
-            "--like takes over network, memory, spacing, crops and channels; leave out --preset, --network, "
-            "--gpu-memory, --spacing, --crop, --combine"
-        )
     plan_and_preprocess(
         place,
         dataset,
-        PlanOptions(
-            name=name,
-            preset=preset or "unet",
+        plan_options(
+            plan=plan,
+            preset=preset,
             network=network,
-            gpu_memory_gb=gpu_memory,
-            spacing_mm=parse_spacing(spacing),
-            context=context,
-            preparation=Preparation(crops=tuple(map(parse_crop, crop or ()))),
-            combine=combine,
+            gpu_memory=gpu_memory,
+            spacing=spacing,
             like=like,
-            configurations=tuple(configurations or ()),
+            context=context,
+            crop=crop,
+            combine=combine,
+            thin=thin,
+            merge=merge,
             group_by=group_by,
             test_fraction=test_fraction,
             discard_edits=discard_edits,
             workers=workers,
+            configurations=tuple(configurations or ()),
             changes=settings.parse(set_ or ()),
         ),
     )
@@ -148,7 +141,7 @@ def networks_verb(
 
 
 def describe_verb(
-    names: Annotated[list[str], typer.Argument(help="Networks: name or name(key=value, ...).")],
+    names: Annotated[list[str], typer.Argument(help="Networks: name, name(key=value, ...) or package.module:Name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for tables and diagrams.")] = Path("."),
     patch: PatchOption = None,
     channels: ChannelsOption = 1,

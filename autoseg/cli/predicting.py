@@ -5,18 +5,19 @@ from typing import Annotated
 
 import typer
 
-from autoseg.cli.options import DeviceOption, WorkersOption, WorkspaceOption
+from autoseg.cli.options import DeviceOption, FoldsOption, MergeOption, WorkersOption, WorkspaceOption, split_folds
+from autoseg.records import refuse_unwritable
 from autoseg.workspace import Workspace
 
 
 def predict_verb(
-    source: Annotated[Path, typer.Option("-i", "--input", help="Folder of images, or one image file.")],
+    sources: Annotated[
+        list[Path], typer.Option("-i", "--input", help="Folder of images, or an image file; may be repeated.")
+    ],
     target: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label files.")],
     dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Dataset of the model.")] = None,
     configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="Configuration.")] = None,
-    folds: Annotated[
-        list[str] | None, typer.Option("-f", "--fold", help="Use only this fold; may be repeated [all finished].")
-    ] = None,
+    folds: FoldsOption = None,
     run: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
     model: Annotated[
         Path | None,
@@ -38,7 +39,7 @@ def predict_verb(
     options = PredictOptions(
         dataset=dataset,
         configuration=configuration,
-        folds=tuple(folds or ()),
+        folds=split_folds(folds),
         run=run,
         model=model,
         step=step_size,
@@ -48,7 +49,7 @@ def predict_verb(
         retry_failed=retry_failed,
         device=device,
     )
-    predict(Workspace.find(workspace), source, target, options)
+    predict(Workspace.find(workspace), sources, target, options)
 
 
 def ensemble_verb(
@@ -81,19 +82,24 @@ def evaluate_verb(
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="Tolerance of the surface Dice in mm.")] = 1.0,
     partial: Annotated[bool, typer.Option("--partial", help="Score only the cases that were predicted.")] = False,
+    merge: MergeOption = None,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Score predictions: Dice, IoU, volume error, HD95, ASSD and surface Dice, per case and class."""
     from autoseg.evaluation import evaluate_folders, save_summary, table
     from autoseg.layout import labels_in
+    from autoseg.merging import parse_merges
 
+    if output is not None or prediction.is_dir():
+        refuse_unwritable(output or prediction)
     labels, annotated = (None, None) if dataset is None else labels_in(Workspace.find(workspace).dataset(dataset)[1])
     summary = evaluate_folders(
         truth,
         prediction,
         labels=labels,
         annotated=annotated,
+        merges=parse_merges(merge or ()),
         tolerance_mm=tolerance,
         workers=workers,
         partial=partial,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from autoseg.cli.options import WorkspaceOption
+from autoseg.cli.options import FoldsOption, WorkspaceOption, split_folds
 from autoseg.workspace import Workspace
 
 
@@ -13,9 +13,7 @@ def export_verb(
     target: Annotated[Path, typer.Option("-o", "--output", help="The file to write, NAME.autoseg.")],
     dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Dataset of the model.")] = None,
     configuration: Annotated[str | None, typer.Option("-c", "--configuration", help="Configuration.")] = None,
-    folds: Annotated[
-        list[str] | None, typer.Option("-f", "--fold", help="Only this fold; may be repeated [all finished].")
-    ] = None,
+    folds: FoldsOption = None,
     run: Annotated[str | None, typer.Option("--run", help="Name of the run.")] = None,
     model: Annotated[
         Path | None, typer.Option("-m", "--model", help="Folder of a configuration of a run, or of a fold.")
@@ -29,7 +27,7 @@ def export_verb(
     from autoseg.pipeline.share import export_model
 
     options = PredictOptions(
-        dataset=dataset, configuration=configuration, folds=tuple(folds or ()), run=run, model=model
+        dataset=dataset, configuration=configuration, folds=split_folds(folds), run=run, model=model
     )
     export_model(Workspace.find(workspace), target, options, licence, note)
 
@@ -47,14 +45,12 @@ def import_nnunet_verb(
     configuration: Annotated[
         str | None, typer.Option("-c", "--configuration", help="Configuration [the only one there is].")
     ] = None,
-    folds: Annotated[
-        list[str] | None, typer.Option("-f", "--fold", help="Only this fold; may be repeated [all finished].")
-    ] = None,
+    folds: FoldsOption = None,
 ) -> None:
     """Make a model file of a model that nnU-Net v2 has trained. Nothing in its files is executed."""
     from autoseg.interop.nnunet import open_nnunet
 
-    model = open_nnunet(source, configuration, tuple(folds or ()))
+    model = open_nnunet(source, configuration, split_folds(folds))
     model.write(target)
     print("\n".join(model.notes))
     print(f"Model: {target}")

@@ -1,30 +1,36 @@
 """Verbs that train, one fold or everything, and that compare what was trained."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from autoseg.cli.options import (
-    PRESET_HELP,
+    CombineOption,
+    ContextOption,
+    CropOption,
     DatasetOption,
     DeviceOption,
+    DiscardEditsOption,
     GpuMemoryOption,
     GroupByOption,
+    LikeOption,
     LossOption,
+    MergeOption,
     NetworkOption,
     NewPlanOption,
     PlanOption,
+    PresetOption,
+    PretrainedOption,
     RecipeOption,
     RunOption,
     SetOption,
     SpacingOption,
     TestFractionOption,
+    ThinOption,
     WorkersOption,
     WorkspaceOption,
     parse_folds,
-    parse_spacing,
-    plan_name,
+    plan_options,
 )
 from autoseg.records import AutosegError
 from autoseg.workspace import Workspace
@@ -44,10 +50,7 @@ def train_verb(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     loss: LossOption = None,
     device: DeviceOption = "auto",
-    pretrained: Annotated[
-        Path | None,
-        typer.Option(help="Begin with this: a model file, a fold folder, weights alone (.safetensors, .pth)."),
-    ] = None,
+    pretrained: PretrainedOption = None,
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="Only predict and score held-out cases.")
     ] = False,
@@ -75,7 +78,10 @@ def train_verb(
         return
     from autoseg.pipeline.recipe import TrainOptions
     from autoseg.pipeline.together import train_together
+    from autoseg.supervise import JOURNAL
 
+    if JOURNAL.dead or JOURNAL.suspects:
+        extend = None  # this command made the run longer already, before a process of it died
     options = TrainOptions(
         plan=plan,
         run=run,
@@ -113,15 +119,23 @@ def fit_verb(
         str | None, typer.Option(metavar="TIME", help="Time for everything: 8h, 90m, shared out among the folds.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of 250 steps a fold [default: 1000].")] = None,
-    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
+    preset: PresetOption = None,
     network: NetworkOption = None,
     gpu_memory: GpuMemoryOption = None,
     spacing: SpacingOption = None,
+    like: LikeOption = None,
+    context: ContextOption = None,
+    crop: CropOption = None,
+    combine: CombineOption = None,
+    thin: ThinOption = None,
+    merge: MergeOption = None,
     group_by: GroupByOption = None,
     test_fraction: TestFractionOption = 0.0,
+    discard_edits: DiscardEditsOption = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random [default: 0].")] = None,
     loss: LossOption = None,
     device: DeviceOption = "auto",
+    pretrained: PretrainedOption = None,
     num_gpus: Annotated[int, typer.Option(min=1, help="Train so many folds at a time, each on a GPU.")] = 1,
     plan: NewPlanOption = None,
     run: RunOption = "default",
@@ -132,31 +146,37 @@ def fit_verb(
 ) -> None:
     """Everything: plan, preprocess, train all folds, cross-validate, fit post-processing. Again: goes on."""
     from autoseg import settings
-    from autoseg.pipeline.data import PlanOptions
     from autoseg.pipeline.fit import FitOptions, fit
     from autoseg.pipeline.train import TrainOptions
 
     if budget is not None and epochs is not None:
         raise AutosegError("give --budget or --epochs, not both: one of them ends the training")
-    name = plan_name(plan, network)
-    planning = PlanOptions(
-        name=name,
-        preset=preset or "unet",
+    planning = plan_options(
+        plan=plan,
+        preset=preset,
         network=network,
-        gpu_memory_gb=gpu_memory,
-        spacing_mm=parse_spacing(spacing),
+        gpu_memory=gpu_memory,
+        spacing=spacing,
+        like=like,
+        context=context,
+        crop=crop,
+        combine=combine,
+        thin=thin,
+        merge=merge,
         group_by=group_by,
         test_fraction=test_fraction,
+        discard_edits=discard_edits,
         workers=workers,
-        keep=(preset, network, gpu_memory, spacing) == (None,) * 4,
+        keep=True,
     )
     training = TrainOptions(
-        plan=name,
+        plan=planning.name,
         run=run,
         epochs=epochs,
         seed=seed,
         loss=loss,
         device=device,
+        pretrained=pretrained,
         recipe=recipe,
         changes=settings.parse(set_ or ()),
     )

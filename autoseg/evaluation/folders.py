@@ -9,15 +9,22 @@ from autoseg.evaluation.metrics import DEFAULT_TOLERANCE_MM, CaseScore, score_ca
 from autoseg.evaluation.summary import Summary, summarise
 from autoseg.labels import Labels
 from autoseg.layout import labels_in
+from autoseg.merging import Merges, annotated_as, is_merged, merge
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import ENDINGS, read_labels, read_pair
-from autoseg.records import AutosegError
+from autoseg.records import AutosegError, load_json, save_json
 from autoseg.volume import Volume, mismatch
 
 NAMES_SHOWN = 10
 PROBABILITIES = "_probabilities.nii.gz"
 """After the case: what `predict --save-probabilities` writes beside its labels."""
 BESIDE = PROBABILITIES.removesuffix(".nii.gz")
+
+MERGED = "merged_labels.json"
+"""Beside predictions of a model that merges labels: its labels, since the files have values of labels as they were."""
+
+Meaning = tuple[Labels, Mapping[str, Sequence[str]]]
+"""Labels, and case -> annotated classes of the cases where not all were."""
 
 Pair = tuple[str, Path, Path]
 """Case, file of the truth, file of the prediction."""
@@ -29,6 +36,7 @@ def evaluate_folders(
     *,
     labels: Labels | None = None,
     annotated: Mapping[str, Sequence[str]] | None = None,
+    merges: Merges | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     workers: int | None = None,
     partial: bool = False,
@@ -39,6 +47,7 @@ def evaluate_folders(
     A case is a file name without its ending. `labels` default to those of a dataset.json in or above either folder, and
     without one to the values found in the files, 0 being the background. Predictions without a truth are passed over.
     annotated: case -> classes to score, where not all were annotated; it comes from the dataset.json too.
+    merges: labels to score as one class; by default those that the model merged which predicted (MERGED beside them).
 
     Raises AutosegError that names the cases without prediction (unless `partial`: then they are passed over), whose
     grids differ, or that hold values which no label has.
@@ -53,8 +62,15 @@ def evaluate_folders(
     pairs = [(case, truths[case], predictions[case]) for case in sorted(set(truths) & set(predictions))]
     if not pairs:
         raise AutosegError(f"no case of {truth} has a prediction in {prediction}; files of one case share one name")
-    if labels is None:
-        labels, annotated = find_labels(truth, prediction) or (_labels_in(pairs, workers, quiet), annotated)
+    told = (labels, annotated or {}) if labels is not None else find_labels(truth, prediction)
+    if told is None and (merges or not (prediction / MERGED).is_file()):
+        told = _labels_in(pairs, workers, quiet), annotated or {}
+    found = as_predicted(told, prediction, merges=merges)
+    assert found is not None
+    labels, annotated = found
+    for name, values in labels.merges.items():
+        if not quiet:
+            print(f"{name}: the labels {', '.join(map(str, values))} as one class")
     return evaluate_pairs(pairs, labels, annotated=annotated, tolerance_mm=tolerance_mm, workers=workers, quiet=quiet)
 
 
@@ -110,7 +126,7 @@ def _refuse_unexpected(volume: Volume, path: Path, labels: Labels) -> None:
     unexpected = labels.unexpected(volume.array)
     if unexpected:
         raise AutosegError(
-            f"{path} holds the values {_few(unexpected)}, which no label has (labels: {sorted(labels.known)}); "
+            f"{path} holds the values {_few(unexpected)}, which no label has (labels: {sorted(labels.allowed)}); "
             "correct the file or the labels in dataset.json"
         )
 
@@ -137,13 +153,46 @@ def files_by_case(folder: Path, kind: str = "label files") -> dict[str, Path]:
     return files
 
 
-def find_labels(*folders: Path) -> tuple[Labels, dict[str, tuple[str, ...]]] | None:
+def find_labels(*folders: Path) -> Meaning | None:
     """What the first dataset.json in or just above the folders says of labels; None without one."""
     for folder in folders:
         for place in (folder, folder.resolve().parent):
             if (place / "dataset.json").is_file():
                 return labels_in(place)
     return None
+
+
+def note_merged(labels: Labels | None, folder: Path) -> None:
+    """Say in a folder of predictions that `labels` are merged in them; or take back what was said of earlier ones."""
+    if labels is not None and labels.merges:
+        save_json(labels, folder / MERGED)
+    else:
+        (folder / MERGED).unlink(missing_ok=True)
+
+
+def as_predicted(meaning: Meaning | None, *folders: Path, merges: Merges | None = None) -> Meaning | None:
+    """`meaning` with the labels merged as asked, else as they are in the predictions of the folders (MERGED).
+
+    Raises AutosegError if it tells classes apart that are one in the predictions.
+    """
+    said = {place: load_json(Labels, place) for folder in folders if (place := folder / MERGED).is_file()}
+    if meaning is None:
+        meaning = (next(iter(said.values())), {}) if said else None
+    else:
+        finer, annotated = meaning
+        labels = merge(finer, merges) if merges else next(iter(said.values()), finer)
+        if is_merged(labels, finer):
+            meaning = labels, annotated_as(annotated, finer, labels)
+    apart = [set(np.ravel(values)) for values in meaning[0].scored.values()] if meaning else []
+    for place, labels in said.items():
+        for name, values in labels.merges.items():
+            if not any(set(values) <= each for each in apart):
+                raise AutosegError(
+                    f"{place} says that {name} is one class of the labels {', '.join(map(str, values))}, which the "
+                    "predictions no longer tell apart; give -d the dataset that the model was trained on, or --merge "
+                    "them. Where the truth has them merged too, remove that file"
+                )
+    return meaning
 
 
 def _labels_in(pairs: Sequence[Pair], workers: int | None, quiet: bool) -> Labels:

@@ -16,12 +16,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from autoseg.evaluation.folders import files_by_case, find_labels
+from autoseg.evaluation.folders import as_predicted, files_by_case, find_labels
 from autoseg.labels import Labels
 from autoseg.layout import ending_of
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import Stored, on_grid_of, read_stored, whole_labels
-from autoseg.records import AutosegError, atomic_write
+from autoseg.records import AutosegError, atomic_write, refuse_unwritable
 from autoseg.volume import Grid, canonical_grid, mismatch, to_canonical
 
 SLICES = 3
@@ -70,7 +70,7 @@ class Scene:
     def classes(self) -> dict[str, int | tuple[int, ...]]:
         """Name -> value, or values of a region, of each class; values that no class has are called by their number."""
         known = {} if self.labels is None else self.labels.scored
-        passed = {self.background, self.ignored, *(() if self.labels is None else self.labels.known)}
+        passed = {self.background, self.ignored, *(() if self.labels is None else self.labels.allowed)}
         maps = [self.prediction] if self.truth is None else [self.truth, self.prediction]
         found = sorted({value for array in maps for value in np.unique(array).tolist()} - passed)
         return {**known, **{f"label {value}": value for value in found}}
@@ -97,11 +97,12 @@ def overlay_folders(
     if lacking := [case for case in cases if truth is not None and case not in truths]:
         print(f"{len(lacking)} cases have no truth and are drawn by class, for example {lacking[0]}")
     folders = [path if path.is_dir() else path.parent for path in (prediction, *([truth] if truth else []), images)]
-    labels, annotated = find_labels(*folders) or (None, {})
+    labels, annotated = as_predicted(find_labels(*folders), *folders) or (None, {})
     pictures = {case: target / f"{case}.png" for case in cases}
     given = {path.resolve() for paths in (files, predictions, truths) for path in paths.values()}
     if replaced := [path for path in pictures.values() if path.resolve() in given]:
         raise AutosegError(f"{replaced[0]} is one of the files to draw; give another folder for the pictures with -o")
+    refuse_unwritable(target)
 
     def one(case: str) -> Path:
         image = files.get(f"{case}_0000", files.get(case))
@@ -142,7 +143,7 @@ def only(scene: Scene, annotated: Sequence[str] | None) -> Scene:
     if scene.truth is None or scene.labels is None or annotated is None:
         return scene
     known = [np.ravel(value) for name, value in scene.labels.scored.items() if name in annotated]
-    kept = np.isin(scene.prediction, np.concatenate(known))
+    kept = np.isin(scene.prediction, np.concatenate([*known, []]))
     return replace(scene, prediction=np.where(kept, scene.prediction, scene.background))
 
 
@@ -195,9 +196,10 @@ def window(shown: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
 
 def verdicts(truth: np.ndarray, prediction: np.ndarray, labels: Labels | None = None) -> np.ndarray:
     """RIGHT, TOO_MUCH, MISSING or OTHER_CLASS for each voxel, 0 for background in both; by regions if there are any."""
-    plain = 0, None, ()
-    background, ignored, regions = plain if labels is None else (labels.values[0], labels.ignore, labels.regions)
-    same = [np.isin(truth, region) == np.isin(prediction, region) for region in regions] or [truth == prediction]
+    background, ignored, classes = 0, None, ()
+    if labels is not None:
+        background, ignored, classes = labels.values[0], labels.ignore, labels.regions or labels.parts
+    same = [np.isin(truth, own) == np.isin(prediction, own) for own in classes] or [truth == prediction]
     marks = np.zeros(truth.shape, np.uint8)
     found, there = prediction != background, truth != background
     marks[found & ~there] = TOO_MUCH

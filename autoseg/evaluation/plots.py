@@ -1,6 +1,8 @@
 """Pictures of numbers: the course of a training, bars."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,34 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from autoseg.records import atomic_write
+
+REDRAWN_S = 30.0
+"""At most so often a picture of a training under way is drawn: a third of a second, of epochs that may be as short."""
+
+
+@dataclass(kw_only=True)
+class Curves:
+    """Draws `training_curves` to `path` as lines come in: the first at once, then from time to time, and at the end."""
+
+    path: Path
+    clock: Callable[[], float] = time.monotonic
+    """Gives seconds."""
+    drawn: float | None = None
+    """When it was last."""
+    waiting: Sequence[Mapping[str, Any]] = ()
+    """All lines, where the last is not in the picture yet."""
+
+    def __call__(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Take all lines so far, after another epoch."""
+        self.waiting = lines
+        if self.drawn is None or self.clock() - self.drawn >= REDRAWN_S:
+            self.finish()
+
+    def finish(self) -> None:
+        """Draw what is not in the picture yet; to be called however training ends."""
+        if self.waiting:
+            training_curves(self.waiting, self.path)
+            self.waiting, self.drawn = (), self.clock()
 
 
 def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -26,6 +56,9 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     draw(losses, [line["training_loss"] for line in lines], "training")
     draw(losses, [line["validation_loss"] for line in lines], "validation patches")
+    for kind, colour in (("training", "C0"), ("validation", "C1")):
+        smooth = [line.get(f"rolling_{kind}_loss") for line in lines]
+        draw(losses, smooth, f"{kind}, rolling mean", color=colour, linewidth=3, alpha=0.35)
     losses.set_ylabel("loss")
     names = list(lines[-1]["pseudo_dice"]) if lines else []
     for name in names[:10]:

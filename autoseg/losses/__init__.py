@@ -110,6 +110,13 @@ def make_loss(
     return weighted_sum
 
 
+def takes_weights(text: str) -> bool:
+    """Whether a term of the loss takes weights of the classes from the data. Raises AutosegError as `check_loss`."""
+    return any(
+        WEIGHTS in _options(function) and options.get(WEIGHTS) is None for _, _, function, options in _terms(text)
+    )
+
+
 def check_loss(text: str) -> None:
     """AutosegError for text of another form, a loss that is not known or cannot be called so, and unknown options."""
     _terms(text)

@@ -33,8 +33,8 @@ def weighted_ce(
 
     weights: one a class, background first. A voxel weighs as much as its class; the mean is weighted too, so only
     their ratios matter. Of a region its voxels weigh as much as itself, all others as the background. By median
-    frequency (Eigen and Fergus, ICCV 2015) they come from the fingerprint, through `make_loss`; called without, it is
-    an error.
+    frequency (Eigen and Fergus, ICCV 2015) they come through `make_loss`, counted in what is left of the images after
+    the crops; called without, it is an error.
     """
     samples = prepare(logits, target, **given)
     if weights is None:

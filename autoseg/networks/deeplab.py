@@ -18,7 +18,8 @@ from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.options import Options, Share, read_options
 from autoseg.networks.parts import ACTIVATIONS, NORMS, ConvNormAct, choose, initialise_he, same_size
 from autoseg.networks.resnet import ResNet
-from autoseg.networks.stages import OutputStride, check_stages, hold_resolution, total
+from autoseg.networks.stages import OutputStride, check_stages, hold_resolution
+from autoseg.networks.strides import total
 from autoseg.networks.xception import Separable, Xception
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec
@@ -26,7 +27,9 @@ from autoseg.schema import Dimension, NetworkSpec
 RATES = (6, 12, 18)
 """At an output stride of 16."""
 Rate = Annotated[int, Field(ge=1, le=96)]
-Backbone = Literal["xception65", "resnet50", "resnet101"]
+Backbone = Literal["xception65", "resnet50", "resnet101", "resnet152"]
+RESIDUAL_BLOCKS = {"resnet50": (1, 3, 4, 6, 3), "resnet101": (1, 3, 4, 23, 3), "resnet152": (1, 3, 8, 36, 3)}
+"""Of the stem and the stages (He et al., CVPR 2016)."""
 
 
 @record
@@ -133,7 +136,7 @@ def deeplabv3plus_spec(
     activation: str = "relu",
     dropout: float = 0.1,
 ) -> NetworkSpec:
-    """With Xception-65, or ResNet50 or 101, as the encoder.
+    """With Xception-65, or ResNet50, 101 or 152, as the encoder.
 
     rates: of the pyramid; left out 6, 12 and 18 at an output stride of 16, at 8 twice as much. Raises ValueError for
     options that there are none of.
@@ -149,7 +152,6 @@ def deeplabv3plus_spec(
     if not rates:
         options = replace(options, rates=tuple(rate * 16 // output_stride for rate in RATES))
     xception = backbone == "xception65"
-    residual = (1, 3, 4, 6 if backbone == "resnet50" else 23, 3)
     return NetworkSpec(
         name="deeplabv3plus",
         dimension=dimension,
@@ -157,7 +159,7 @@ def deeplabv3plus_spec(
         strides=((2,) * dimension,) * 5,
         kernels=((3 if xception else 7,) * dimension, *((3,) * dimension,) * 4),
         # Of the fourth stage of Xception one block is of the entry flow, 16 are the middle flow.
-        encoder_blocks=(2, 1, 1, 17, 2) if xception else residual,
+        encoder_blocks=(2, 1, 1, 17, 2) if xception else RESIDUAL_BLOCKS[backbone],
         decoder_blocks=(2,),
         options=asdict(options),
     )

@@ -65,7 +65,10 @@ class Description:
 
 
 def describe(spec: NetworkSpec, patch: tuple[int, ...], in_channels: int, heads: int) -> Description:
-    """Layers and parts of a network on a patch of `patch` voxels. Raises what it raises for sizes it cannot take."""
+    """Layers and parts of a network on a patch of `patch` voxels, which it pads to what it needs; the title says so.
+
+    Raises what it raises for sizes it cannot take.
+    """
     network = on_meta(spec, in_channels, heads).eval()
     names = {module: name for name, module in network.named_modules()}
     sizes = _sizes(network, patch, in_channels)
@@ -78,7 +81,9 @@ def describe(spec: NetworkSpec, patch: tuple[int, ...], in_channels: int, heads:
     chosen = [part for child in network.children() for part in _parts(child, sizes)]
     parts = _follow(network, chosen, names, patch, in_channels)
     count = sum(parameter.numel() for parameter in network.parameters())
-    title = f"{spec.name}, {spec.dimension}D: {in_channels} x {_by(patch)} to {heads} classes, {count:,} parameters"
+    padded = tuple(edge + -edge % unit for edge, unit in zip(patch, getattr(network, "divisor", patch)))
+    size = _by(patch) if padded == patch else f"{_by(patch)} padded to {_by(padded)}"
+    title = f"{spec.name}, {spec.dimension}D: {in_channels} x {size} to {heads} classes, {count:,} parameters"
     return Description(title=title, layers=tuple(layers), parts=parts, parameters=count)
 
 

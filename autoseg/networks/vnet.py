@@ -162,6 +162,7 @@ def vnet(spec: NetworkSpec, in_channels: int, heads: int, *, relative: bool = Fa
         features=2 * spec.features[0],
         first_weight="encoder.0.1.0.convs.0.0.weight",
     )
+    network.adds_image = True
     if isinstance(options, RelativeVNetOptions):
         widths = [2 * features for features in spec.features[:-1]]
         network.position = position_of(options.position, axes, spec.features[-1], widths)

@@ -99,8 +99,8 @@ def find_best(workspace: Workspace, dataset_text: str, options: BestOptions) -> 
     print(f"Post-processing: {rule.describe(entries[0].trained.plan.labels)}")
     if rule.steps and processed["foreground"] is not None:
         print(f"Mean Dice with it: {processed['foreground']:.4f}")
-    named = "" if place == root else f" --run {place.name}"
-    print(f"Model: {place / CARD}; autoseg predict -d {name}{named}{workspace.option} follows it", flush=True)
+    named = () if place == root else ("--run", place.name)
+    print(f"Model: {place / CARD}; {workspace.command('predict', '-d', name, *named)} follows it", flush=True)
     return choice
 
 
@@ -111,7 +111,7 @@ def fit_rule(
     held_out, labels, annotated = (
         pair.held_out(dataset, cases),
         pair.entries[0].trained.plan.labels,
-        dataset.annotated(),
+        dataset.annotated(pair.entries[0].trained.plan.labels),
     )
     rule = fit_postprocessing(held_out, labels, annotated, workers)
     return rule, dice_of(score_processed(held_out, labels, annotated, rule, raw, workers) if rule.steps else raw)

@@ -14,13 +14,13 @@ from zipfile import BadZipFile
 import numpy as np
 
 from autoseg.ensemble import mean_of
-from autoseg.evaluation.folders import find_labels
+from autoseg.evaluation.folders import as_predicted, find_labels, note_merged
 from autoseg.labels import Labels
 from autoseg.layout import names
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.pipeline.predict import probabilities_of
 from autoseg.readers import ENDINGS, read_image, read_labels, write_labels
-from autoseg.records import AutosegError
+from autoseg.records import AutosegError, refuse_unwritable
 from autoseg.volume import Grid, canonical_grid, mismatch, to_canonical
 
 KEYS = ("probabilities", "softmax")
@@ -74,15 +74,18 @@ def combine(folders: Sequence[Path], target: Path, labels: Labels | None = None,
         raise AutosegError("give two folders or more; the predictions of one need no ensemble")
     if target.resolve() in [folder.resolve() for folder in folders]:
         raise AutosegError(f"-o {target} is one of the folders, whose files would be overwritten; give another -o")
+    refuse_unwritable(target)
     found = [look_into(folder) for folder in folders]
     cases = sorted(set().union(*(folder.maps.keys() | folder.labels.keys() for folder in found)))
+    meaning = as_predicted(find_labels(*folders) if labels is None else (labels, {}), *folders)
     without = [folder for folder in found if not folder.maps]
     if without:
         print(f"Majority vote of labels: {names(str(folder.path) for folder in without)} has no probabilities")
     else:
-        labels = labels or (known[0] if (known := find_labels(*folders)) else None)
         print(f"Mean of the probabilities of {len(found)} folders", flush=True)
     target.mkdir(parents=True, exist_ok=True)
+    labels = meaning[0] if meaning else None
+    note_merged(labels, target)
     one: Callable[[Sequence[Folder], str, Labels | None], tuple[np.ndarray, Grid]] = vote if without else average
 
     def write(case: str) -> Path:
@@ -169,7 +172,9 @@ def vote(folders: Sequence[Folder], case: str, labels: Labels | None) -> tuple[n
     for folder in folders:
         volume, stored = read_labels(folder.labels[case])
         refuse_other_grid(first, stored, folder.labels[case])
-        said.append(volume.array[0])
+        values = volume.array[0]
+        # Where one of the models merges labels, all of them vote for its classes.
+        said.append(values if labels is None or not labels.merges else labels.to_values(labels.to_indices(values)))
     best, most = said[0], np.zeros(said[0].shape, np.int32)
     for one in said:
         votes = sum((one == other for other in said), np.zeros(one.shape, np.int32))

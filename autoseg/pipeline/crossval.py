@@ -32,15 +32,18 @@ HeldOut = tuple[str, Path, Path]
 """(case, file of the truth, file of the held-out prediction)."""
 
 
-def held_out(folder: Path, run: Run, dataset: Dataset) -> list[HeldOut]:
-    """Every held-out case of the fold in `folder`. Raises AutosegError if the dataset has lost one."""
+def held_out(folder: Path, run: Run, dataset: Dataset, place: str = "validation") -> list[HeldOut]:
+    """Every held-out case of the fold in `folder`, with its prediction in the folder `place` of it.
+
+    Raises AutosegError if the dataset has lost one.
+    """
     truths = {case.id: Path(case.label) for case in dataset.cases if case.label is not None}
     if lost := sorted(set(run.cases.val) - set(truths)):
         raise AutosegError(
             f"{folder} held out {', '.join(lost)}, which the dataset no longer has; put the case back, or train under "
             "another --run"
         )
-    return [(name, truths[name], folder / "validation" / f"{name}{dataset.file_ending}") for name in run.cases.val]
+    return [(name, truths[name], folder / place / f"{name}{dataset.file_ending}") for name in run.cases.val]
 
 
 def validated(folder: Path) -> bool:
@@ -75,7 +78,7 @@ def cross_validate(folds: Sequence[Path], dataset: Dataset, workers: int | None 
         (score for summary in summaries for score in summary.scores), summaries[0].labels, summaries[0].tolerance_mm
     )
     pairs = [pair for fold, run in zip(folds, runs) for pair in held_out(fold, run, dataset)]
-    annotated = dataset.annotated()
+    annotated = dataset.annotated(labels)
     rule = fit_postprocessing(pairs, labels, annotated, workers)
     processed = score_processed(pairs, labels, annotated, rule, merged, workers) if rule.steps else merged
     card = ModelCard(

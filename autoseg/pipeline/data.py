@@ -4,15 +4,19 @@ Each file is decoded once: the same decoding serves the check, the fingerprint a
 preprocessing of every configuration. A second run decodes only what is missing or changed.
 """
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from autoseg import bundle, records, settings
+from autoseg.crops import Crop
 from autoseg.fingerprint import Measured, measure_case, summarise
+from autoseg.labels import Labels
 from autoseg.layout import Bad, Case, Dataset, survey_dataset
+from autoseg.merging import merge, seen_as
 from autoseg.own import own
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
 from autoseg.pipeline.preparing import bytes_needed, plan_in, preprocess
@@ -20,18 +24,24 @@ from autoseg.planners import (
     PLANNERS,
     as_prepared,
     explain,
+    joined,
     keep_edits,
+    kept,
     plan,
     plan_like,
+    refuse_other_network,
+    request_of,
     says_sides,
     stamped,
+    thinning,
     with_context,
     with_preparation,
+    words,
 )
 from autoseg.preprocess import Cropped, crop_to_content
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case, problem_and_cure
-from autoseg.records import AutosegError, load_json, save_json, sole_writer, to_json
-from autoseg.schema import Fingerprint, Plan, Preparation, Run
+from autoseg.records import AutosegError, load_json, refuse_unwritable, save_json, sole_writer, to_json
+from autoseg.schema import Fingerprint, Plan, Preparation, Request, Run
 from autoseg.splits import Splits, check_splits, load_splits, make_splits, mended, read_splits
 from autoseg.workspace import Workspace
 
@@ -41,9 +51,12 @@ PLAN_OPTIONS = {
     "network": "--network",
     "gpu_memory_gb": "--gpu-memory",
     "planned": "--discard-edits",
+    "request": "that says it",
     "configurations.2d.context": "--context",
     "preparation.combined": "--combine",
     "preparation.crops": "--crop",
+    "preparation.thin": "--thin",
+    "labels.parts": "--merge",
 }
 """Plan fields that have an option of their own."""
 
@@ -59,33 +72,56 @@ class Examined:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of plan_and_preprocess."""
+    """The options of plan_and_preprocess, which fit has too.
+
+    What is None or empty, down to `changes`, is as it was asked for when a plan of that name was made; see `Request`.
+    """
 
     name: str = "default"
-    preset: str = "unet"
+    preset: str | None = None
+    """The first time: unet."""
     network: str | None = None
-    """In place of the preset's: `name(key=value, ...)` or `package.module:Name`; None: that of the plan, if it is there
-    and was made for one."""
+    """In place of the preset's: `name(key=value, ...)` or `package.module:Name`."""
     gpu_memory_gb: float | None = None
     spacing_mm: tuple[float, float, float] | None = None
     context: int | None = None
-    """Slices that 2D networks see; None: as planned, which is one."""
-    preparation: Preparation = field(default_factory=Preparation)
+    """Slices that 2D networks see; the first time: one."""
+    crops: tuple[Crop, ...] = ()
     combine: str | None = None
     """`rss`: all channels become one, the root of the sum of their squares."""
-    configurations: tuple[str, ...] = ()
-    """What to preprocess; empty: what `choose` says, or all."""
+    thin: tuple[int, ...] = ()
+    """So many neighbouring slices become one; or a number of voxels for each axis (Z, Y, X)."""
+    merge: Mapping[str, Sequence[str]] | None = None
+    """Class -> labels that become one, see `merging.merge`."""
     like: Path | None = None
     """A model whose plan is taken over: a model file, the folder of a configuration, or of a fold."""
+    changes: Mapping[str, Any] | None = None
+    configurations: tuple[str, ...] = ()
+    """What to preprocess; empty: what `choose` says, or all."""
     choose: Callable[[Plan], Sequence[str]] | None = None
     discard_edits: bool = False
     """Whether what was edited in plan.json by hand gives way to the new plan."""
     keep: bool = False
-    """Whether a plan of that name stays as it is, if the data have not changed since."""
+    """Whether a plan of that name stays as it is, if neither the data nor what is asked for have changed since."""
     group_by: str | None = None
     test_fraction: float = 0.0
     workers: int | None = None
-    changes: Mapping[str, Any] | None = None
+
+    def request(self) -> Request:
+        """What the planner is asked for."""
+        return Request(
+            preset=self.preset,
+            network=self.network,
+            gpu_memory_gb=self.gpu_memory_gb,
+            spacing_mm=self.spacing_mm,
+            context=self.context,
+            crops=self.crops,
+            combine=self.combine,
+            thin=self.thin,
+            merge={name: tuple(parts) for name, parts in (self.merge or {}).items()},
+            like=None if self.like is None else str(self.like.absolute()),
+            changes={field: json.dumps(value) for field, value in (self.changes or {}).items()},
+        )
 
 
 class Kept:
@@ -172,10 +208,25 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     dataset, bad = survey_dataset(folder)
     for remark in dataset.remarks():
         print(f"Labels: {remark}")
-    prepared = workspace.prepared(name)
-    fingerprint = unchanged_fingerprint(dataset, prepared / "fingerprint.json", options.workers)
+    prepared, planned = workspace.prepared(name), workspace.plan_folder(name, options.name)
+    refuse_unwritable(prepared)
+    before = plan_in(planned, broken_too=options.discard_edits)
+    earlier, request = Request(), options.request()
+    if before is not None:
+        if not options.discard_edits:
+            refuse_other_network(before, request)
+        earlier = kept(before, request)
+    if said := words(earlier):
+        print(
+            f"As asked for before: {said} (an option given again changes it; to plan as if for the first time, delete "
+            f"{planned / 'plan.json'})"
+        )
+    request = joined(earlier, request)
+    labels = merge(dataset.labels, request.merge)
+    known = prepared / "fingerprint.json"
+    fingerprint = None if bad else unchanged_fingerprint(dataset, known, options.workers)
     cropped: dict[str, Cropped] = {}
-    if fingerprint is None or bad:
+    if fingerprint is None:
         outcomes = examine(dataset, options.workers, Kept(free_memory() // 4))
         refuse_errors(findings_of(dataset, outcomes, bad))
         examined = raise_failures(outcomes, "check")
@@ -184,22 +235,19 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     else:
         print(f"{name}: raw data unchanged since the last run, fingerprint reused")
 
-    planned = workspace.plan_folder(name, options.name)
-    made = kept_plan(planned / "plan.json", fingerprint, dataset) if options.keep else None
-    kept: dict[str, str] = {}
-    if options.network is None and options.like is None:
-        before = plan_in(planned, broken_too=options.discard_edits)
-        options = replace(options, network=None if before is None else before.network)
-    elif options.network is not None and not options.discard_edits:
-        refuse_other_network(plan_in(planned, broken_too=False), options.network)
-    if made is None:
-        made, kept = make_plan(fingerprint, dataset, options, None if options.discard_edits else planned / "plan.json")
-    every = tuple(c.name for c in made.configurations)
-    wanted = options.configurations or (every if options.choose is None else options.choose(made))
-    chosen = [made.configuration(entry) for entry in wanted]
+    if options.discard_edits:
+        before = None
+    edits: dict[str, str] = {}
+    if options.keep and before is not None and holds(before, request, fingerprint, labels):
+        made = before
+    else:
+        facts = seen_as(fingerprint, dataset.labels, labels)
+        made, edits = make_plan(facts, labels, options, request, earlier.changes, before)
+    chosen = [made.configuration(name) for name in wanted_of(made, options)]
 
     with sole_writer(prepared):
         splits = choose_splits(dataset, folder, prepared, options)
+        workspace.remember(name, folder)
         planned.mkdir(exist_ok=True)
         records.remove_leftovers(prepared, ("fingerprint.json", "splits.json"))
         records.remove_leftovers(planned, ("plan.json",))
@@ -208,7 +256,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         save_json(made, planned / "plan.json")
         print(explain(made))
         print(f"\nPlan: {planned / 'plan.json'}")
-        for line in kept.values():
+        for line in edits.values():
             print(f"{line}; --discard-edits lets the planner decide")
         if left_out := sorted({case.id for case in dataset.cases} - set(splits.fold("all").train) - set(splits.test)):
             print(
@@ -218,6 +266,13 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         print(f"Folds: {len(splits.folds)}, locked test cases: {len(splits.test)} ({prepared / 'splits.json'})")
         preprocess(workspace, dataset, made, chosen, fingerprint, cropped, options.workers)
     return made
+
+
+def wanted_of(made: Plan, options: PlanOptions) -> tuple[str, ...]:
+    """The configurations of a plan that are to be prepared."""
+    if options.configurations:
+        return options.configurations
+    return tuple(c.name for c in made.configurations) if options.choose is None else tuple(options.choose(made))
 
 
 def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> Fingerprint | None:
@@ -245,67 +300,73 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
     return old if [outcome.value for outcome in outcomes] == [case.content_hash for case in old.cases] else None
 
 
-def kept_plan(path: Path, fingerprint: Fingerprint, dataset: Dataset) -> Plan | None:
-    """The plan at `path` if it was made from these very data and labels."""
-    if not path.is_file():
-        return None
-    old = load_json(Plan, path)
-    return old if old.data_hash == fingerprint.data_hash() and old.labels == dataset.labels else None
-
-
-def refuse_other_network(before: Plan | None, network: str) -> None:
-    """AutosegError if the plan that is there was made for another network: its runs could not go on."""
-    if before is not None and before.network not in (None, network):
-        raise AutosegError(
-            f"the plan {before.name!r} is for {before.network}, and {network} was asked for; give the new plan a name "
-            "of its own with --plan NAME, or put it in the place of the old one with --discard-edits"
-        )
+def holds(plan: Plan, request: Request, fingerprint: Fingerprint, labels: Labels) -> bool:
+    """Whether a plan was made as asked, from these very data and labels."""
+    same = plan.data_hash == fingerprint.data_hash() and plan.labels == labels
+    return same and request_of(plan) == request
 
 
 def make_plan(
-    fingerprint: Fingerprint, dataset: Dataset, options: PlanOptions, before: Path | None
+    fingerprint: Fingerprint,
+    labels: Labels,
+    options: PlanOptions,
+    request: Request,
+    earlier: Mapping[str, str],
+    before: Plan | None,
 ) -> tuple[Plan, dict[str, str]]:
     """The plan for a fingerprint with the changes of --set made and validated, and name -> line for each edit kept.
 
-    `before`: the file of an earlier plan, whose edits by hand are kept.
+    `labels`: of the plan; the fingerprint counts them so. `earlier`: the changes of `request` that were asked for
+    before. `before`: an earlier plan, whose edits by hand are kept; they are later than `earlier`, and what is asked
+    for now is later than they.
     """
-    if options.preset not in PLANNERS:
-        raise AutosegError(f"unknown preset {options.preset!r}; choose one of {', '.join(PLANNERS)}")
-    source = None if options.like is None else plan_at(options.like)
-    preparation = options.preparation if source is None else source.preparation
-    if options.combine not in (None, "rss"):
-        raise AutosegError(f"--combine {options.combine}: channels are combined by rss, the root of the sum of squares")
-    if options.combine is not None:
+    preset = request.preset or "unet"
+    if preset not in PLANNERS:
+        raise AutosegError(f"unknown preset {preset!r}; choose one of {', '.join(PLANNERS)}")
+    source = None if request.like is None else plan_at(Path(request.like))
+    preparation = Preparation(crops=request.crops) if source is None else source.preparation
+    if request.combine not in (None, "rss"):
+        raise AutosegError(f"--combine {request.combine}: channels are combined by rss, the root of the sum of squares")
+    if request.combine is not None:
         preparation = replace(preparation, combined=fingerprint.channel_names)
+    if request.thin:
+        preparation = replace(preparation, thin=thinning(request.thin, fingerprint))
     measured = as_prepared(fingerprint, preparation)
     needs = None
-    if options.network is not None:
+    if request.network is not None:
         from autoseg.networks.footprint import needs_of
 
-        needs = needs_of(options.network, len(measured.channel_names), dataset.labels.heads)
+        needs = needs_of(request.network, len(measured.channel_names), labels.heads)
     made = plan(
         measured,
-        dataset.labels,
-        PLANNERS[options.preset],
-        gpu_memory_gb=options.gpu_memory_gb,
-        spacing_mm=options.spacing_mm,
+        labels,
+        PLANNERS[preset],
+        gpu_memory_gb=request.gpu_memory_gb,
+        spacing_mm=request.spacing_mm,
         name=options.name,
         needs=needs,
     )
     if source is None:
         made = with_preparation(made, preparation, fingerprint)
     else:
-        made = plan_like(source, measured, dataset.labels, made, str(options.like.name if options.like else ""))
-    if options.context is not None:
-        made = with_context(made, options.context, options.configurations)
-    made = fresh = replace(made, data_hash=fingerprint.data_hash())
-    kept: dict[str, str] = {}
-    if before is not None and before.is_file():
-        made, kept = keep_edits(load_json(Plan, before), fresh)
+        made = plan_like(source, measured, labels, made, Path(request.like or "").name)
+    if request.context is not None:
+        # One of before holds for the 2D configurations, whatever is prepared now.
+        made = with_context(made, request.context, () if options.context is None else wanted_of(made, options))
+    made = replace(made, data_hash=fingerprint.data_hash())
+    fresh = made = settings.change(
+        made,
+        {field: json.loads(value) for field, value in earlier.items()},
+        taken=PLAN_OPTIONS,
+        where="--set (as before; to forget it, delete plan.json)",
+    )
+    edits: dict[str, str] = {}
+    if before is not None:
+        made, edits = keep_edits(before, fresh)
     made = settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
     if made.preparation.function is not None:
         own(made.preparation.function, "preprocessing")
-    return stamped(made, fresh, kept), kept
+    return replace(stamped(made, fresh, edits), request=request), edits
 
 
 def plan_at(path: Path) -> Plan:

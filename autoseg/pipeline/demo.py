@@ -4,12 +4,13 @@ The plan is the planner's own but for patch, batch and the number of filters, wh
 train two folds in minutes.
 """
 
+import shutil
 import time
 from pathlib import Path
 
 from autoseg.datasets.levelset import best_threshold_dice
 from autoseg.evaluation import evaluate_folders, save_summary, table
-from autoseg.layout import find_cases, open_dataset
+from autoseg.layout import find_cases, open_dataset, read_description
 from autoseg.pipeline.crossval import cross_validate
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.make import NUMBERS, make_dataset
@@ -34,22 +35,37 @@ RECIPE_CHANGES = {"steps_per_epoch": 20, "validation_steps": 2, "learning_rate":
 """A run of 340 steps is too short for the default momentum of 0.99, which averages over a hundred."""
 
 
+def made_before(raw: Path) -> bool:
+    """Whether the demo's vessels are in `raw`; a part of them is removed. AutosegError if there is anything else."""
+    if not raw.exists():
+        return False
+    if (raw / "dataset.json").is_file():
+        facts = read_description(raw)
+        if [facts.get(name) for name in ("numTraining", "numTest", "seed")] == [CASES, TEST_CASES, SEED]:
+            return True
+    elif all(path.is_dir() or path.name.lstrip(".").startswith("vessels_") for path in raw.rglob("*")):
+        shutil.rmtree(raw)
+        return False
+    raise AutosegError(f"{raw} holds other data than those of the demo; choose another --workspace")
+
+
 def demo(workspace: Workspace, device: str) -> float:
     """Make vessels, plan, preprocess, train two folds, predict and score unseen cases; their mean Dice.
 
-    Raises AutosegError if the workspace holds a demo already.
+    Goes on where it was stopped. Raises AutosegError if the workspace holds other vessels than these.
     """
     started = time.monotonic()
     name = NUMBERS["vessels"]
     raw = workspace.raw(name)
-    if raw.exists():
-        raise AutosegError(f"{workspace.root} holds a demo already; remove it or choose another --workspace")
 
     def say(text: str) -> None:
         print(f"\n== {text} [{time.monotonic() - started:.0f} s]", flush=True)
 
     say("1 of 6: synthetic vessels among bright spheres and plates")
-    make_dataset(workspace, "vessels", None, CASES, TEST_CASES, SEED, DATA_CHANGES)
+    if made_before(raw):
+        print(f"They are there already: {raw}")
+    else:
+        make_dataset(workspace, "vessels", None, CASES, TEST_CASES, SEED, DATA_CHANGES)
     dataset = open_dataset(raw)
     say("2 of 6: check, fingerprint, plan, preprocess")
     plan_and_preprocess(workspace, name, PlanOptions(configurations=(CONFIGURATION,), changes=PLAN_CHANGES))

@@ -29,14 +29,15 @@ from autoseg.pipeline.cascade import refuse_incomplete
 from autoseg.pipeline.crossval import cross_validate, validated
 from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
 from autoseg.pipeline.folds import Fold, train_side_by_side
-from autoseg.pipeline.recipe import CHOSEN, batch_size, states
+from autoseg.pipeline.recipe import CHOSEN, CPU_BUDGET_SECONDS, batch_size, states, usual_budget
 from autoseg.pipeline.train import TrainOptions, train_fold
-from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json
+from autoseg.pipeline.validation import Unvalidated
+from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, refuse_unwritable, save_json
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.settings import say_duration
 from autoseg.splits import Splits, read_splits
 from autoseg.store import read_case
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, given
 
 SPENT = "fit.json"
 EVERY = "all"
@@ -98,6 +99,10 @@ class Task:
         progressed = read_progress(self.folder)
         return 0.0 if progressed is None else progressed.seconds
 
+    def begun(self) -> bool:
+        """Whether its training has been started."""
+        return (self.folder / "run.json").is_file()
+
     def own_budget(self) -> float | None:
         """The budget that its training was started with, None if it has not been started."""
         path = self.folder / "run.json"
@@ -108,22 +113,24 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     """Plan, preprocess, train and validate all folds, merge them, fit post-processing; one ModelCard a configuration.
 
     Does only what is not done yet; a fold that is there must have been trained with the same plan, recipe and data.
+    A fold with cases that ended the process while they were predicted does not keep the others from being trained.
     Raises AutosegError for an unknown configuration or fold, for a budget that is too short (once the folds that are
     done are merged), and whatever the steps raise.
     """
     started, threads = time.monotonic(), torch.get_num_threads()
     choose = partial(stages, asked=options.configurations)
+    name, raw = workspace.dataset(dataset_text)
+    place = workspace.whole_run(name, options.train.run) / SPENT
+    refuse_unwritable(place.parent)
     made = plan_and_preprocess(workspace, dataset_text, replace(options.plan, choose=choose))
-    name = made.dataset
-    _, raw = workspace.dataset(dataset_text)
     dataset = open_dataset(raw)
     splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
     tasks = find_tasks(workspace, made, splits, options)
-    place = workspace.root / "runs" / name / options.train.run / SPENT
     spent = load_json(Spent, place) if place.is_file() else Spent()
     spent = replace(spent, preparing=spent.preparing + time.monotonic() - started)
     save_json(spent, place)
 
+    say_total(tasks, options)
     short: AutosegError | None = None
     if options.processes > 1:
         try:
@@ -148,7 +155,11 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
         # Each fold chooses its threads anew, from all that there were at the start.
         torch.set_num_threads(threads)
         train = with_common_choices(train, tasks, task)
-        train_fold(workspace, dataset_text, task.configuration.name, str(task.fold), train)
+        try:
+            train_fold(workspace, dataset_text, task.configuration.name, str(task.fold), train)
+        except Unvalidated as error:  # the fold is trained, and the others can be
+            short = error
+            print(f"error: {error}", flush=True)
         seconds = time.monotonic() - clock - (task.trained_seconds() - before)
         spent = spent.with_fold(task.name, open_run(task.folder).validation_seconds, seconds)
         save_json(spent, place)
@@ -164,19 +175,19 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     if short is not None:
         raise short
     total = spent.preparing + sum(spent.validating.values()) + sum(task.trained_seconds() for task in tasks)
-    named = "" if options.train.run == "default" else f" --run {options.train.run}"
-    which = f" -c {best(cards)}"
+    named = given("--run", options.train.run)
+    which: tuple[str, ...] = ("-c", best(cards))
     if EVERY in options.configurations and not options.folds:
         find_best(
             workspace,
             dataset_text,
             BestOptions(runs=(options.train.run,), device=options.train.device, workers=options.plan.workers),
         )
-        which, named = "", f" --run {options.train.run}"
+        which, named = (), ("--run", options.train.run)
     elif len(cards) > 1:
-        print(f"To compare them and their ensembles: autoseg find_best -d {name}{named}{workspace.option}")
-    chosen = f"-d {name}{which}{named}{workspace.option}"
-    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT {chosen}")
+        print(f"To compare them and their ensembles: {workspace.command('find_best', '-d', name, *named)}")
+    following = workspace.command("predict", "-i", "IN", "-o", "OUT", "-d", name, *which, *named)
+    print(f"Work in all: {say_duration(total)}. Next: {following}")
     return tuple(cards)
 
 
@@ -327,6 +338,25 @@ def seconds_a_case(
         del network, tile
         torch.cuda.empty_cache()
     return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch, plan.flips(configuration).axes)
+
+
+def say_total(tasks: Sequence[Task], options: FitOptions) -> None:
+    """How long all training takes that goes by time though nobody gave one, as it does on a CPU."""
+    device = choose_device(options.train.device).type
+    if options.budget_seconds is not None or usual_budget(options.train, device) is None:
+        return
+    left = [
+        budget - task.trained_seconds()
+        for task in tasks
+        if not validated(task.folder)
+        and (budget := task.own_budget() if task.begun() else usual_budget(options.train, device)) is not None
+    ]
+    if (total := round(sum(max(seconds, 0) for seconds in left))) > 0:
+        print(
+            f"{len(left)} folds train for {say_duration(total)} in all, since on a CPU each trains for "
+            f"{say_duration(CPU_BUDGET_SECONDS)} unless told otherwise; --budget 8h is for everything together",
+            flush=True,
+        )
 
 
 def say_share(budget: float, total: float, tasks: Sequence[Task], spent: Spent) -> None:

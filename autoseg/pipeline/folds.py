@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from autoseg.devices import usable_threads
 from autoseg.history import METRICS, read_metrics
 from autoseg.pipeline.recipe import TrainOptions
 from autoseg.pipeline.train import train_fold
@@ -69,7 +70,7 @@ def train_side_by_side(workspace: Workspace, dataset_text: str, folds: Sequence[
                 device = one_each(fold.options.device, place, processes)
                 options = replace(fold.options, device=device, neighbours=processes)
                 fold.folder.mkdir(parents=True, exist_ok=True)
-                threads = max(torch.get_num_threads() // processes, 1)
+                threads = max(usable_threads() // processes, 1)
                 process = spawn.Process(
                     target=_work, args=(workspace, dataset_text, replace(fold, options=options), threads)
                 )

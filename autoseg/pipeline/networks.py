@@ -10,12 +10,15 @@ import torch
 
 from autoseg.devices import choose_device
 from autoseg.evaluation.plots import bars
-from autoseg.losses import deep_supervision, dice_ce, scale_targets
-from autoseg.networks import NETWORKS, asked, build, output_scales, spec_of
-from autoseg.networks.describe import describe, diagram, table_csv
+from autoseg.losses import deep_supervision, scale_targets
+from autoseg.networks import NETWORKS, asked, build, options_of, output_scales, output_weights, spec_of
+from autoseg.networks.describe import Description, describe, diagram, table_csv
 from autoseg.networks.describe import table as layer_table
-from autoseg.networks.footprint import Precision, Step
+from autoseg.networks.footprint import LOSS, Precision, Step, needs_of
 from autoseg.pipeline.plans import table
+from autoseg.planners.asked import sized
+from autoseg.planners.rules import PLANNERS
+from autoseg.progress import Progress
 from autoseg.records import AutosegError, atomic_write
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -43,11 +46,16 @@ class Sizes:
 def show_networks(sizes: Sizes, precision: Precision, timed: bool, device: str = "auto") -> None:
     """Print every network with its parameters and what a training step needs; with `timed` its seconds, measured."""
     rows = [("network", "", "parameters", "patch", "batch", "memory", *(("s a step",) if timed else ()), "source")]
-    for name, architecture in NETWORKS.items():
-        for dimension in architecture.dimensions:
-            patch = sizes.patch_for(dimension)
-            if patch is None:
-                continue
+    wanted = [
+        (name, architecture, dimension, patch)
+        for name, architecture in NETWORKS.items()
+        for dimension in architecture.dimensions
+        if (patch := sizes.patch_for(dimension)) is not None
+    ]
+    if not wanted:
+        raise AutosegError("a patch has two or three sizes, for example --patch 64x64x64")
+    with Progress("networks", len(wanted), unit="network") as bar:
+        for name, architecture, dimension, patch in wanted:
             spec = spec_of(name, 2 if dimension == 2 else 3)
             step = Step(spec, sizes.channels * spec.slices, sizes.classes, precision, "sgd", "cuda")
             weights = f"{sum(parameter.numel() for parameter in step.network.parameters()):,}"
@@ -58,10 +66,15 @@ def show_networks(sizes: Sizes, precision: Precision, timed: bool, device: str =
                 memory, seconds = f"- ({str(error).splitlines()[0][:40]})", ("-",) if timed else ()
             size = " x ".join(map(str, patch))
             rows.append((name, f"{dimension}D", weights, size, str(sizes.batch), memory, *seconds, architecture.source))
-    if len(rows) == 1:
-        raise AutosegError("a patch has two or three sizes, for example --patch 64x64x64")
+            bar.advance(note=f"{name} {dimension}D")
     print(table(rows))
     print(f"\nMemory of a training step as counted for a GPU, {precision}, SGD, without workspaces of kernels.")
+    if timed:
+        print(f"Seconds of a step in float32 on {choose_device(device)}, eager, the median of {TIMED}.")
+    print(
+        "Options and layers of one: autoseg describe NAME; planned with: autoseg plan_and_preprocess -d DATASET "
+        "--network 'NAME(option=value)'"
+    )
 
 
 def seconds_a_step(spec: NetworkSpec, sizes: Sizes, patch: tuple[int, ...], device_text: str) -> float:
@@ -78,7 +91,7 @@ def seconds_a_step(spec: NetworkSpec, sizes: Sizes, patch: tuple[int, ...], devi
         clock = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         outputs = network(image, all_scales=True)
-        loss = deep_supervision(lambda logits, target: dice_ce(logits, target, batch_dice=True), outputs, targets)
+        loss = deep_supervision(LOSS, outputs, targets, output_weights(network))
         loss.backward()
         optimizer.step()
         loss.item()  # waits for the device
@@ -86,29 +99,60 @@ def seconds_a_step(spec: NetworkSpec, sizes: Sizes, patch: tuple[int, ...], devi
     return median(taken[1:])
 
 
+def described(spec: NetworkSpec, patch: tuple[int, ...], sizes: Sizes) -> Description:
+    """`describe` for the channels and classes of `sizes`."""
+    return describe(spec, patch, sizes.channels * spec.slices, sizes.classes)
+
+
+def described_own(name: str, dimensions: Sequence[Dimension], sizes: Sizes) -> dict[Dimension, Description]:
+    """A network of one's own with the stages that planning would give it for isotropic voxels, dimension by dimension.
+
+    Those that it cannot be built for are said. Raises AutosegError if there is no other.
+    """
+    made: dict[Dimension, Description] = {}
+    needs, rules = needs_of(name, sizes.channels, sizes.classes), PLANNERS["unet"]
+    for dimension in dimensions:
+        shape = sized(sizes.patch or USUAL[dimension], (1.0,) * dimension, needs, rules)
+        try:
+            made[dimension] = described(shape.network, shape.patch, sizes)
+        except AutosegError:
+            raise
+        except Exception as error:  # whatever its code raises where it does not fit
+            said = f"{name} cannot be shown in {dimension}D: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if len(dimensions) == 1:
+                raise AutosegError(said) from error
+            print(said)
+    if not made:
+        raise AutosegError(f"{name} could be built neither in 2D nor in 3D; see above")
+    return made
+
+
 def describe_networks(names: Sequence[str], folder: Path, sizes: Sizes, compare: bool) -> None:
     """Write the layers and the diagram of each network to `folder`; with `compare` also a figure of their parameters.
 
-    Raises AutosegError for a name that is not known, or a network without that dimension.
+    One of your own is shown in 2D and in 3D as far as it can be built there. Raises AutosegError for a name that is not
+    known, or a network without that dimension.
     """
     folder.mkdir(parents=True, exist_ok=True)
     millions: dict[str, float] = {}
     for text in names:
         name, architecture, _ = asked(text)
+        known = (2, 3) if architecture is None else architecture.dimensions
+        asked_for = known if sizes.patch is None else (len(sizes.patch),)
+        dimensions: list[Dimension] = [2 if dimension == 2 else 3 for dimension in asked_for]
         if architecture is None:
-            raise AutosegError(f"{name} is a network of your own; only those of `autoseg networks` can be described")
-        dimensions: Sequence[int] = architecture.dimensions if sizes.patch is None else (len(sizes.patch),)
-        for dimension in dimensions:
-            own: Dimension = 2 if dimension == 2 else 3
-            patch = sizes.patch or USUAL[own]
-            spec = spec_of(text, own)
-            made = describe(spec, patch, sizes.channels * spec.slices, sizes.classes)
-            stem = f"{name}_{own}d"
+            shown = described_own(text, dimensions, sizes)
+        else:
+            shown = {d: described(spec_of(text, d), sizes.patch or USUAL[d], sizes) for d in dimensions}
+        for dimension, made in shown.items():
+            stem = f"{name.rpartition(':')[2]}_{dimension}d"
             print(made.title if compare else layer_table(made))
             for ending, content in (("txt", layer_table(made)), ("csv", table_csv(made)), ("svg", diagram(made))):
                 with atomic_write(folder / f"{stem}.{ending}") as file:
                     file.write(content)
-            millions[f"{text} {own}D"] = made.parameters / 1e6
+            millions[f"{text} {dimension}D"] = made.parameters / 1e6
+        if not compare and architecture is not None:
+            print(f"Options of {name}, with what they are if left out: {options_of(architecture)}\n")
     if compare:
         bars(millions, "million parameters", folder / "parameters.png")
         print(f"Parameters: {folder / 'parameters.png'}")

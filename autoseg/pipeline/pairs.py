@@ -5,6 +5,7 @@ files like those of a validation, stay only for as long as they are needed. So a
 one that is repeated with another configuration does only what is new.
 """
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from autoseg.devices import choose_device
 from autoseg.ensemble import JOIN, Member, mean_of
 from autoseg.evaluation import Summary, evaluate_pairs, save_summary
 from autoseg.layout import Dataset
+from autoseg.merging import is_merged
 from autoseg.model import Trained, earlier_folds, in_folders, is_finished, open_run
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.pipeline.crossval import SUMMARY, HeldOut, all_folds, cross_validate, validated
@@ -97,7 +99,7 @@ def complete_folders(workspace: Workspace, name: str, runs: Sequence[str], split
     if not done:
         raise AutosegError(
             f"no configuration of {name} has all its {len(splits.folds)} folds trained and validated in {root}; "
-            f"train them: autoseg fit -d {name} -c all{workspace.option}"
+            f"train them: {workspace.command('fit', '-d', name, '-c', 'all')}"
         )
     return done
 
@@ -175,7 +177,8 @@ def comparable(entries: Sequence[Entry], facts: Fingerprint, dataset: Dataset) -
     if not found:
         raise AutosegError(
             f"every configuration of {facts.dataset} was trained on other data than there are now, so their scores do "
-            f"not compare; train them again under another name: autoseg fit -d {facts.dataset} -c all --run NAME"
+            f"not compare; train them again under another name: autoseg fit -d {shlex.quote(facts.dataset)} -c all "
+            "--run NAME"
         )
     return found
 
@@ -185,8 +188,10 @@ def differs(entry: Entry, first: Entry, facts: Fingerprint, dataset: Dataset) ->
     if open_run(entry.folds[0]).data_hash != facts.data_hash():
         return "it was trained on other data than there are now"
     own = entry.trained.plan
-    if own.labels != dataset.labels or len(own.sources) != len(dataset.channel_names):
+    if not is_merged(own.labels, dataset.labels) or len(own.sources) != len(dataset.channel_names):
         return "it has other labels or channels than the dataset has now"
+    if own.labels != first.trained.plan.labels:
+        return f"it merges labels otherwise than {first.member.folder}"
     if {score.case for score in entry.summary.scores} != {score.case for score in first.summary.scores}:
         return f"it held out other cases than {first.member.folder}"
     return None
@@ -218,7 +223,7 @@ def score_pairs(
     for pair in todo:
         held_out, labels = pair.held_out(dataset, cases), pair.entries[0].trained.plan.labels
         print(f"{JOIN.join(member.folder for member in members_of(pair))}: scoring", flush=True)
-        summary = evaluate_pairs(held_out, labels, annotated=dataset.annotated(), workers=workers)
+        summary = evaluate_pairs(held_out, labels, annotated=dataset.annotated(labels), workers=workers)
         save_summary(summary, pair.folder)
     return {members_of(pair): load_json(Summary, pair.folder / SUMMARY) for pair in pairs}
 

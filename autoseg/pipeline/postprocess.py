@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from autoseg.bundle import CARD, ENDING, ModelCard, read
-from autoseg.evaluation.folders import Pair, files_by_case, find_labels
+from autoseg.evaluation.folders import Meaning, Pair, as_predicted, files_by_case, find_labels, note_merged
 from autoseg.labels import Labels
 from autoseg.layout import labels_in
 from autoseg.parallel import Outcome, map_cases, raise_failures
@@ -22,6 +22,7 @@ from autoseg.records import (
     AutosegError,
     load_json,
     record,
+    refuse_unwritable,
     remove_leftovers,
     save_json,
     sole_writer,
@@ -33,8 +34,6 @@ from autoseg.workspace import Workspace
 NAME = "postprocessing.json"
 
 R = TypeVar("R")
-Meaning = tuple[Labels, Mapping[str, Sequence[str]]]
-"""What label files mean: labels, and case -> annotated classes where not all are."""
 
 
 @record
@@ -68,20 +67,23 @@ def postprocess(
         raise AutosegError("give --truth FOLDER to search for post-processing, or --rule FILE to apply one")
     if target.resolve() in {source.resolve(), truth.resolve() if truth else None}:
         raise AutosegError(f"-o {target} holds the files to be read; give another folder for the processed ones")
+    refuse_unwritable(target)
     files = files_by_case(source)
     told = None if dataset is None else labels_in(workspace.dataset(dataset)[1])
     failed: list[Outcome[Any]] = []
     if truth is not None:
-        meaning = told or _meaning(truth, source, workers)
+        meaning = as_predicted(told or find_labels(truth, source), source) or _by_value(truth, source, workers)
         chosen, failed = search_folder(files, truth, meaning, workers)
         labels = meaning[0]
     else:
         assert rule is not None
+        told = as_predicted(told, source)
         chosen, labels = load_rule(rule, told[0] if told else None)
         print(f"Post-processing: {chosen.describe(labels)}", flush=True)
     with sole_writer(target):
         remove_leftovers(target, (NAME, *(path.name for path in files.values())))
         save_json(RuleFile(labels=labels, postprocessing=chosen), target / NAME)
+        note_merged(labels, target)
         outcomes = write_processed(files, target, chosen, labels, workers)
     changed = sum(outcome.value is True for outcome in outcomes)
     done = sum(outcome.error is None for outcome in outcomes)
@@ -197,7 +199,7 @@ def load_rule(path: Path, told: Labels | None) -> tuple[PostProcessing, Labels]:
         file = load_json(RuleFile, path)
         rule, labels = file.postprocessing, file.labels
     if told is not None and told.meaning != labels.meaning:
-        raise AutosegError(f"{path} is for the labels {labels.scored}, and the dataset of -d has {told.scored}")
+        raise AutosegError(f"{path} is for the labels {labels.scored}, and the files have {told.scored}")
     if odd := {i for step in rule.steps for i in step.members if not 0 <= i < len(labels.stored)}:
         raise AutosegError(f"{path} names the classes {sorted(odd)}, and there are {len(labels.stored)}")
     return rule, labels
@@ -216,10 +218,8 @@ def _is_card(path: Path) -> bool:
     return path.name == CARD or "configuration" in (_content(path) or {})
 
 
-def _meaning(truth: Path, source: Path, workers: int | None) -> Meaning:
-    """What a dataset.json in or above the folders says, else one class for each value but 0 in the files."""
-    if found := find_labels(truth, source):
-        return found
+def _by_value(truth: Path, source: Path, workers: int | None) -> Meaning:
+    """One class for each value but 0 in the files."""
     paths = [*files_by_case(truth).values(), *files_by_case(source).values()]
 
     def values_of(path: Path) -> set[int]:

@@ -16,7 +16,7 @@ from typing import Any
 from autoseg.bundle import printable
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
-from autoseg.evaluation.folders import PROBABILITIES
+from autoseg.evaluation.folders import PROBABILITIES, note_merged
 from autoseg.layout import Bad, Case, ending_of, names, survey_cases
 from autoseg.model import Model, Trained, at, is_finished, other_dimension
 from autoseg.parallel import Outcome, map_cases, raise_failures
@@ -29,7 +29,7 @@ from autoseg.readers import read_image, says_size, write_image, write_labels
 from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer
 from autoseg.supervise import JOURNAL
 from autoseg.volume import canonical_grid
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, plain
 
 STAGE = "predict"
 
@@ -57,15 +57,16 @@ class PredictOptions:
 def candidates(workspace: Workspace, options: PredictOptions) -> list[Path]:
     """The folder of every configuration of every run that the options allow and that has a finished fold."""
     dataset = workspace.dataset(options.dataset)[0] if options.dataset is not None else "*"
-    pattern = f"{dataset}/{options.run or '*'}/{options.configuration or '*'}"
+    run = "*" if options.run is None else plain(options.run, "--run")
+    pattern = f"{dataset}/{run}/{options.configuration or '*'}"
     folders = sorted((workspace.root / "runs").glob(pattern))
     return [folder for folder in folders if any(is_finished(fold) for fold in folder.glob("fold_*"))]
 
 
-def options_for(folder: Path) -> str:
+def options_for(folder: Path) -> tuple[str, ...]:
     """The options that choose the configuration in `folder`."""
     dataset, run, configuration = folder.parts[-3:]
-    return f"-d {dataset} -c {configuration} --run {run}"
+    return "-d", dataset, "-c", configuration, "--run", run
 
 
 def choice_for(found: Sequence[Path], options: PredictOptions) -> Chosen | None:
@@ -86,7 +87,9 @@ def choice_for(found: Sequence[Path], options: PredictOptions) -> Chosen | None:
     return replace(chosen, others=tuple(name for name in there if name not in compared))
 
 
-def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "predict -i IN -o OUT") -> Trained | Chosen:
+def choose_model(
+    workspace: Workspace, options: PredictOptions, verb: Sequence[str] = ("predict", "-i", "IN", "-o", "OUT")
+) -> Trained | Chosen:
     """What to predict with: the model file or folder of -m, what find_best chose, or the only candidate.
 
     All stages of a cascade come with it.
@@ -106,7 +109,7 @@ def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "pre
     if chosen := choice_for(found, options):
         return chosen
     if len(found) > 1:
-        lines = "\n".join(f"  autoseg {verb} {options_for(folder)}{workspace.option}" for folder in found)
+        lines = "\n".join("  " + workspace.command(*verb, *options_for(folder)) for folder in found)
         raise AutosegError(f"{len(found)} models could be meant; choose one, or give autoseg find_best -d:\n{lines}")
     return at(found[0], options.folds)
 
@@ -181,7 +184,9 @@ def predict(
         remove_leftovers(target, (NAME, *(path.name for path in written)))
         status = Status(target)
         refuse_foreign(cases, status, options)
-        note_bad(bad, status, sources)
+        note_merged(trained.plan.labels, target)
+        for place, unread in bad.items():
+            note_bad(unread, status, place)
         outcomes = settled_before(cases, status, key, options)
         failed = sum(outcome.error is not None for outcome in outcomes.values())
         if len(outcomes) > failed:
@@ -191,25 +196,26 @@ def predict(
         if work := [case for case in cases if case.id not in outcomes]:
             outcomes |= predict_cases(model, work, status, rule, key, options)
     done = sum(outcome.error is None for outcome in outcomes.values())
-    if bad:
-        print(f"{len(bad)} cases or files of {names(map(str, sources))} cannot be read as images of a case")
-    print(f"Predicted: {done} of {len(cases) + len(bad)} cases in {target}")
+    for place, unread in bad.items():
+        if unread:
+            print(f"{len(unread)} cases or files of {place} cannot be read as images of a case")
+    print(f"Predicted: {done} of {len(cases) + sum(map(len, bad.values()))} cases in {target}")
     listed = [outcomes[case.id] for case in cases]
-    listed += [Outcome(case=name, error=AutosegError(reason)) for name, reason in sorted(bad.items())]
+    for unread in bad.values():
+        listed += [Outcome(case=name, error=AutosegError(reason)) for name, reason in sorted(unread.items())]
     raise_failures(listed, "predict")
     return listed
 
 
-def gather_cases(sources: Sequence[Path], channels: int, target: Path) -> tuple[list[Case], Bad]:
-    """The cases of several folders and files, and what is wrong with others; what was predicted into them is none.
+def gather_cases(sources: Sequence[Path], channels: int, target: Path) -> tuple[list[Case], dict[Path, Bad]]:
+    """The cases of several folders and files, and what cannot be read as such in each of them.
 
     Raises AutosegError for two cases of one name, and as `survey_cases`.
     """
     found: dict[str, Case] = {}
-    bad: Bad = {}
+    bad: dict[Path, Bad] = {}
     for source in dict.fromkeys(sources):
-        cases, wrong = survey_cases(source, channels, ours=made_before(source, target))
-        bad |= wrong
+        cases, bad[source] = survey_cases(source, channels, ours=made_before(source, target))
         for case in cases:
             if case.id in found and found[case.id].images != case.images:
                 raise AutosegError(
@@ -256,9 +262,9 @@ def refuse_foreign(cases: Sequence[Case], status: Status, options: PredictOption
         )
 
 
-def note_bad(bad: Bad, status: Status, sources: Sequence[Path]) -> None:
-    """A line for each case or file of `sources` that cannot be predicted; those of an earlier look at them go."""
-    key = hash_text(*(str(source.resolve()) for source in sources))
+def note_bad(bad: Bad, status: Status, source: Path) -> None:
+    """A line for each case or file of `source` that cannot be predicted; those of an earlier look at it go."""
+    key = hash_text(str(source.resolve()))
     for row in [row for row in status.rows.values() if row.key == key and row.case not in bad]:
         status.drop(row.case)
     for name, reason in bad.items():

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from autoseg import store
 from autoseg.layout import Case, Dataset
+from autoseg.merging import renumber
 from autoseg.own import own
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.preprocess import PREPROCESS_VERSION, Cropped, crop_to_content, lost_labels, prepare_each
@@ -73,9 +74,15 @@ def case_key(plan: Plan, configuration: Configuration, facts: CaseFingerprint) -
         configuration.spacing_mm,
         to_json(configuration.resampling),
         configuration.patch,
-        *([] if plan.preparation == Preparation() else [to_json(plan.preparation), _code(plan.preparation.function)]),
+        *([] if plan.preparation == Preparation() else [_asked(plan.preparation), _code(plan.preparation.function)]),
     )
     return hash_text(facts.content_hash, repr(said))
+
+
+def _asked(preparation: Preparation) -> str:
+    """A preparation for a key; as `_said`."""
+    left_out = {"thin"} if preparation.thin == Preparation().thin else None
+    return TypeAdapter(Preparation).dump_json(preparation, indent=2, exclude=left_out).decode() + "\n"
 
 
 def _code(function: str | None) -> str:
@@ -164,6 +171,7 @@ def preprocess(
             if loaded.image is None or loaded.labels is None or loaded.stored is None:
                 raise AutosegError("; ".join(errors) or "the case could not be read")
             source = crop_to_content(case.id, loaded.image, loaded.labels, loaded.stored)
+        source = replace(source, labels=renumber(source.labels, dataset.labels, plan.labels))
         todo = pending(case)
         for configuration, ready in zip(todo, prepare_each(source, plan, todo)):
             write_case(folders[configuration.name], ready, keys[configuration.name, case.id], patch=configuration.patch)

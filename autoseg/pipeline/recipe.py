@@ -14,11 +14,11 @@ from typing import Any
 from autoseg import settings
 from autoseg.checkpoint import Progressed, read_progress
 from autoseg.losses import check_loss
+from autoseg.pipeline.idle import refuse_frozen, refuse_idle
 from autoseg.placement import check_placement
 from autoseg.rates import learning_rate, make_schedule, next_leg, refuse_schedule
-from autoseg.recipes import RECIPES
+from autoseg.recipes import RECIPES, NamedRecipe
 from autoseg.records import AutosegError
-from autoseg.schedule import EPOCHS_IN_BUDGET
 from autoseg.schema import Configuration, Recipe, Run
 from autoseg.settings import say_duration
 
@@ -75,12 +75,13 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     if len(lengths) - list(lengths.values()).count(None) > 1:
         raise AutosegError(f"{', '.join(lengths)} say how long to train; give one of them")
     kept = [*LENGTH, *(name for group in CHOSEN if not states(options, group) for name in group)]
-    # A named recipe states a length too, but nobody edits it: a run that has been made longer keeps its own.
-    fixed = existing is not None and str(options.recipe) in RECIPES
     recipe = Recipe() if existing is None else replace(Recipe(), **{name: getattr(existing, name) for name in kept})
-    if options.recipe is not None:
-        stated = {name: value for name, value in read_recipe(options.recipe).items() if not fixed or name not in LENGTH}
-        recipe = settings.change(recipe, stated, where=str(options.recipe))
+    named, own = read_recipe(options.recipe)
+    carried = {} if named is None else {**named.changes}
+    if existing is not None:
+        # A named recipe states a length too, but nobody edits it: a run that has been made longer keeps its own.
+        carried = {name: value for name, value in carried.items() if name not in LENGTH}
+    recipe = settings.change(recipe, {**carried, **own}, where=str(options.recipe))
     recipe = settings.change(recipe, options.changes or {}, taken=RECIPE_OPTIONS)
     given = {
         "epochs": options.epochs,
@@ -96,21 +97,27 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
         recipe = replace(recipe, steps_per_epoch=recipe.steps_per_epoch * (recipe.offline_copies + 1))
     check_loss(recipe.loss)
     refuse_schedule(recipe)
-    refuse_idle(recipe)
     check_placement(recipe)
+    refuse_idle(recipe, {*own, *(options.changes or ())}, pretrained=options.pretrained is not None)
+    if recipe.budget_seconds is None:  # how many epochs there are in a time is known once steps are timed
+        refuse_frozen(recipe)
     return replace(recipe, loss="".join(recipe.loss.split()), schedule="".join(recipe.schedule.split()))
 
 
-def refuse_idle(recipe: Recipe) -> None:
-    """AutosegError for fields that could do nothing, or would leave nothing to do."""
-    epochs = recipe.epochs if recipe.budget_seconds is None else EPOCHS_IN_BUDGET
-    if recipe.freeze_encoder_epochs >= epochs:
-        raise AutosegError(
-            f"freeze_encoder_epochs={recipe.freeze_encoder_epochs} leaves the encoder as it is in all of the about "
-            f"{epochs} epochs; make it smaller, or the training longer"
-        )
-    if recipe.offline_copies and recipe.augmentation == "none":
-        raise AutosegError("offline_copies are augmented copies, and augmentation=none leaves them as the case is")
+def refuse_without_effect(options: TrainOptions) -> None:
+    """AutosegError for options that say how to train, where nothing is trained."""
+    said = {
+        "--epochs": options.epochs,
+        "--budget": options.budget_seconds,
+        "--extend": options.extend_seconds,
+        "--seed": options.seed,
+        "--loss": options.loss,
+        "--pretrained": options.pretrained,
+        "--recipe": options.recipe,
+        "--set": options.changes or None,
+    }
+    if idle := [option for option, value in said.items() if value is not None]:
+        raise AutosegError(f"--validate-only trains nothing, so it takes no {', '.join(idle)}; leave that out")
 
 
 def batch_size(recipe: Recipe, configuration: Configuration) -> int:
@@ -118,29 +125,48 @@ def batch_size(recipe: Recipe, configuration: Configuration) -> int:
     return recipe.batch_size or configuration.batch_size
 
 
-def read_recipe(place: Path) -> dict[str, Any]:
-    """Recipe field -> value: of a name of RECIPES, or of a TOML file, which may begin with `base = "NAME"`.
+def say_large_batch(recipe: Recipe, configuration: Configuration) -> None:
+    """A line where the recipe has larger batches than were planned for the memory."""
+    batch, planned = batch_size(recipe, configuration), configuration.batch_size
+    if batch > planned:
+        print(
+            f"batches of {batch} patches, and {planned} were planned to fill the memory; if it runs out: "
+            f"--set batch_size={planned}, or plan for more with --gpu-memory",
+            flush=True,
+        )
 
-    Raises AutosegError for what is neither, with the names.
+
+def read_recipe(place: Path | None) -> tuple[NamedRecipe | None, dict[str, Any]]:
+    """The named recipe that `place` is or builds on, and field -> value of what a file itself states.
+
+    place: a name of RECIPES, or a TOML file, which may begin with `base = "NAME"`; None: no recipe, which states
+    nothing. Raises AutosegError for what is neither, with the names.
     """
+    if place is None:
+        return None, {}
     if str(place) in RECIPES:
-        return dict(RECIPES[str(place)].changes)
+        return RECIPES[str(place)], {}
     if not place.suffix and not place.exists():
         raise AutosegError(f"--recipe {place}: neither a file nor one of {', '.join(RECIPES)}")
     stated = settings.read_toml(place)
     base = stated.pop("base", None)
     if base is not None and base not in RECIPES:
         raise AutosegError(f"{place}: base = {base!r} is none of {', '.join(RECIPES)}")
-    return stated if base is None else {**RECIPES[base].changes, **stated}
+    return None if base is None else RECIPES[base], stated
 
 
-def say_other_network(options: TrainOptions, network: str) -> None:
-    """A line where the named recipe of `options` was made for another network than the plan has."""
-    named = RECIPES.get(str(options.recipe))
+def say_other_network(options: TrainOptions, network: str, asked: str) -> None:
+    """A line where the named recipe of `options` was made for another network than the plan has: how to train that.
+
+    asked: the dataset and the workspace, as they are given on the command line.
+    """
+    named, _ = read_recipe(options.recipe)
     if named is not None and named.network_name != network:
+        own, where = named.network_name, f"-d {asked} --network '{named.network}'"
         print(
-            f"recipe {options.recipe} was made for the network {named.network_name}, this plan has {network}; "
-            f"plan_and_preprocess --network '{named.network}' plans it",
+            f"recipe {options.recipe} was made for the network {own}, this plan has {network}; to train that: "
+            f"autoseg fit {where} --recipe {options.recipe} --run {own}; for one fold: "
+            f"autoseg plan_and_preprocess {where}, then this command with --plan {own} --run {own}",
             flush=True,
         )
 
@@ -152,21 +178,26 @@ def for_new_run(recipe: Recipe, options: TrainOptions, device: str) -> Recipe:
     """
     if options.extend_seconds is not None:
         raise AutosegError("--extend goes on with a run that is there, and there is none; begin it with --budget 2h")
-    stated = options.epochs is not None or options.budget_seconds is not None
-    if stated or states(options, LENGTH) or device != "cpu":
+    budget = usual_budget(options, device)
+    if budget is None:
         return recipe
     print(
-        f"training for {say_duration(CPU_BUDGET_SECONDS)}, because the default of {describe_length(recipe)} takes days "
+        f"training for {say_duration(budget)}, because the default of {describe_length(recipe)} takes days "
         f"on a CPU; choose otherwise with --budget 8h or --epochs {recipe.epochs}"
     )
-    return replace(recipe, budget_seconds=CPU_BUDGET_SECONDS)
+    return replace(recipe, budget_seconds=budget)
+
+
+def usual_budget(options: TrainOptions, device: str) -> float | None:
+    """Seconds that a new run trains for where no length is given; None: by epochs."""
+    stated = options.epochs is not None or options.budget_seconds is not None or states(options, LENGTH)
+    return None if stated or device != "cpu" else CPU_BUDGET_SECONDS
 
 
 def states(options: TrainOptions, fields: Collection[str]) -> bool:
     """Whether --set, the named recipe or the TOML file states one of these recipe fields."""
-    stated = {*(options.changes or ())}
-    if options.recipe is not None:
-        stated |= read_recipe(options.recipe).keys()
+    named, own = read_recipe(options.recipe)
+    stated = {*(options.changes or ()), *own, *(named.changes if named else ())}
     return not stated.isdisjoint(fields)
 
 
@@ -219,6 +250,13 @@ def describe_length(recipe: Recipe) -> str:
     return f"{recipe.epochs} epochs of {recipe.steps_per_epoch} steps"
 
 
+def epochs_done(recipe: Recipe, done: Progressed) -> str:
+    """How many epochs are trained, in words; those of a run by time are shorter than those that --epochs counts."""
+    if done.rhythm is None:
+        return f"{done.epoch} epochs"
+    return f"{done.step} steps, as many as {done.step / recipe.steps_per_epoch:.1f} epochs of {recipe.steps_per_epoch},"
+
+
 def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -> Run:
     """The run `old` in `folder` with the length that `wanted` or --extend asks for; `old` itself if that is its own.
 
@@ -240,16 +278,11 @@ def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -
         return old
     if old.finished is not None and done.step == 0:
         raise AutosegError(f"{folder} has no checkpoint any more to go on from; train a new run with --run NAME")
-    if recipe.budget_seconds is None and old.recipe.budget_seconds is not None:
-        raise AutosegError(
-            f"{folder} is trained by time ({describe_length(old.recipe)}), not by epochs; leave out --epochs to go on "
-            "with it, or make it longer with --extend 1h"
-        )
     now = done.moment(recipe)
     if now.progress >= 1:
         raise AutosegError(
-            f"{folder}: {done.epoch} epochs are trained already, {say_duration(done.seconds)} in all; asked for were "
-            f"{describe_length(recipe)}. Ask for more than is there, or for --extend 1h"
+            f"{folder}: {epochs_done(recipe, done)} are trained already, {say_duration(done.seconds)} in all; asked "
+            f"for were {describe_length(recipe)}. Ask for more than is there, or for --extend 1h"
         )
     before = learning_rate(old.recipe, done.moment(old.recipe)) if done.rate is None else done.rate
     after = learning_rate(recipe, replace(now, leg=next_leg(recipe, now, done.rate)))

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 import autoseg
@@ -20,16 +21,18 @@ from autoseg.checkpoint import checkpoints
 from autoseg.computing import describe, fits, safe_base, settle, untuned
 from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, table
-from autoseg.evaluation.plots import training_curves
-from autoseg.fingerprint import median_frequency_weights
+from autoseg.evaluation.plots import Curves
+from autoseg.fingerprint import count_voxels, median_frequency_weights
 from autoseg.history import METRICS
 from autoseg.layout import open_dataset
-from autoseg.losses import make_loss
+from autoseg.losses import make_loss, takes_weights
+from autoseg.merging import seen_as
 from autoseg.model import open_run
-from autoseg.networks import build, output_scales
+from autoseg.networks import build, output_scales, output_weights
 from autoseg.parallel import free_memory
 from autoseg.pipeline.cascade import find_priors, next_stages
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
+from autoseg.pipeline.idle import refuse_frozen
 from autoseg.pipeline.orders import give_order, refuse_small_batch
 from autoseg.pipeline.preparing import unprepared
 from autoseg.pipeline.recipe import (
@@ -41,10 +44,12 @@ from autoseg.pipeline.recipe import (
     for_new_run,
     for_time,
     make_recipe,
+    refuse_without_effect,
+    say_large_batch,
     say_other_network,
     with_length,
 )
-from autoseg.pipeline.validation import forget_later, forget_validation, validate_fold
+from autoseg.pipeline.validation import begin_again, forget_later, forget_validation, validate_fold
 from autoseg.placement import USUAL, Placement
 from autoseg.planners import difference
 from autoseg.rates import early_stop
@@ -54,12 +59,13 @@ from autoseg.schedule import is_over
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run, Tuning
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
-from autoseg.store import StoredArray
+from autoseg.store import StoredArray, read_case
+from autoseg.supervise import JOURNAL
 from autoseg.team import ALONE, Team
 from autoseg.training import Parts, train, workload
 from autoseg.transfer import differences, open_source, tensor_table, transfer
 from autoseg.tuning import time_step, tune
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, given
 
 PRETRAINED = "pretrained.txt"
 """In a fold folder: what became of every tensor of the network that training began with."""
@@ -90,13 +96,16 @@ def train_fold(
     Signals to save or to end are heeded while it trains; the latter raise Stopped. Raises AutosegError when something
     is missing (naming the command that makes it) or the run has another recipe.
     """
+    if options.validate_only:
+        refuse_without_effect(options)
     fold = parse_fold(fold_text)
     name, raw_folder = workspace.dataset(dataset_text)
     dataset = open_dataset(raw_folder)
     plan_path = workspace.plan_folder(name, options.plan) / "plan.json"
     if not plan_path.is_file():
         raise AutosegError(
-            f"no plan {options.plan!r} for {name}; run: autoseg plan_and_preprocess -d {dataset_text}{workspace.option}"
+            f"no plan {options.plan!r} for {name}; run: "
+            + workspace.command("plan_and_preprocess", "-d", dataset_text, *given("--plan", options.plan))
         )
     plan = load_json(Plan, plan_path)
     configuration = plan.configuration(configuration_name)
@@ -108,7 +117,9 @@ def train_fold(
     folder = workspace.fold(name, options.run, configuration_name, fold)
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
-    refuse_unprepared(prepared, cases, plan, configuration, fingerprint, f"{dataset_text}{workspace.option}")
+    cure = workspace.command("plan_and_preprocess", "-d", dataset_text, *given("--plan", plan.name))
+    fingerprint = seen_as(fingerprint, dataset.labels, plan.labels)
+    refuse_unprepared(prepared, cases, plan, configuration, fingerprint, cure)
     refuse_never_annotated(fold, cases, plan, fingerprint)
     device = choose_device(options.device)
 
@@ -128,7 +139,7 @@ def train_fold(
         started=now(),
     )
     later = next_stages(workspace, plan, configuration)
-    say_other_network(options, configuration.network.name)
+    say_other_network(options, configuration.network.name, f"{dataset_text}{workspace.option}")
     with sole_writer(folder):
         remove_leftovers(folder, ("run.json", METRICS, "progress.png", PRETRAINED))
         run = agree_with_existing(folder, run, options)
@@ -137,8 +148,7 @@ def train_fold(
         priors = find_priors(workspace, plan, configuration, options.run, cases, splits, device)
         if options.validate_only:
             run = replace(open_run(folder), validation_seconds=0.0)
-            forget_validation(folder)
-            save_json(run, folder / "run.json")
+            begin_again(folder)
         elif run.finished is None:
             run = train_to_the_end(
                 folder,
@@ -150,7 +160,7 @@ def train_fold(
                 priors,
                 fingerprint.annotated(),
                 team,
-                median_frequency_weights(fingerprint, plan.labels),
+                weigh_classes(run, prepared, fingerprint),
             )
         else:
             print(
@@ -158,7 +168,7 @@ def train_fold(
                 f"{'' if run.ended is None else f', ended early: {run.ended}'}); to train longer give more --epochs, "
                 "or --extend 1h"
             )
-        if validated(folder):
+        if validated(folder) and not options.validate_only:
             summary = load_json(Summary, folder / "validation" / SUMMARY)
             print(table(summary))
         else:
@@ -197,21 +207,33 @@ def train_to_the_end(
         training, validation = (replace(each, batch_size=batch) for each in (parts.training, parts.validation))
         parts = replace(parts, recipe=run.recipe, training=training, validation=validation)
     say_start(run, parts)
+    say_large_batch(run.recipe, configuration)
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:
+        refuse_frozen(run.recipe, tuning.seconds_a_step)
         run = replace(run, recipe=for_length(run.recipe, options, device.type, tuning.seconds_a_step))
     parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
     # The leader's weights are given to all: nobody else needs those to begin with.
     order = replace(run, pretrained=None)
+    JOURNAL.stage(f"while fold {run.fold} of {run.configuration} trained")
     give_order("train", order, folder, prepared, priors, team, annotated=annotated, class_weights=class_weights)
+    curves = Curves(path=folder / "progress.png")
     try:
         with heeded() as requests:
-            done = train(parts, lambda lines: training_curves(lines, folder / "progress.png"), requests)
+            done = train(parts, curves, requests)
+    except torch.OutOfMemoryError as error:
+        raise AutosegError(
+            f"{device} has no memory for batches of {parts.training.batch_size} patches ({error}); make a new run with "
+            f"a smaller --set batch_size={parts.training.batch_size // 2 or 1}, or a plan for less --gpu-memory"
+        ) from error
     except Stopped as stop:
         extended = "" if options.extend_seconds is None else ", without --extend,"
         print(f"{stop.by.name}: stopped. The same command{extended} goes on from the last checkpoint in {folder}")
         raise
+    finally:
+        curves.finish()
+    JOURNAL.stage("")
     forget_validation(folder)
     if run.fold != "all":
         forget_later(folder, run.configuration)
@@ -228,17 +250,13 @@ def now() -> str:
 
 
 def refuse_unprepared(
-    prepared: Path, cases: Fold, plan: Plan, configuration: Configuration, fingerprint: Fingerprint, asked: str
+    prepared: Path, cases: Fold, plan: Plan, configuration: Configuration, fingerprint: Fingerprint, cure: str
 ) -> None:
-    """AutosegError if a case of the fold has not been prepared, or not as this plan says.
-
-    asked: the dataset and the workspace, as they are given on the command line.
-    """
+    """AutosegError if a case of the fold has not been prepared, or not as this plan says. cure: the command for it."""
     if missing := unprepared(prepared, (*cases.train, *cases.val), plan, configuration, fingerprint):
-        named = "" if plan.name == "default" else f" --plan {plan.name}"
         raise AutosegError(
             f"{len(missing)} cases are not prepared in {prepared} as the plan says, for example {missing[0]}; "
-            f"run: autoseg plan_and_preprocess -d {asked}{named}"
+            f"run: {cure}"
         )
 
 
@@ -289,6 +307,23 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
             "own with --run NAME, repeat the options of the old one to go on with it, or delete the folder"
         )
     return old if options.validate_only else with_length(old, recipe, options, folder)
+
+
+def weigh_classes(run: Run, prepared: Path, fingerprint: Fingerprint) -> tuple[float, ...] | None:
+    """Weights of the classes by median frequency, background first; None if no voxels were counted.
+
+    The fingerprint counts before a plan crops. Where one does, what it leaves is counted, as prepared for this fold: a
+    crop takes most of its voxels from the background.
+    """
+    plan, facts = run.plan, fingerprint.cases
+    if plan.preparation.crops and takes_weights(run.recipe.loss):
+        known = {*run.cases.train, *run.cases.val}
+        facts = tuple(
+            replace(case, voxels=count_voxels(np.asarray(read_case(prepared, case.case).labels[...]), plan.labels))
+            for case in facts
+            if case.case in known
+        )
+    return median_frequency_weights(replace(fingerprint, cases=facts), plan.labels)
 
 
 def make_parts(
@@ -374,6 +409,7 @@ def make_parts(
         recipe=recipe,
         labels=plan.labels,
         scales=output_scales(network, configuration.network),
+        output_weights=output_weights(network),
         loss=make_loss(
             recipe.loss,
             labels=plan.labels,
