@@ -146,8 +146,6 @@ def test_the_options_that_made_the_folds_may_be_repeated_after_a_case_has_gone(p
     for _ in range(2):
         plan_and_preprocess(place, "7", options)
     assert load_json(Splits, place.prepared(NAME) / "splits.json").test == before.test
-    with pytest.raises(AutosegError, match="other folds"):
-        plan_and_preprocess(place, "7", replace(options, test_fraction=0.5))
 
 
 def test_folds_that_were_given_are_refused_with_the_names_that_are_gone(place):
