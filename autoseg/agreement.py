@@ -7,6 +7,9 @@ Whether float16 and bfloat16 agree cannot be told by a fixed tolerance: in a net
 rounding of each layer moves values over the kink, and gradients of early layers differ by a third though every kernel
 is right. So the yardstick is measured: the same network in float32, its weights and its input each moved by a random
 share of the size of one rounding. In the U-Nets here a right kernel stays within 2.3 times the yardstick.
+
+Dropout would be another network in each of these passes, and the yardstick so long that any kernel passes, or none: it
+is turned off here, and what else a network draws is drawn alike.
 """
 
 import copy
@@ -27,6 +30,7 @@ MOST_OFF = 0.9
 HOPELESS = 3.0
 """Times slower than float32 (beyond the smallest shape) at which a setting on a CPU is given up."""
 SEED = 20211207
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,6 +75,9 @@ class Agreement:
         """In float32, eager. Weights that start at zero are drawn, or what lies behind them would go unseen."""
         if self._network is None:
             self._network = self.work.make_network().to(self.device)
+            for part in self._network.modules():
+                if isinstance(part, DROPOUTS):
+                    part.p = 0.0
             with torch.no_grad():
                 for weights in self._network.parameters():
                     if not weights.any():
@@ -165,6 +172,7 @@ class Agreement:
         """
         network.train()
         network.zero_grad()
+        torch.manual_seed(SEED)
         logits = self.forward(network, image, setting)
         pull = torch.zeros((), device=self.device)
         for i, scale in enumerate(logits):

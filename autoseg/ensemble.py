@@ -4,6 +4,7 @@
 answer to what `Trained` and `Model` answer to, so that prediction needs not know which of the two it has.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,9 @@ def open_choice(folder: Path, folds: Sequence[str] = ()) -> Chosen | None:
     if not where.is_file():
         return None
     choice = load_json(Choice, where)
-    again = f"give autoseg find_best -d {choice.dataset} again, or name one configuration with -c (and --run)"
+    again = (
+        f"give autoseg find_best -d {shlex.quote(choice.dataset)} again, or name one configuration with -c (and --run)"
+    )
     members = []
     for member in choice.winner.members:
         if strange := [fold for fold in folds if f"fold_{fold}" not in member.folds]:

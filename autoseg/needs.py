@@ -17,9 +17,8 @@ class NetworkNeeds:
     """As it was asked for, options included."""
     dimensions: tuple[int, ...]
     spec: Callable[[Dimension], NetworkSpec] | None
-    """The network of its source, for voxels that are alike along all axes; None: it takes the stages of the preset."""
-    adapts: bool
-    """Whether strides and kernels may be changed axis by axis."""
+    """The network of its source, for voxels that are alike along all axes; where they are not, its strides and kernels
+    may be changed axis by axis. None: it takes the stages of the preset."""
     divisors: Callable[[NetworkSpec], tuple[int, ...]]
     """What patches should be multiples of, lest they be padded."""
     smallest: Callable[[NetworkSpec], tuple[int, ...]]

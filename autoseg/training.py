@@ -59,6 +59,8 @@ class Parts:
     labels: Labels
     scales: tuple[tuple[int, ...], ...]
     """By how much each output of the network is smaller than the patch, for the targets of deep supervision."""
+    output_weights: tuple[float, ...] = ()
+    """How much each of them counts there; (): see `losses.scale_weights`."""
     loss: Loss
     """Of logits and target, and by keyword `annotated` and `part`; see `losses.make_loss`."""
     device: torch.device
@@ -87,7 +89,8 @@ def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
             logits = parts.network(batch.image, **where)
             return loss(logits, batch.labels), logits
         scales = parts.network(batch.image, all_scales=True, **where)
-        return deep_supervision(loss, scales, scale_targets(batch.labels, parts.scales)), scales[0]
+        targets = scale_targets(batch.labels, parts.scales)
+        return deep_supervision(loss, scales, targets, parts.output_weights), scales[0]
 
 
 def training_step(

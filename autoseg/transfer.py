@@ -4,6 +4,9 @@ Blocks are matched by name and shape. The first convolution and the heads are ma
 names of image channels and of classes. So classes that both know are predicted at the first step as before. An image
 channel that is new beside known ones starts with zeros, and changes nothing until the network has learnt its use;
 where no channel is known, each starts as the mean of the old ones, scaled so that all of them weigh as much as before.
+
+Where a network says so (MedNeXt does), kernels may be larger than those of the source: they begin as these, up-sampled
+linearly (UpKern, Roy et al., MICCAI 2023).
 """
 
 import re
@@ -13,10 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoseg.model import Trained, at, in_folders
 from autoseg.networks.base import Network
+from autoseg.networks.parts import INTERPOLATION
 from autoseg.published import SUFFIXES, by_our_names, read_published
 from autoseg.records import AutosegError
 from autoseg.schema import Configuration, Plan
@@ -76,25 +81,33 @@ def transfer(
         source = replace(source, tensors=by_our_names(source.tensors, fresh))
     begin, lines = dict(fresh), []
     known = isinstance(network, Network)
-    entry = network.first_weight if isinstance(network, Network) else None
+    entries = (network.first_weight, *network.beside_first) if isinstance(network, Network) else ()
     heads = network.heads_prefixes if isinstance(network, Network) else ()
+    grows = isinstance(network, Network) and network.grows_kernels
     for block in dict.fromkeys(_block(name, known) for name in fresh):
         names = [name for name in fresh if _block(name, known) == block]
         if names[0].startswith(heads):
             lines += [_head(name, begin, plan, source) for name in names]
             continue
-        first = [entry] if entry in names else []
-        fits = all(_fits(fresh[name], source.tensors.get(name)) for name in names if name not in first)
+        first = [name for name in names if name in entries]
+        smaller = [name for name in names if grows and _is_smaller(source.tensors.get(name), fresh[name])]
+        fits = all(
+            name in smaller or _fits(fresh[name], source.tensors.get(name)) for name in names if name not in first
+        )
         if fits and first:
             line = _first(first[0], begin, plan, configuration, source)
             fits = line.what != "new"
             lines.append(line)
             names.remove(first[0])
         for name in names:
+            if fits and name in smaller:
+                lines.append(_upsampled(name, begin, source))
+                continue
             if fits:
                 begin[name] = source.tensors[name].clone()
             lines.append(Line(tensor=name, what="reused") if fits else _unfit(name, fresh[name], source))
-    if not any(line.what == "reused" and fresh[line.tensor].ndim > 2 and line.tensor != entry for line in lines):
+    kept = (line.tensor for line in lines if line.what == "reused" and line.tensor not in entries)
+    if not any(fresh[name].ndim > 2 for name in kept):
         cure = "take its plan over with `autoseg plan_and_preprocess --like`, under another --plan"
         if source.plan is None:
             cure = "weights alone need the network that they were trained in, of as many axes, blocks and features"
@@ -118,6 +131,22 @@ def _fits(own: Tensor, other: Tensor | None) -> bool:
     return other is not None and own.shape == other.shape and own.dtype == other.dtype
 
 
+def _is_smaller(other: Tensor | None, own: Tensor) -> bool:
+    """Whether `other` is a kernel as `own` (out, in, *edges), but smaller, and of 3 or more where it is."""
+    if other is None or own.ndim < 4 or other.shape == own.shape or other.dtype != own.dtype:
+        return False
+    edges = zip(other.shape[2:], own.shape[2:])
+    return other.shape[:2] == own.shape[:2] and all(there == here or 3 <= there < here for there, here in edges)
+
+
+def _upsampled(name: str, begin: dict[str, Tensor], source: Source) -> Line:
+    """Set a kernel to the smaller one of the source, up-sampled."""
+    other, edges = source.tensors[name], begin[name].shape[2:]
+    begin[name] = F.interpolate(other, size=edges, mode=INTERPOLATION[len(edges)], align_corners=False)
+    there, here = (str(one[0]) if len(set(one)) == 1 else _by(one) for one in (other.shape[2:], edges))
+    return Line(tensor=name, what="adapted", how=f"up-sampled {there} to {here}")
+
+
 def _unfit(name: str, own: Tensor, source: Source) -> Line:
     other = source.tensors.get(name)
     if other is None:
@@ -129,21 +158,19 @@ def _unfit(name: str, own: Tensor, source: Source) -> Line:
     return Line(tensor=name, what="new", how=how)
 
 
-def inputs(plan: Plan, configuration: Configuration) -> tuple[str, ...]:
+def inputs(plan: Plan, configuration: Configuration, context: int | None = None) -> tuple[str, ...]:
     """What each input channel of a network is: image channels, then in a cascade the masks of the earlier stage.
 
     Where it sees neighbouring slices, each of these comes once a slice; the middle one has the name of a single one.
+    context: how many slices that are, in place of those of the configuration.
     """
-    labels, reach = plan.labels, configuration.context // 2
+    context = context or configuration.context
+    labels, reach = plan.labels, context // 2
     # There is a mask for each value; a region may have several.
     names = labels.names if labels.exclusive else [f"value {value}" for value in labels.stored]
     masks = (f"mask of {names[index]}" for index in labels.foreground)
     single = (*(channel.channel for channel in plan.channels), *(masks if configuration.previous_stage else ()))
-    return tuple(
-        f"{name} of slice {k:+d}" if k else name
-        for name in single
-        for k in range(-reach, configuration.context - reach)
-    )
+    return tuple(f"{name} of slice {k:+d}" if k else name for name in single for k in range(-reach, context - reach))
 
 
 def outputs(plan: Plan) -> tuple[str, ...]:
@@ -152,7 +179,7 @@ def outputs(plan: Plan) -> tuple[str, ...]:
 
 
 def _first(entry: str, begin: dict[str, Tensor], plan: Plan, configuration: Configuration, source: Source) -> Line:
-    """Set the first convolution (out, in, *kernel) by the names of the input channels."""
+    """Set a convolution of the image (out, in, *kernel) by the names of the input channels."""
     own, other = begin[entry], source.tensors.get(entry)
     alike = (
         other is not None
@@ -162,17 +189,16 @@ def _first(entry: str, begin: dict[str, Tensor], plan: Plan, configuration: Conf
     )
     if other is None or not alike:
         return _unfit(entry, own, source)
-    wanted = inputs(plan, configuration)
+    wanted, count = _read_by(own, plan, configuration)
     if source.plan is None or source.configuration is None:
         there = wanted if own.shape == other.shape else ()
         images = other.shape[1]
     else:
-        there = inputs(source.plan, source.configuration)
-        images = len(source.plan.channels) * source.configuration.context
+        there, images = _read_by(other, source.plan, source.configuration)
     if there == wanted:
         begin[entry] = other.clone()
         return Line(tensor=entry, what="reused")
-    adapted, count = torch.zeros_like(own), len(plan.channels) * configuration.context
+    adapted = torch.zeros_like(own)
     strange = not set(wanted[:count]) & set(there[:images])
     mean = other[:, :images].mean(1) * (images / count)
     how = []
@@ -187,6 +213,16 @@ def _first(entry: str, begin: dict[str, Tensor], plan: Plan, configuration: Conf
     begin[entry] = adapted
     dropped = [name for name in there if name not in wanted]
     return Line(tensor=entry, what="adapted", how=_said(how, dropped))
+
+
+def _read_by(tensor: Tensor, plan: Plan, configuration: Configuration) -> tuple[tuple[str, ...], int]:
+    """What the input channels of `tensor` are, and how many of them are of the image.
+
+    One inside a network that takes slices apart again has a channel for all slices together.
+    """
+    single = inputs(plan, configuration, 1)
+    slices = max(1, tensor.shape[1] // len(single))
+    return inputs(plan, configuration, slices), len(plan.channels) * slices
 
 
 def _head(name: str, begin: dict[str, Tensor], plan: Plan, source: Source) -> Line:

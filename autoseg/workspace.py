@@ -1,4 +1,8 @@
-"""Where each artifact lives under one root, and which dataset a person means by `1`, `001`, a name or a path."""
+"""Where each artifact lives under one root, and which dataset a person means by `1`, `001`, a name or a path.
+
+A raw dataset may lie anywhere. Where one outside the root lay when it was prepared is written beside what was prepared
+of it, so that the number and the name mean it from then on. Commands that are shown to people are written here too.
+"""
 
 import os
 import re
@@ -6,9 +10,38 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoseg.records import AutosegError
+from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, save_json
 
 NAME = re.compile(r"Dataset(\d{3})_\w[\w-]*")
+PLAIN = re.compile(r"\w([\w .,+=@-]*[\w+=@-])?")
+"""Names of plans and runs, which become folders."""
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names that Windows keeps for devices, with any ending."""
+SOURCE = "raw.json"
+"""Beside the fingerprint of a dataset that lies outside the workspace."""
+
+
+@record
+class Source:
+    """Where a raw dataset lies."""
+
+    schema_version: int = SCHEMA_VERSION
+    folder: str
+
+
+def plain(name: str, option: str) -> str:
+    """The name, if it can be that of a folder on any system; else AutosegError that calls it the value of `option`."""
+    if PLAIN.fullmatch(name) and not RESERVED.fullmatch(name):
+        return name
+    raise AutosegError(
+        f"{option} {name!r} cannot be the name of a folder; use letters, digits, and among them . _ - + = , @ and "
+        "blanks, and none of the names that Windows keeps for itself (con, aux, nul, ...)"
+    )
+
+
+def given(option: str, value: str, usual: str = "default") -> tuple[str, ...]:
+    """The words of an option in a command for people; none where its value is the usual one."""
+    return () if value == usual else (option, value)
 
 
 @dataclass(frozen=True)
@@ -25,8 +58,12 @@ class Workspace:
         root = Path(option or os.environ.get("AUTOSEG_HOME") or "autoseg_data").absolute()
         return cls(root, f" --workspace {shlex.quote(str(option))}" if option else "")
 
+    def command(self, *words: str) -> str:
+        """A command for people to copy: `autoseg`, the words as a shell wants them, and the workspace if need be."""
+        return f"{shlex.join(('autoseg', *words))}{self.option}"
+
     def raw(self, dataset: str) -> Path:
-        """The raw dataset as people provide it."""
+        """The raw dataset, where people put it into the workspace."""
         return self.root / "raw" / dataset
 
     def prepared(self, dataset: str) -> Path:
@@ -35,15 +72,19 @@ class Workspace:
 
     def plan_folder(self, dataset: str, plan: str) -> Path:
         """plan.json and the prepared cases of each configuration."""
-        return self.prepared(dataset) / plan
+        return self.prepared(dataset) / plain(plan, "--plan")
 
     def cases(self, dataset: str, plan: str, configuration: str) -> Path:
         """Prepared cases of one configuration."""
         return self.plan_folder(dataset, plan) / configuration
 
+    def whole_run(self, dataset: str, run: str) -> Path:
+        """All configurations of one run."""
+        return self.root / "runs" / dataset / plain(run, "--run")
+
     def run(self, dataset: str, run: str, configuration: str) -> Path:
         """All folds of one configuration of one run."""
-        return self.root / "runs" / dataset / run / configuration
+        return self.whole_run(dataset, run) / configuration
 
     def fold(self, dataset: str, run: str, configuration: str, fold: int | str) -> Path:
         """One fold: run.json, weights, metrics, validation."""
@@ -55,7 +96,16 @@ class Workspace:
         Hidden folders are datasets that are being written.
         """
         names = {folder.name for kind in ("raw", "prepared", "runs") for folder in (self.root / kind).glob("*/")}
-        return {name: self.raw(name) for name in sorted(names) if not name.startswith(".")}
+        return {name: self._source(name) for name in sorted(names) if not name.startswith(".")}
+
+    def _source(self, dataset: str) -> Path:
+        here, noted = self.raw(dataset), self.prepared(dataset) / SOURCE
+        return here if here.is_dir() or not noted.is_file() else Path(load_json(Source, noted).folder)
+
+    def remember(self, dataset: str, raw: Path) -> None:
+        """Note where a raw dataset outside the workspace lies, for `dataset`."""
+        if raw.resolve() != self.raw(dataset).resolve():
+            save_json(Source(folder=str(raw.absolute())), self.prepared(dataset) / SOURCE)
 
     def dataset(self, text: str) -> tuple[str, Path]:
         """The name and raw folder of the dataset that `text` means.

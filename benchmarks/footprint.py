@@ -1,11 +1,14 @@
 """Peak memory of real training steps against what `networks.footprint` counts without computing.
 
-    python benchmarks/footprint.py [--device cpu|cuda] [--precision float32|bfloat16] [NAME ...]
+    python benchmarks/footprint.py [--device cpu|cuda] [--precision float32|bfloat16] [--all | NAME ...]
+
+Prints a Markdown table, row by row: of the networks in `CHOSEN`, which are of every family and take about a quarter of
+an hour on one core, or of all, or of those that are named. A case that fails has its reason in its row.
 
 Every case runs in a process of its own: a small step to load what torch loads, then two steps of the case, the second
 measured. On a CPU that is the peak of resident memory over what was resident before the network was built, with an
 allocator that gives freed memory back at once; oneDNN's copies within a kernel are in it, and in no count. On a GPU it
-is torch.cuda.max_memory_allocated. NAME: only cases of these networks.
+is torch.cuda.max_memory_allocated.
 """
 
 import argparse
@@ -25,22 +28,47 @@ SHAPES: dict[int, tuple[tuple[tuple[int, ...], int, float], ...]] = {
 }
 """Dimension -> (patch, batch, share of the features) of the cases of `NARROWED`."""
 NARROWED = ("unet", "resenc")
+CHOSEN: dict[str, tuple[int, ...]] = {
+    "unet": (2,),
+    "resenc": (3,),
+    "unet_vanilla": (2,),
+    "attention_unet": (2,),
+    "multires_unet": (2,),
+    "r2_unet": (2,),
+    "fc_densenet103": (2,),
+    "segnet": (2,),
+    "unetpp": (2,),
+    "resnet34_unet": (2, 3),
+    "fcn_resnet50": (2,),
+    "deeplabv3plus": (2,),
+    "slice_unet3d": (2,),
+    "unet3d": (3,),
+    "relative_vnet": (3,),
+    "mednext": (3,),
+    "primus_v3": (2, 3),
+}
+"""Network -> its dimensions in the usual table. Plain, residual, dense, gated, recurrent, atrous, of attention."""
 OTHERS: dict[int, tuple[tuple[tuple[int, ...], int, float], ...]] = {
     2: (((192, 160), 2, 1.0),),
     3: (((32, 64, 48), 1, 1.0),),
 }
-"""The cases of all other networks, as wide as in their sources."""
+"""The cases of all other networks, as wide as in their sources: hundreds of MiB each."""
+SMALL = {2: (64, 64), 3: (32, 32, 64)}
+"""Patches of the step that loads what torch loads; two voxels where a network shrinks by 32, as norms want."""
+WITHIN = 0.1
 
 
-def every_case(names: list[str]) -> list[dict[str, Any]]:
-    """What to measure: every network, two of them in several sizes."""
+def every_case(names: list[str], every: bool) -> list[dict[str, Any]]:
+    """What to measure: the networks called `names`, else those of `CHOSEN` or all; two of them in several sizes."""
     from autoseg.networks import NETWORKS
 
+    if unknown := {*names} - {*NETWORKS}:
+        sys.exit(f"unknown network {min(unknown)}; choose among {', '.join(NETWORKS)}")
+    wanted = {name: entry.dimensions for name, entry in NETWORKS.items() if name in names or (every and not names)}
     return [
         {"network": name, "patch": patch, "batch": batch, "share": share, "in_channels": channels, "heads": 4}
-        for name, architecture in NETWORKS.items()
-        if name in names or not names
-        for dimension in architecture.dimensions
+        for name, dimensions in (wanted or CHOSEN).items()
+        for dimension in dimensions
         for channels, (patch, batch, share) in enumerate((SHAPES if name in NARROWED else OTHERS)[dimension], 1)
     ]
 
@@ -74,7 +102,7 @@ def measured(case: dict[str, Any], device: str, precision: str, optimizer: str) 
 
     resting = _resident("VmRSS")
     if device == "cpu":
-        small = {**case, "patch": [64] * len(case["patch"]), "batch": 1}
+        small = {**case, "patch": SMALL[len(case["patch"])], "batch": 1}
         _step(small, device, precision, optimizer)()
         resting = _resident("VmRSS")
     step = _step(case, device, precision, optimizer)
@@ -101,7 +129,7 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
     from autoseg.computing import safe_base, scaler
     from autoseg.labels import Labels
     from autoseg.losses import make_loss
-    from autoseg.networks import build, output_scales
+    from autoseg.networks import build, output_scales, output_weights
     from autoseg.sampling import Batch
     from autoseg.schema import Recipe
     from autoseg.training import Parts, make_optimizer, training_step
@@ -117,6 +145,7 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
         recipe=Recipe(optimizer=optimizer),
         labels=labels,
         scales=output_scales(network, spec),
+        output_weights=output_weights(network),
         loss=make_loss("dice_ce", labels=labels, batch_dice=True),
         device=place,
         folder=Path(),
@@ -134,9 +163,33 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
     return lambda: training_step(parts, optimizing, loss_scaler, batch)
 
 
+def row(case: dict[str, Any], how: tuple[Any, ...]) -> tuple[str, float | None]:
+    """The line of a case in the table, and counted over measured bytes; None where it failed, with the reason."""
+    size = " x ".join(map(str, case["patch"]))
+    begin = f"| {case['network']} | {size} | {case['batch']} |"
+    try:
+        told = counted(case, *how).total
+    except Exception as error:  # whatever one network stumbles over, the others are measured
+        return f"{begin} {_last_line(str(error)) or type(error).__name__} | | |", None
+    command = [sys.executable, __file__, "--case", json.dumps(case), "--device", how[0], "--precision", how[1]]
+    command += ["--optimizer", how[2]]
+    done = subprocess.run(command, env=os.environ | GIVE_BACK, capture_output=True, text=True)
+    if done.returncode:
+        reason = _last_line(done.stderr) or f"ended with code {done.returncode}"
+        return f"{begin} {told / MIB:.1f} | {reason} | |", None
+    real = int(_last_line(done.stdout))
+    return f"{begin} {told / MIB:.1f} | {real / MIB:.1f} | {told / real:.3f} |", told / real
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].replace("|", "/") if lines else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"))
@@ -146,21 +199,14 @@ def main() -> None:
     if options.case:
         print(measured(json.loads(options.case), *how))
         return
-    print(f"{'network':20}{'patch':18}{'batch':>5}{'counted MiB':>13}{'measured MiB':>14}{'counted / measured':>20}")
-    for case in every_case(options.networks):
-        told = counted(case, *how).total
-        command = [sys.executable, __file__, "--case", json.dumps(case), "--device", how[0], "--precision", how[1]]
-        command += ["--optimizer", how[2]]
-        done = subprocess.run(command, env=os.environ | GIVE_BACK, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{case['network']:20}{done.stderr.strip().splitlines()[-1]}")
-            continue
-        real = int(done.stdout)
-        size = " x ".join(map(str, case["patch"]))
-        print(
-            f"{case['network']:20}{size:18}{case['batch']:5}{told / MIB:13.1f}{real / MIB:14.1f}{told / real:20.3f}",
-            flush=True,
-        )
+    print("| network | patch | batch | counted MiB | measured MiB | counted / measured |\n|---|---|--:|--:|--:|--:|")
+    ratios = []
+    for case in every_case(options.networks, options.all):
+        line, ratio = row(case, how)
+        print(line, flush=True)
+        ratios.append(ratio)
+    near = sum(ratio is not None and abs(ratio - 1) <= WITHIN for ratio in ratios)
+    print(f"\n{near} of {len(ratios)} within {WITHIN:.0%}; {', '.join(how)}")
 
 
 if __name__ == "__main__":

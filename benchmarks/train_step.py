@@ -29,7 +29,7 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
     from autoseg.computing import safe_base, scaler
     from autoseg.labels import Labels
     from autoseg.losses import make_loss
-    from autoseg.networks import build, output_scales
+    from autoseg.networks import build, output_scales, output_weights
     from autoseg.sampling import Batch
     from autoseg.schema import NetworkSpec, Recipe
     from autoseg.training import Parts, make_optimizer, training_step
@@ -45,6 +45,7 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
         recipe=Recipe(),
         labels=classes_of,
         scales=output_scales(network, spec),
+        output_weights=output_weights(network),
         loss=make_loss(Recipe().loss, labels=classes_of, batch_dice=configuration["batch_dice"]),
         device=torch.device("cpu"),
         folder=Path(),

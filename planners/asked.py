@@ -1,9 +1,9 @@
 """Patch and batch size for a network that was asked for by name, by the bytes that it really needs.
 
-The network keeps the widths and levels of its source. Where it may be adapted, its strides and kernels follow the
-voxels by the rule of `topology`: an axis waits, unhalved and with kernels of 1, while it is twice as coarse as the
-finest. A network of one's own has no source and takes the stages of the preset. Everything else is as in `fit`: start
-large in the proportions of the image, shrink until the samples that must fit do, spend what is left on the batch.
+The network keeps the widths and levels of its source. Its strides and kernels follow the voxels by the rule of
+`topology`: an axis waits, unhalved and with kernels of 1, while it is twice as coarse as the finest. A network of one's
+own has no source and takes the stages of the preset. Everything else is as in `fit`: start large in the proportions of
+the image, shrink until the samples that must fit do, spend what is left on the batch.
 """
 
 import math
@@ -135,9 +135,7 @@ def sized(size: Sequence[float], spacing_mm: Sequence[float], needs: NetworkNeed
         return Sized(
             patch=shape.patch, divisors=shape.divisors, network=replace(network_of(shape, rules), name=needs.name)
         )
-    network = needs.spec(dimension)
-    if needs.adapts:
-        network = adapted(network, spacing_mm, size, rules.min_edge)
+    network = adapted(needs.spec(dimension), spacing_mm, size, rules.min_edge)
     divisors = needs.divisors(network)
     patch = tuple(
         max(math.ceil(edge / divisor) * divisor, least)
@@ -191,8 +189,6 @@ def gib(count: float) -> str:
 def _rule(needs: NetworkNeeds, rules: Rules) -> str:
     if needs.spec is None:
         return "a network of your own takes the stages of the preset"
-    if not needs.adapts:
-        return "the network is that of its source"
     return (
         "widths and levels are those of its source; a level strides along the finest axes and those less than twice as "
         f"coarse while the shortest edge stays at {rules.min_edge} or more, and kernels see one voxel along an axis "

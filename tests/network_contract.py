@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from io import BytesIO
 from math import prod
@@ -15,9 +16,9 @@ import toys
 from torch import nn
 
 from autoseg.checkpoint import save_weights
-from autoseg.losses import scale_targets
+from autoseg.losses import deep_supervision, scale_targets, scale_weights
 from autoseg.model import network_in_file
-from autoseg.networks import NETWORKS, build, output_scales
+from autoseg.networks import NETWORKS, build, output_scales, output_weights
 from autoseg.records import from_json, to_json
 from autoseg.schema import NetworkSpec
 
@@ -65,7 +66,7 @@ def fresh(spec: NetworkSpec, seed: int = 0) -> nn.Module:
 def check_contract(
     name: str, dimension: int, *, spec: NetworkSpec | None = None, size: Sequence[int] = (), **options: object
 ) -> None:
-    """All checks on a narrow network called `name`, and on an anisotropic one where it adapts.
+    """All checks on a narrow network called `name`, and on one for voxels that are not alike along all axes.
 
     spec: in place of the first three stages of its paper's; options: of `Architecture.spec`.
     """
@@ -84,18 +85,21 @@ def check_contract(
     check_gradients(spec, image_size)
     check_padding(spec, image_size)
     check_file(spec, image_size)
-    if architecture.adapts:
-        check_shapes(anisotropic(spec), image_size)
-        check_gradients(anisotropic(spec), image_size)
+    check_shapes(anisotropic(spec), image_size)
+    check_gradients(anisotropic(spec), image_size)
 
 
 def check_names(spec: NetworkSpec) -> None:
     """The tensors that transfer adapts are there, with the channels and heads where they should be."""
     network = on_meta(spec)
     tensors = network.state_dict()
-    first = tensors[network.first_weight]
-    assert first.ndim == spec.dimension + 2
-    assert first.shape[1] == IN_CHANNELS
+    more = on_meta(spec, IN_CHANNELS + 1).state_dict()
+    assert tensors.keys() == more.keys()
+    first = {name for name, tensor in tensors.items() if tensor.shape != more[name].shape}
+    assert first == {network.first_weight, *network.beside_first}
+    for name in first:
+        assert tensors[name].ndim == spec.dimension + 2
+        assert (tensors[name].shape[1], more[name].shape[1]) == (IN_CHANNELS, IN_CHANNELS + 1)
     heads = [tensor for tensor_name, tensor in tensors.items() if tensor_name.startswith(network.heads_prefixes)]
     assert heads
     assert all(tensor.shape[0] == HEADS for tensor in heads)
@@ -120,6 +124,11 @@ def check_shapes(spec: NetworkSpec, size: Sequence[int]) -> None:
     """Logits of the size of the image, and all scales of the sizes of their targets; in training and evaluation."""
     network, image = fresh(spec), torch.randn(2, IN_CHANNELS, *size)
     assert len(network.scales) == 1 or NETWORKS[spec.name].deep_supervision
+    if weights := output_weights(network):
+        assert len(weights) == len(network.scales)
+        assert sum(weights) == pytest.approx(1)
+    else:  # the halving is for outputs that shrink
+        assert len(set(network.scales)) == len(network.scales)
     assert len(network.divisor) == spec.dimension
     targets = scale_targets(torch.zeros(2, *size), output_scales(network, spec))
     for mode in (True, False):
@@ -134,18 +143,24 @@ def check_shapes(spec: NetworkSpec, size: Sequence[int]) -> None:
 
 
 def check_gradients(spec: NetworkSpec, size: Sequence[int]) -> None:
-    """Every parameter has a gradient, and a weight none that is zero; a norm takes away what a bias before it adds."""
+    """Every parameter has a gradient, and a weight none that is zero, with the outputs weighed as in training.
+
+    But for the head of an output that counts nothing; and a norm takes away what a bias before it adds.
+    """
     network = fresh(spec, seed=1)
     where = {"position": 0.5 - torch.rand(2, spec.dimension)} if network.takes_position else {}
     outputs = network(torch.randn(2, IN_CHANNELS, *size), True, **where)
-    weighted = [(one * torch.randn_like(one)).sum() for one in outputs]
-    torch.stack(weighted).sum().backward()
+    weights = output_weights(network)
+    noise = [torch.randn_like(one) for one in outputs]
+    deep_supervision(lambda logits, target: (logits * target).sum(), outputs, noise, weights).backward()
+    left_out = [f"heads.{k}." for k, weight in enumerate(weights or scale_weights(len(outputs))) if weight == 0]
     idle = {name for name, parameter in network.named_parameters() if parameter.grad is None}
-    assert not idle, f"no gradient at all: {idle}"
+    expected = {name for name, _ in network.named_parameters() if name.startswith(tuple(left_out))}
+    assert idle == expected, f"no gradient at all: {idle - expected}; one, though its output counts nothing: {expected}"
     still = {
         name
         for name, parameter in network.named_parameters()
-        if not name.endswith("bias") and not parameter.grad.abs().sum() > 0
+        if name not in idle and not name.endswith("bias") and not parameter.grad.abs().sum() > 0
     }
     assert not still, f"the gradient is zero: {still}"
 
@@ -197,11 +212,27 @@ def check_onnx(spec: NetworkSpec, size: Sequence[int]) -> None:
 
 
 def check_he(network: nn.Module) -> int:
-    """Convolutions with weights enough to tell have variance 2 / fan-in within 5 %; how many were looked at."""
+    """Convolutions with weights enough to tell have variance 2 / fan-in within 5 %; how many were looked at.
+
+    What fan-in means is worked out by the layer itself: of ones, an output in the middle is the number of summands.
+    """
     seen = 0
     for name, part in network.named_modules():
-        if isinstance(part, nn.Conv2d | nn.Conv3d) and part.weight.numel() >= 20_000:
-            fan_in = prod(part.weight.shape[1:])
+        transposed = isinstance(part, nn.ConvTranspose2d | nn.ConvTranspose3d)
+        if (transposed or isinstance(part, nn.Conv2d | nn.Conv3d)) and part.weight.numel() >= 20_000:
+            fan_in = summands(part) if transposed else prod(part.weight.shape[1:])
             assert abs(part.weight.var().item() * fan_in / 2 - 1) < 0.05, name
             seen += 1
     return seen
+
+
+def summands(part: nn.Module) -> float:
+    """Of how many inputs an output voxel far from the border is summed, on average over a period of the stride."""
+    part = deepcopy(part)
+    nn.init.ones_(part.weight)
+    if part.bias is not None:
+        nn.init.zeros_(part.bias)
+    with torch.no_grad():
+        out = part(torch.ones(1, part.in_channels, *(7,) * len(part.stride)))[0, 0]
+    middle = [slice(edge // 2, edge // 2 + step) for edge, step in zip(out.shape, part.stride)]
+    return out[tuple(middle)].mean().item()

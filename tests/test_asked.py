@@ -15,13 +15,12 @@ from autoseg.records import AutosegError
 FIVE = (4, 6, 8, 10, 12)
 
 
-def needs(a_voxel=1000, dimensions=(2, 3), adapts=True, least=1, **more) -> NetworkNeeds:
+def needs(a_voxel=1000, dimensions=(2, 3), least=1, **more) -> NetworkNeeds:
     """A network of five levels that needs so many bytes a voxel."""
     return NetworkNeeds(
         name="toy(levels=5)",
         dimensions=dimensions,
         spec=lambda dimension: toys.network(dimension, FIVE),
-        adapts=adapts,
         divisors=lambda spec: tuple(math.prod(steps) for steps in zip(*spec.strides)),
         smallest=lambda spec: tuple(least * math.prod(steps) for steps in zip(*spec.strides)),
         bytes=lambda spec, patch, batch: a_voxel * math.prod(patch) * batch,
@@ -71,12 +70,9 @@ def test_a_batch_is_no_larger_than_the_rule_on_coverage():
     assert made.batch_size == max(2, round(20 * 36 * 50 * 35 * 0.05 / (40 * 56 * 40)))
 
 
-def test_a_network_that_stays_as_it_is_gets_patches_of_its_multiples():
-    made = planned(needs(adapts=False), (20, (20, 320, 320), (3.6, 0.625, 0.625))).configuration("3d_fullres")
-    assert made.network == toys.network(3, FIVE)
-    assert not any(edge % 16 for edge in made.patch)
-    wide = planned(needs(adapts=False, least=4)).configuration("3d_fullres")
-    assert wide.patch == (64, 64, 64)
+def test_a_patch_is_no_smaller_than_the_network_takes():
+    """An image of 36 x 50 x 35 voxels is halved three times; the network wants 6 x 8 or more along each axis."""
+    assert planned(needs(least=6)).configuration("3d_fullres").patch == (48, 56, 48)
 
 
 @pytest.mark.parametrize(("dimensions", "names"), [((2,), ["2d"]), ((3,), ["3d_fullres"])])

@@ -300,9 +300,17 @@ def test_a_single_scale_has_all_the_weight():
     assert deep_supervision(first_number, [torch.tensor([5.0])], targets).item() == 10
 
 
-def test_deep_supervision_refuses_scales_without_targets():
+def test_outputs_count_as_their_network_says():
+    logits = [torch.tensor([3.0]), torch.tensor([6.0]), torch.tensor([math.nan])]
+    targets = [torch.tensor([1]), torch.tensor([2]), torch.tensor([1])]
+    assert deep_supervision(first_number, logits, targets, (0.25, 0.75, 0.0)).item() == pytest.approx(0.75 + 9)
+
+
+def test_deep_supervision_refuses_scales_without_targets_or_weights():
     with pytest.raises(ValueError, match="2 scales of logits"):
         deep_supervision(first_number, [torch.ones(1)] * 2, [torch.ones(1)])
+    with pytest.raises(ValueError, match="1 weights do not fit 2"):
+        deep_supervision(first_number, [torch.ones(1)] * 2, [torch.ones(1)] * 2, (1.0,))
 
 
 def test_targets_are_taken_at_the_centre_of_each_large_voxel():

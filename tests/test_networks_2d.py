@@ -9,7 +9,8 @@ from network_contract import check_contract, check_he, check_onnx, narrow, on_me
 from torch import nn
 from toys import ball
 
-from autoseg.networks import NETWORKS, build
+from autoseg.losses import deep_supervision
+from autoseg.networks import NETWORKS, build, output_weights
 from autoseg.networks.attention_unet import AttentionGate, attention_maps
 from autoseg.networks.fc_densenet import DenseBlock, DenseOptions
 from autoseg.networks.multires_unet import block_widths
@@ -312,6 +313,13 @@ def test_every_output_of_unetpp_has_the_size_of_the_image_the_deepest_first():
         after = network(image, all_scales=True)
     # Only the deepest reads this node.
     assert [torch.equal(one, other) for one, other in zip(before, after)] == [False, True, True]
+
+
+def test_the_losses_of_the_outputs_of_unetpp_are_averaged():
+    network = build(small("unetpp", 2, features=(4, 5, 6, 7, 8)), 1, 2)
+    numbers = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([4.0]), torch.tensor([9.0])]
+    loss = deep_supervision(lambda logits, target: logits.sum(), numbers, numbers, output_weights(network))
+    assert loss.item() == pytest.approx(4.0)
 
 
 # --- options

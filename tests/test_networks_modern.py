@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from network_contract import (
-    HEADS,
     IN_CHANNELS,
     SIZES,
     anisotropic,
@@ -23,7 +22,6 @@ from network_contract import (
 )
 
 from autoseg.networks import NETWORKS, build
-from autoseg.networks.mednext import upkern
 from autoseg.networks.primus import decoder_widths, rotary_angles, rotated
 from autoseg.records import from_json, to_json
 from autoseg.schema import NetworkSpec
@@ -159,22 +157,6 @@ def test_going_up_fills_the_first_planes_with_zeros_as_the_authors_do():
     assert out[:, :, 0, 1:, 1:].abs().min() > 0
 
 
-def test_the_start_from_smaller_kernels_interpolates_them_and_keeps_the_rest():
-    small = fresh(SMALL_MEDNEXT[3])
-    large_spec = replace(SMALL_MEDNEXT[3], kernels=((5, 5, 5),) * 3)
-    large = fresh(large_spec, seed=1)
-    begun = upkern(small.state_dict(), large)
-    large.load_state_dict(begun)
-    assert torch.equal(large.stem.weight, small.stem.weight)
-    kernel, grown = small.encoder[0][0].spatial.weight, large.encoder[0][0].spatial.weight
-    # Half-pixel centres: the middle of five is that of three, the outermost is the outermost.
-    torch.testing.assert_close(grown[:, :, 2, 2, 2], kernel[:, :, 1, 1, 1])
-    torch.testing.assert_close(grown[:, :, 0, 0, 0], kernel[:, :, 0, 0, 0])
-    other = build(replace(large_spec, features=(4, 6, 9)), IN_CHANNELS, HEADS)
-    with pytest.raises(ValueError, match="same network with smaller kernels"):
-        upkern(small.state_dict(), other)
-
-
 # Primus.
 
 
@@ -233,7 +215,7 @@ def test_the_features_of_the_decoder_fall_in_a_geometric_row():
 def test_blocks_are_left_out_in_training_only():
     spec = replace(small_primus(2), options=small_primus(2).options | {"drop_path": 0.8})
     network, image = fresh(spec), torch.randn(1, IN_CHANNELS, 16, 24)
-    assert [block.drop for block in network.blocks] == [0, 0.8]
+    assert [block.drop.p for block in network.blocks] == [0, 0.8]
     with torch.no_grad():
         assert len({network(image).sum().item() for _ in range(12)}) > 1
         assert len({network.eval()(image).sum().item() for _ in range(3)}) == 1

@@ -24,7 +24,7 @@ from torch import nn
 from toys import ball
 
 from autoseg.losses import deep_supervision, scale_targets
-from autoseg.networks import NETWORKS, build
+from autoseg.networks import NETWORKS, build, output_weights
 from autoseg.networks.stages import hold_resolution
 
 NAMES = ("resnet34_unet", "fcn_resnet50", "fcn_resnet101", "deeplabv3plus")
@@ -266,13 +266,13 @@ def test_one_sample_trains_and_the_mean_of_the_pyramid_learns():
 
 
 def test_deep_supervision_gives_the_auxiliary_head_half_the_weight():
-    """As torchvision's training does, scaled to a sum of 1; the last output, before enlarging, counts nothing."""
+    """As torchvision's training does, scaled to a sum of 1."""
     network, image = fresh(small("fcn_resnet50", dropout=0.0)), torch.randn(2, 2, 24, 40)
-    logits, auxiliary, coarse = network(image, all_scales=True)
+    logits, auxiliary = network(image, all_scales=True)
     assert logits.shape == auxiliary.shape
-    torch.testing.assert_close(F.interpolate(coarse, (24, 40), mode="bilinear"), logits)
     targets = scale_targets(torch.zeros(2, 24, 40), network.scales)
-    found = deep_supervision(lambda given, target: given.square().mean(), (logits, auxiliary, coarse), targets)
+    weights = output_weights(network)
+    found = deep_supervision(lambda given, target: given.square().mean(), (logits, auxiliary), targets, weights)
     torch.testing.assert_close(found, (2 * logits.square().mean() + auxiliary.square().mean()) / 3)
 
 
@@ -350,7 +350,7 @@ def test_it_learns_a_disc_to_a_dice_of_0_9(name):
         image, mask = discs(8, step)
         outputs = network(image, all_scales=True)
         targets = scale_targets(mask, network.scales)
-        loss = deep_supervision(F.cross_entropy, outputs, targets)
+        loss = deep_supervision(F.cross_entropy, outputs, targets, output_weights(network))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

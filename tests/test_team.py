@@ -230,7 +230,7 @@ cli.run()
     ("rank", "error", "shown"),
     [
         (0, "AutosegError('no plan yet')", "error: no plan yet\n"),
-        (1, "RuntimeError('a mistake of its own')", "\nRuntimeError: a mistake of its own\n"),
+        (1, "RuntimeError('a mistake of its own')", "RuntimeError: a mistake of its own\n"),
     ],
 )
 def test_under_torchrun_the_error_of_one_process_stands_alone(rank, error, shown):

@@ -18,7 +18,7 @@ from autoseg.evaluation.plots import training_curves
 from autoseg.history import read_metrics
 from autoseg.labels import Labels
 from autoseg.losses import make_loss
-from autoseg.networks import build, output_scales
+from autoseg.networks import build, output_scales, output_weights
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import PreparedCases, Sampler, Stream
@@ -71,6 +71,7 @@ def parts(tmp_path, run="run", augmentation="default", tuning=None, team=ALONE, 
         recipe=made,
         labels=LABELS,
         scales=output_scales(network, spec),
+        output_weights=output_weights(network),
         loss=make_loss(made.loss, labels=LABELS, batch_dice=False),
         device=torch.device("cpu"),
         folder=tmp_path / run,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from network_contract import narrow
 from safetensors.torch import save_file
 from test_predict import finished_run
 from toys import configuration, network, plan
@@ -13,7 +14,7 @@ from autoseg.bundle import ModelFile, Stage, write
 from autoseg.cli import app
 from autoseg.crops import parse_crop
 from autoseg.labels import Labels
-from autoseg.networks import build
+from autoseg.networks import NETWORKS, build
 from autoseg.networks.unet import UNet
 from autoseg.pipeline.data import plan_at
 from autoseg.planners import plan_like
@@ -96,6 +97,84 @@ def test_a_channel_that_is_new_beside_known_ones_changes_nothing_at_first():
     assert new.encoder[0][0].conv.weight.grad[:, 0].abs().max() > 0
 
 
+PLANAR = configuration("2d", patch=(16, 24), spacing_mm=(1.0, 1.0))
+
+
+def planned(spec, *channels):
+    return plan(replace(PLANAR, network=spec, context=spec.slices), channels=channels)
+
+
+PRIMUS = NETWORKS["primus_v3"].spec(2, grid=(2, 3))
+PRIMUS = replace(
+    PRIMUS,
+    features=(4, 5, 6, 7, 24),
+    encoder_blocks=(1, 1, 1, 1, 2),
+    options={**PRIMUS.options, "attention_heads": 2},
+)
+
+
+@pytest.mark.parametrize(
+    "spec", [narrow(NETWORKS["multires_unet"].spec(2)), PRIMUS], ids=["multires_unet", "primus_v3"]
+)
+@torch.no_grad()
+def test_what_reads_the_image_beside_the_first_convolution_is_adapted_too(spec):
+    old, given = source(planned(spec, "T1", "T2"))
+    new, lines = begun(planned(spec, "FLAIR", "T2", "T1"), given)
+    t1, t2, flair = torch.randn(3, 1, 16, 24)
+    before = old(torch.stack([t1, t2], 1))
+    torch.testing.assert_close(new(torch.stack([flair, t2, t1], 1)), before, atol=1e-4, rtol=1e-4)
+    changed = {line.tensor: line.how for line in lines.values() if line.what != "reused"}
+    assert changed == dict.fromkeys((new.first_weight, *new.beside_first), "FLAIR zero, T2 taken over, T1 taken over")
+
+
+@torch.no_grad()
+def test_channels_of_a_network_that_takes_slices_apart_are_matched_by_name():
+    """Equal shapes do not mean equal channels; and each has one entry, however many slices there are of it."""
+    spec = narrow(NETWORKS["slice_unet3d"].spec(2, context=3))
+    old, given = source(planned(spec, "T1", "T2"))
+    new, lines = begun(planned(spec, "T2", "T1"), given)
+    t1, t2 = torch.randn(2, 1, 3, 16, 24)
+    torch.testing.assert_close(new(torch.cat([t2, t1], 1)), old(torch.cat([t1, t2], 1)), atol=1e-4, rtol=1e-4)
+    assert lines[new.first_weight].how == "T2 taken over, T1 taken over"
+
+
+def mednext(*kernels):
+    spec = narrow(NETWORKS["mednext"].spec(2, expansion=(2,)), (4, 6))
+    return replace(spec, kernels=kernels)
+
+
+@torch.no_grad()
+def test_larger_kernels_begin_as_those_of_the_source_upsampled():
+    """By hand: from three places to five, whose centres lie at -0.2, 0.4, 1, 1.6 and 2.2 of the three."""
+    old, given = source(planned(mednext((3, 3), (3, 3)), "MR"))
+    kernel = given.tensors["encoder.0.0.spatial.weight"]
+    assert kernel.shape == (4, 1, 3, 3)
+    kernel[1, 0] = torch.outer(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, -1.0]))
+    new, lines = begun(planned(mednext((5, 5), (5, 5)), "MR"), given)
+    grown = torch.outer(torch.tensor([0.0, 0.4, 1.0, 1.6, 2.0]), torch.tensor([1.0, 0.6, 0.0, -0.6, -1.0]))
+    torch.testing.assert_close(new.encoder[0][0].spatial.weight[1, 0], grown)
+    assert lines["encoder.0.0.spatial.weight"].how == "up-sampled 3 to 5"
+    kernels = {name for name, line in lines.items() if line.what == "adapted"}
+    assert kernels == {name for name in lines if name.endswith("spatial.weight")}
+    assert {line.what for name, line in lines.items() if name not in kernels} == {"reused"}
+    assert torch.equal(new.down[0].spatial.bias, old.down[0].spatial.bias)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "how"),
+    [
+        (((1, 3), (3, 3)), ((1, 5), (3, 3)), "up-sampled 1 x 3 to 1 x 5"),
+        (((1, 3), (3, 3)), ((3, 3), (3, 3)), "4 x 1 x 1 x 3 in the source, 4 x 1 x 3 x 3 here"),
+        (((5, 5), (3, 3)), ((3, 3), (3, 3)), "4 x 1 x 5 x 5 in the source, 4 x 1 x 3 x 3 here"),
+    ],
+)
+def test_kernels_of_one_voxel_and_larger_ones_are_not_upsampled(there, here, how):
+    _, given = source(planned(mednext(*there), "MR"))
+    _, lines = begun(planned(mednext(*here), "MR"), given)
+    assert lines["encoder.0.0.spatial.weight"].how == how
+    assert lines["encoder.0.0.spatial.bias"].what == ("reused" if how.startswith("up") else "new")
+
+
 @torch.no_grad()
 def test_strange_channels_start_as_the_mean():
     """Two strange channels of equal content give what three old ones of that content gave, and 1 -> 1 is a copy."""
@@ -107,6 +186,13 @@ def test_strange_channels_start_as_the_mean():
     old, given = source(plan(channels=("MR",)))
     new, _ = begun(plan(channels=("CT",)), given)
     assert torch.equal(new(IMAGE), old(IMAGE))
+
+
+def test_kernels_of_other_networks_are_not_upsampled():
+    wide = replace(network(), kernels=((5, 5, 5), (3, 3, 3)))
+    _, given = source(plan())
+    _, lines = begun(plan(replace(configuration(), network=wide)), given)
+    assert lines["encoder.0.0.conv.weight"].what == "new"
 
 
 @torch.no_grad()

@@ -206,6 +206,28 @@ def test_a_right_kernel_agrees(no_compiler, name):
     assert (made.precision, made.channels_last) == ("bfloat16", True)
 
 
+class LeavesOut(nn.Module):
+    """Half of its features in training, at random; in low precision logits are `factor` times what they should be."""
+
+    divisor = (2, 2, 2)
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.body = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.5), nn.Conv3d(8, 2, 1))
+
+    def forward(self, x, all_scales=False):
+        logits = self.body(x) * (self.factor if torch.is_autocast_enabled("cpu") else 1.0)
+        return [logits] if all_scales else logits
+
+
+@pytest.mark.parametrize(("factor", "precision"), [(1.0, "bfloat16"), (1.2, "float32")])
+def test_what_is_left_out_at_random_hides_no_wrong_kernel(no_compiler, factor, precision):
+    made = probe(Machine(cost_of(precision=0.5)), lambda: LeavesOut(factor))
+    assert made.precision == precision
+    assert LeavesOut(factor).body[2].p == 0.5
+
+
 def test_a_wrong_layout_is_refused_however_little_it_is_off(no_compiler):
     class WrongInChannelsLast(WrongInLowPrecision):
         def forward(self, x, all_scales=False):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from autoseg.records import AutosegError
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, given
 
 
 @pytest.fixture
@@ -63,3 +63,43 @@ def test_suggested_commands_name_the_workspace_only_where_an_option_did(monkeypa
     monkeypatch.setenv("AUTOSEG_HOME", str(tmp_path))
     assert Workspace.find(None).option == ""
     assert Workspace.find(Path("my data")).option == " --workspace 'my data'"
+
+
+def test_a_dataset_that_lies_elsewhere_is_remembered(tmp_path):
+    elsewhere = tmp_path / "my data" / "Dataset007_Balls"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "dataset.json").write_text("{}")
+    place = Workspace(tmp_path / "root")
+    place.remember("Dataset007_Balls", elsewhere)
+    assert place.dataset("7") == place.dataset("Dataset007_Balls") == ("Dataset007_Balls", elsewhere)
+    inside = place.raw("Dataset007_Balls")
+    inside.mkdir(parents=True)  # what is put into the workspace later is what its name means
+    assert place.dataset("7") == ("Dataset007_Balls", inside)
+
+
+def test_a_dataset_of_the_workspace_needs_no_note(place):
+    place.remember("Dataset001_Liver", place.raw("Dataset001_Liver"))
+    assert not place.prepared("Dataset001_Liver").exists()
+
+
+def test_commands_are_written_for_a_shell(monkeypatch, tmp_path):
+    monkeypatch.setenv("AUTOSEG_HOME", str(tmp_path))
+    command = Workspace.find(Path("my data")).command("train", "/a b/D", "2d", "0", *given("--run", "x y"))
+    assert command == "autoseg train '/a b/D' 2d 0 --run 'x y' --workspace 'my data'"
+    assert Workspace.find(None).command("info", *given("--plan", "default")) == "autoseg info"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "../evil", "a/b", "a\\b", ".x", "x.", "x ", "-x", "nul", "CON.txt", "a*", "é:"]
+)
+def test_names_that_are_no_folder_everywhere_are_refused(tmp_path, name):
+    place = Workspace(tmp_path)
+    with pytest.raises(AutosegError, match=r"--plan .* letters, digits"):
+        place.plan_folder("D", name)
+    with pytest.raises(AutosegError, match="--run"):
+        place.fold("D", name, "2d", 0)
+
+
+@pytest.mark.parametrize("name", ["default", "lr=0.01", "2d x", "v1.2", "console", "à_1", "x"])
+def test_ordinary_names_are_not(tmp_path, name):
+    assert Workspace(tmp_path).plan_folder("D", name).name == name

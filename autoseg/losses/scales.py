@@ -1,4 +1,7 @@
-"""Deep supervision: a loss at every resolution of a decoder, as nnU-Net weighs them (Isensee et al., 2021)."""
+"""Deep supervision: a loss at every output of a network.
+
+A decoder's resolutions are weighed as nnU-Net does (Isensee et al., Nature Methods 2021), unless the network says how.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -18,15 +21,23 @@ def scale_weights(scales: int) -> tuple[float, ...]:
 
 
 def deep_supervision(
-    loss: Callable[[Tensor, Tensor], Tensor], logits_list: Sequence[Tensor], target_list: Sequence[Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor],
+    logits_list: Sequence[Tensor],
+    target_list: Sequence[Tensor],
+    weights: Sequence[float] = (),
 ) -> Tensor:
-    """Weighted sum of `loss` over the scales of a decoder, highest resolution first.
+    """Weighted sum of `loss` over the outputs of a network, highest resolution first.
 
-    A network may give fewer scales than there are targets. Scales of weight 0 are not computed at all.
+    A network may give fewer scales than there are targets. weights: of the outputs, as their network states them;
+    (): `scale_weights`. Outputs of weight 0 are not computed at all. Raises ValueError for numbers of them that do not
+    fit.
     """
     if not 0 < len(logits_list) <= len(target_list):
         raise ValueError(f"{len(logits_list)} scales of logits do not fit {len(target_list)} scales of targets")
-    weighted = zip(scale_weights(len(logits_list)), logits_list, target_list)
+    stated = tuple(weights) or scale_weights(len(logits_list))
+    if len(stated) != len(logits_list):
+        raise ValueError(f"{len(stated)} weights do not fit {len(logits_list)} scales of logits")
+    weighted = zip(stated, logits_list, target_list)
     terms = [weight * loss(logits, target) for weight, logits, target in weighted if weight > 0]
     return torch.stack(terms).sum()
 

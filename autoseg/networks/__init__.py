@@ -3,7 +3,8 @@
 A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
 `forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
 list of logits, highest resolution first, that shrink by `scales` of the module, or where it has none by
-`spec.strides`; a list of one is allowed. With `encoder_prefixes`, what names of its encoder's parameters begin with,
+`spec.strides`; a list of one is allowed. With `output_weights` the outputs count so in deep supervision, see
+`base.Network`. With `encoder_prefixes`, what names of its encoder's parameters begin with,
 that can be frozen or have a rate of its own. One with an attribute `takes_position` that is true is called with
 `position` too: where in its image each patch lies, (B, axes) float32 from -1 to 1 along each axis, 0 in the middle.
 Naming a module imports it: a plan that does so is as trustworthy as the code beside it.
@@ -11,7 +12,6 @@ Naming a module imports it: a plan that does so is as trustworthy as the code be
 
 import inspect
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from autoseg.networks.r2_unet import R2_ATTENTION_UNET, R2_UNET
 from autoseg.networks.resenc import RESENC
 from autoseg.networks.resnet_unet import RESNET34_UNET
 from autoseg.networks.segnet import SEGNET
+from autoseg.networks.strides import running
 from autoseg.networks.unet import UNET
 from autoseg.networks.unet3d import RELATIVE_UNET3D, SLICE_UNET3D, UNET3D, UNET3D_NOHIGHWAY
 from autoseg.networks.unet_vanilla import UNET_VANILLA
@@ -39,7 +40,7 @@ from autoseg.records import AutosegError
 from autoseg.schema import Dimension, NetworkSpec
 from autoseg.settings import parse_call
 
-__all__ = ["NETWORKS", "Architecture", "asked", "build", "output_scales", "spec_of"]
+__all__ = ["NETWORKS", "Architecture", "asked", "build", "options_of", "output_scales", "output_weights", "spec_of"]
 
 NETWORKS: dict[str, Architecture] = {
     "unet": UNET,
@@ -105,10 +106,29 @@ def asked(text: str) -> tuple[str, Architecture | None, dict[str, Any]]:
     """
     name, options = parse_call(text)
     found = architecture(name)
-    there = [] if found is None else [key for key in [*inspect.signature(found.spec).parameters][1:] if key != "name"]
+    there = {} if found is None else _options(found)
     if odd := [option for option in options if option not in there]:
         raise AutosegError(f"the network {name} has no option {odd[0]!r}; it has {', '.join(there) or 'none'}")
     return name, found, options
+
+
+def options_of(found: Architecture) -> str:
+    """What `name(key=value)` may state of an entry of the table, with the values that hold if it does not."""
+    shown = (f"{key}={_as_asked(default)}" for key, default in _options(found).items())
+    return ", ".join(shown) or "none"
+
+
+def _options(found: Architecture) -> dict[str, Any]:
+    every = [*inspect.signature(found.spec).parameters.values()][1:]
+    return {each.name: each.default for each in every if each.name != "name"}
+
+
+def _as_asked(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_as_asked, value))}]"
+    return "as its source" if value is None else str(value)
 
 
 @lru_cache(maxsize=64)
@@ -138,7 +158,9 @@ def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...
     A network of one's own that does not say has a scale for every stage of `spec` but the last.
     """
     stated: tuple[tuple[int, ...], ...] | None = getattr(network, "scales", None)
-    if stated is not None:
-        return stated
-    steps = accumulate(spec.strides[:-1], lambda total, stride: tuple(t * s for t, s in zip(total, stride)))
-    return tuple(steps)
+    return running(spec.strides[:-1]) if stated is None else stated
+
+
+def output_weights(network: nn.Module) -> tuple[float, ...]:
+    """How much each output counts in deep supervision, as the network states it; (): `losses.scale_weights` says."""
+    return tuple(getattr(network, "output_weights", ()))

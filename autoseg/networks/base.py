@@ -7,12 +7,12 @@ an entry of the table of networks: how it is built, the specification of its pap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoseg.networks.strides import total
 from autoseg.schema import NetworkSpec
 
 
@@ -27,8 +27,15 @@ class Network(nn.Module, ABC):
     """What the spatial sizes that `scales_of` sees are multiples of."""
     scales: tuple[tuple[int, ...], ...]
     """By how much each of the outputs of `scales_of` is smaller than the image, axis by axis; the first: not at all."""
+    output_weights: tuple[float, ...] = ()
+    """How much each of the outputs counts in deep supervision, in all 1; (): each half of the one before, the last not
+    at all, as fits a decoder whose outputs are smaller and smaller (`losses.scale_weights`)."""
     first_weight: str = ""
     """Name of the tensor that reads the image, (features, input channels, *kernel)."""
+    beside_first: tuple[str, ...] = ()
+    """Names of further tensors that read it, as those of a shortcut beside the first convolution."""
+    grows_kernels: bool = False
+    """Whether kernels may begin as smaller ones that have been trained, up-sampled; see `autoseg.transfer`."""
     heads_prefixes: tuple[str, ...] = ("heads.",)
     """What names of tensors that give logits, (heads, ...), begin with."""
     encoder_prefixes: tuple[str, ...] = ("encoder.",)
@@ -85,14 +92,13 @@ class Architecture:
     """(spec, input channels, heads) -> the network. Raises ValueError for a specification that does not fit."""
     spec: Callable[..., NetworkSpec]
     """(dimension, **options) -> the network as its source has it, for images whose voxels are alike along all axes.
-    The keyword arguments, all with defaults, are what `name(key=value)` may state."""
+    Where they are not, strides and kernels may be changed axis by axis. The keyword arguments, all with defaults, are
+    what `name(key=value)` may state."""
     source: str
     """Authors, where and when."""
     dimensions: tuple[int, ...] = (2, 3)
     deep_supervision: bool = False
     """Whether it gives more than one scale."""
-    adapts: bool = True
-    """Whether strides and kernels of the specification may be changed axis by axis, where voxels are not alike."""
 
 
 LARGEST_STRIDE = 8
@@ -123,6 +129,6 @@ def spec_problems(spec: NetworkSpec, levels: int) -> list[str]:
     # A specification may come with a file of unknown origin, and strides do not show in the shape of any tensor.
     if any(step > LARGEST_STRIDE for stride in spec.strides for step in stride):
         problems.append(f"strides: at most {LARGEST_STRIDE} in one stage, found {spec.strides}")
-    elif max((prod(steps) for steps in zip(*spec.strides)), default=1) > LARGEST_TOTAL:
+    elif max(total(spec.strides), default=1) > LARGEST_TOTAL:
         problems.append(f"strides: at most {LARGEST_TOTAL} in all along one axis, found {spec.strides}")
     return problems

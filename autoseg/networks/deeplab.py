@@ -18,7 +18,8 @@ from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.options import Options, Share, read_options
 from autoseg.networks.parts import ACTIVATIONS, NORMS, ConvNormAct, choose, initialise_he, same_size
 from autoseg.networks.resnet import ResNet
-from autoseg.networks.stages import OutputStride, check_stages, hold_resolution, total
+from autoseg.networks.stages import OutputStride, check_stages, hold_resolution
+from autoseg.networks.strides import total
 from autoseg.networks.xception import Separable, Xception
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec

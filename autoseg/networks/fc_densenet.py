@@ -16,7 +16,8 @@ from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.options import Options, Share, read_options
 from autoseg.networks.parts import ACTIVATIONS, MAX_POOL, NORMS, choose, initialise_he
-from autoseg.networks.pooled import first_weight, halving_spec, total_stride, transposed
+from autoseg.networks.pooled import first_weight, halving_spec, transposed
+from autoseg.networks.strides import total
 from autoseg.networks.unet import check_spec
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec
@@ -72,7 +73,7 @@ class FCDenseNet(Network):
         check_spec(spec)
         options = read_options(DenseOptions, spec)
         dimension, kernel = spec.dimension, spec.kernels[0]
-        self.divisor, self.scales = total_stride(spec), ((1,) * dimension,)
+        self.divisor, self.scales = total(spec.strides), ((1,) * dimension,)
         channels = options.first_features
         self.first = CONVOLUTION[dimension](in_channels, channels, kernel, padding=tuple(k // 2 for k in kernel))
         self.encoder = nn.ModuleList()

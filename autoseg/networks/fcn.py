@@ -1,10 +1,8 @@
 """Fully convolutional networks on dilated ResNets (Long et al., CVPR 2015; He et al., CVPR 2016), as torchvision's.
 
 The encoder shrinks by 8 and is dilated from there on; a small head predicts at that scale and is enlarged linearly.
-While training an auxiliary head on the last stage but one predicts too. Deep supervision takes its logits with half the
-weight of the others, as in torchvision: it halves the weight of each output and leaves the last one out, so the logits
-before they are enlarged, which cost nothing, are listed behind it. Names of tensors are torchvision's, with `encoder`
-in place of `backbone`.
+While training an auxiliary head on the last stage but one predicts too; in deep supervision it has half the weight of
+the other, as in torchvision. Names of tensors are torchvision's, with `encoder` in place of `backbone`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +15,8 @@ from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.options import Options, Share, read_options
 from autoseg.networks.parts import ConvNormAct, initialise_he, same_size
 from autoseg.networks.resnet import EXPANSION, ResNet
-from autoseg.networks.stages import OutputStride, check_stages, hold_resolution, total
+from autoseg.networks.stages import OutputStride, check_stages, hold_resolution
+from autoseg.networks.strides import total
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -46,7 +45,8 @@ class FCN(Network):
         strides, dilations = hold_resolution(spec.strides, options.output_stride)
         self.divisor = total(strides)
         whole = (1,) * spec.dimension
-        self.scales = (whole, whole, self.divisor) if options.auxiliary else (whole,)
+        self.scales = (whole, whole) if options.auxiliary else (whole,)
+        self.output_weights = (2 / 3, 1 / 3) if options.auxiliary else (1.0,)
         self.encoder = ResNet(spec, in_channels, strides, dilations, bottleneck=True, norm=norm, activation=activation)
 
         def head(channels: int, kernel: Sequence[int]) -> nn.Sequential:
@@ -59,13 +59,12 @@ class FCN(Network):
         initialise_he(self)
 
     def scales_of(self, x: Tensor, all_scales: bool) -> Sequence[Tensor]:
-        """As `Network.scales_of`: logits, those of the auxiliary head, and the first before they were enlarged."""
+        """As `Network.scales_of`: the logits, and those of the auxiliary head."""
         *_, earlier, last = self.encoder(x)
-        logits = self.classifier(last)
-        enlarged = same_size(logits, x)
+        logits = same_size(self.classifier(last), x)
         if not all_scales or self.aux_classifier is None:
-            return [enlarged]
-        return [enlarged, same_size(self.aux_classifier(earlier), x), logits]
+            return [logits]
+        return [logits, same_size(self.aux_classifier(earlier), x)]
 
 
 def fcn_resnet50_spec(

@@ -20,8 +20,9 @@ from torch import nn
 
 from autoseg.losses import deep_supervision, dice_ce, scale_targets
 from autoseg.needs import NetworkNeeds
-from autoseg.networks import asked, build, output_scales, spec_of
+from autoseg.networks import asked, build, output_scales, output_weights, spec_of
 from autoseg.networks.meta import Autocast, Device, Living, Unfilled
+from autoseg.networks.strides import total
 from autoseg.records import AutosegError, record
 from autoseg.schema import NetworkSpec
 
@@ -29,6 +30,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 LOWER: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Optimizer = Literal["sgd", "adamw"]
+LOSS = partial(dice_ce, batch_dice=True)
 STATES = {"sgd": 1, "adamw": 2}
 """Optimizer -> tensors of the size of the weights that it keeps."""
 
@@ -87,9 +89,9 @@ class Step:
         self.spec, self.in_channels = spec, in_channels
         self.network = on_meta(spec, in_channels, heads).train()
         self.mode = Autocast(device, LOWER[precision])
-        self.scales = output_scales(self.network, spec)
+        self.scales, self.output_weights = output_scales(self.network, spec), output_weights(self.network)
         stated = getattr(self.network, "divisor", None)
-        self.divisors = tuple(stated or (math.prod(steps) for steps in zip(*spec.strides)))
+        self.divisors = tuple(stated or total(spec.strides))
         self.weights = sum(_bytes(parameter) for parameter in self.network.parameters())
         self.buffers = sum(_bytes(buffer) for buffer in self.network.buffers())
         self.states = STATES[optimizer] * self.weights
@@ -132,7 +134,7 @@ class Step:
             outputs = self.network(image, all_scales=True)
             living.kind = "loss"
             targets = scale_targets(labels, self.scales)
-            loss = deep_supervision(lambda logits, target: dice_ce(logits, target, batch_dice=True), outputs, targets)
+            loss = deep_supervision(LOSS, outputs, targets, self.output_weights)
             held = _bytes(image) + _bytes(labels) + _bytes(outputs[0])
             del outputs, targets
             living.kind = "passing"
@@ -234,7 +236,6 @@ def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bf
         name=text,
         dimensions=(2, 3) if found is None else found.dimensions,
         spec=None if found is None else partial(spec_of, text),
-        adapts=found is not None and found.adapts,
         divisors=lambda spec: forecast(spec).step.divisors,
         smallest=lambda spec: forecast(spec).smallest,
         bytes=lambda spec, patch, batch: forecast(spec).total(patch, batch),

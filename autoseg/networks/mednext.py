@@ -5,12 +5,12 @@ features by single voxels, GELU, and the way back; the input is added. Blocks th
 transposed depth-wise convolution and a shortcut with a kernel of 1. Skips are added, not concatenated. Every
 resolution has a head, the lowest too.
 
-A network with kernels of 5 is meant to begin as one with kernels of 3 that has been trained: see `upkern`.
+A network with kernels of 5 is meant to begin as one with kernels of 3 that has been trained (UpKern): `train
+--pretrained` with that one up-samples its kernels, see `autoseg.transfer`. The norm behind each takes away that they
+are larger in sum.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from operator import mul
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED
 from autoseg.networks.options import read_options
-from autoseg.networks.parts import ACTIVATIONS, INTERPOLATION, NORMS, choose
+from autoseg.networks.parts import ACTIVATIONS, NORMS, choose
+from autoseg.networks.strides import running, total
 from autoseg.networks.unet import check_spec
 from autoseg.networks.volumetric import doubling_spec
 from autoseg.records import record
@@ -85,6 +86,7 @@ class MedNeXt(Network):
     """Stages of blocks, a strided block between each two, and the way back, for (B, C, Z, Y, X) or (B, C, Y, X)."""
 
     first_weight = "stem.weight"
+    grows_kernels = True
     encoder_prefixes = ("stem.", "encoder.", "down.")
 
     def __init__(self, spec: NetworkSpec, in_channels: int, heads: int) -> None:
@@ -95,8 +97,7 @@ class MedNeXt(Network):
         ratios = options.expansion * (stages if len(options.expansion) == 1 else 1)
         if len(ratios) != stages:
             raise ValueError(f"option expansion of the network {spec.name!r}: {stages} numbers or one, found {ratios}")
-        self.scales = tuple(accumulate(spec.strides, lambda total, stride: tuple(map(mul, total, stride))))
-        self.divisor = self.scales[-1]
+        self.divisor, self.scales = total(spec.strides), running(spec.strides)
 
         def blocks(stage: int, count: int) -> nn.Sequential:
             width, kernel = spec.features[stage], spec.kernels[stage]
@@ -127,26 +128,6 @@ class MedNeXt(Network):
             if all_scales or level == 0:
                 outputs.append(self.heads[level](x))
         return outputs[::-1]
-
-
-def upkern(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The state of `network` that begins as the same one with smaller kernels, whose state is `tensors` (UpKern).
-
-    Kernels are interpolated linearly to the larger size, everything else is taken over. Raises ValueError, with its
-    name, for a tensor that is missing or fits in no such way.
-    """
-    begun = {}
-    for name, own in network.state_dict().items():
-        other = tensors.get(name)
-        if other is None or other.ndim != own.ndim or other.shape[:2] != own.shape[:2]:
-            raise ValueError(f"the tensor {name!r} is not that of the same network with smaller kernels")
-        if other.shape != own.shape:
-            if own.ndim < 4:
-                raise ValueError(f"the tensor {name!r} is no kernel, and has another size")
-            size, mode = own.shape[2:], INTERPOLATION[own.ndim - 2]
-            other = F.interpolate(other, size=size, mode=mode, align_corners=False)
-        begun[name] = other.clone()
-    return begun
 
 
 def mednext_spec(

@@ -104,7 +104,7 @@ def multires_unet(spec: NetworkSpec, in_channels: int, heads: int) -> PooledUNet
         return nn.Sequential(*(multires_block(one, features[number], kernels[number], options) for one in entering))
 
     before = (in_channels, *given)
-    return PooledUNet(
+    network = PooledUNet(
         spec,
         heads,
         encoder=[level(i, before[i], blocks) for i, blocks in enumerate(spec.encoder_blocks)],
@@ -114,6 +114,8 @@ def multires_unet(spec: NetworkSpec, in_channels: int, heads: int) -> PooledUNet
         widths=given,
         dropout=options.dropout,
     )
+    network.beside_first = ("encoder.0.0.0.shortcut.0.weight",)
+    return network
 
 
 def multires_unet_spec(

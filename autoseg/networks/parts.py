@@ -5,6 +5,7 @@ the options `norm` and `activation` of a specification say otherwise.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod, sqrt
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,10 +86,18 @@ class ConvNormAct(nn.Sequential):
 
 
 def initialise_he(module: nn.Module) -> None:
-    """Convolutions of `module`: normal weights of variance 2 / fan-in, biases 0 (He et al., ICCV 2015)."""
+    """Convolutions of `module`: normal weights of variance 2 / fan-in, biases 0 (He et al., ICCV 2015).
+
+    Fan-in is how many numbers an output is summed of. Of a transposed convolution each output sees only every stride-th
+    voxel of the kernel; torch takes its input channels for its outputs, and does not know strides.
+    """
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+            fan_in = part.in_channels // part.groups * prod(part.kernel_size)
+            if isinstance(part, nn.ConvTranspose2d | nn.ConvTranspose3d):
+                nn.init.normal_(part.weight, std=sqrt(2 * prod(part.stride) / fan_in))
+            else:
+                nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 

@@ -5,9 +5,7 @@ on its way across. Levels are numbered from the finest, 0. Strides may differ fr
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from math import prod
-from operator import mul
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from autoseg.networks.base import Network
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED
 from autoseg.networks.options import Options
 from autoseg.networks.parts import INTERPOLATION, MAX_POOL, ConvNormAct, initialise_he
+from autoseg.networks.strides import running, total
 from autoseg.schema import Dimension, NetworkSpec, Option
 
 
@@ -44,8 +43,7 @@ class PooledUNet(Network):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.divisor = total_stride(spec)
-        self.scales = tuple(accumulate(spec.strides, lambda total, stride: tuple(map(mul, total, stride))))[:supervised]
+        self.divisor, self.scales = total(spec.strides), running(spec.strides)[:supervised]
         self.encoder = nn.ModuleList(pooled(spec, encoder, dropout))
         self.joins = nn.ModuleList(joins)
         self.ups = nn.ModuleList(ups)
@@ -112,11 +110,6 @@ def interpolated(stride: Sequence[int], mode: str = "") -> nn.Module:
     if mode == "nearest":
         return nn.Upsample(scale_factor=factors, mode="nearest")
     return nn.Upsample(scale_factor=factors, mode=INTERPOLATION[len(stride)], align_corners=False)
-
-
-def total_stride(spec: NetworkSpec) -> tuple[int, ...]:
-    """By how much the lowest stage is smaller than the image, axis by axis."""
-    return tuple(prod(stride[axis] for stride in spec.strides) for axis in range(spec.dimension))
 
 
 def first_weight(network: nn.Module) -> str:

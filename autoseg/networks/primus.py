@@ -7,13 +7,11 @@ channel, and left out at random in training, the later ones more often. Transpos
 
 The learnt positions are those of a grid of tokens, option `grid`: patch / 8, for the patch that is trained with.
 Elsewhere they are interpolated; rotary positions go on as they are. The sources are for 3D with 8 x 8 x 8 voxels a
-token; other strides and 2D are our extension of the same rules. A first layer of another number of channels is adapted
-in fine-tuning, the projection beside it is not.
+token; other strides and 2D are our extension of the same rules.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
 from typing import Annotated, Any
 
 import torch
@@ -25,6 +23,7 @@ from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION, SLOPE, TRANSPOSED, ResidualBlock, initialise
 from autoseg.networks.options import Share, read_options
 from autoseg.networks.parts import INTERPOLATION
+from autoseg.networks.strides import total
 from autoseg.networks.unet import check_spec
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec
@@ -105,12 +104,23 @@ class SwiGLU(nn.Module):
         return out
 
 
+class DropPath(nn.Dropout):
+    """In training leaves what it is given out with probability `p`, sample by sample; the rest is larger for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> the same."""
+        if not self.training or self.p == 0:
+            return x
+        kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.p
+        return x * kept.to(x.dtype) / (1 - self.p)
+
+
 class TransformerBlock(nn.Module):
     """Attention and SwiGLU, each normed before, scaled after, and added; left out at random in training."""
 
     def __init__(self, width: int, heads: int, scale: float, drop: float) -> None:
         super().__init__()
-        self.drop = drop
+        self.drop = DropPath(drop)
         self.first_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.first_scale = nn.Parameter(torch.full((width,), scale))
@@ -120,14 +130,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         """(B, tokens, C) -> the same."""
-        x = x + self._kept(self.first_scale * self.attention(self.first_norm(x), angles))
-        return x + self._kept(self.second_scale * self.mlp(self.second_norm(x)))
-
-    def _kept(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop == 0:
-            return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop
-        return x * kept.to(x.dtype) / (1 - self.drop)
+        x = x + self.drop(self.first_scale * self.attention(self.first_norm(x), angles))
+        dropped: Tensor = self.drop(self.second_scale * self.mlp(self.second_norm(x)))
+        return x + dropped
 
 
 class Head(nn.Module):
@@ -154,6 +159,7 @@ class Primus(Network):
     """
 
     first_weight = "stages.0.0.first.conv.weight"
+    beside_first = ("stages.0.0.shortcut.0.conv.weight",)
     heads_prefixes = ("head.",)
     encoder_prefixes = ("stages.", "to_tokens.", "projection", "places", "blocks.", "norm.")
 
@@ -164,8 +170,7 @@ class Primus(Network):
         grid = options.grid or (16,) * spec.dimension
         _check(spec, options.attention_heads, grid)
         axes, width, depth = spec.dimension, spec.features[-1], spec.encoder_blocks[-1]
-        self.divisor = tuple(prod(stride[axis] for stride in spec.strides) for axis in range(axes))
-        self.scales = ((1,) * axes,)
+        self.divisor, self.scales = total(spec.strides), ((1,) * axes,)
 
         self.stages = nn.ModuleList()
         channels = in_channels
@@ -187,7 +192,7 @@ class Primus(Network):
         )
         self.projections = nn.ModuleList()
         for level, features in enumerate(spec.features[:-2]):
-            left = tuple(prod(stride[axis] for stride in spec.strides[level + 1 :]) for axis in range(axes))
+            left = total(spec.strides[level + 1 :])
             self.projections.append(convolution(features, width, left, left))
         self.projection_scales = nn.Parameter(torch.full((len(self.projections),), 1e-5))
 

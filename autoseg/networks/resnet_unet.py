@@ -7,8 +7,6 @@ level at the size of the image that has no skip. Every level has a head of its o
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import accumulate
-from operator import mul
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.options import Options, read_options
 from autoseg.networks.parts import DROPOUT, ConvNormAct, initialise_he
 from autoseg.networks.resnet import ResNet
-from autoseg.networks.stages import check_stages, total
+from autoseg.networks.stages import check_stages
+from autoseg.networks.strides import running, total
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -53,7 +52,7 @@ class ResNetUNet(Network):
             raise ValueError(f"options: decoder_features needs {levels} positive numbers, found {widths}")
         self.divisor = total(spec.strides)
         whole = (1,) * spec.dimension
-        self.scales = tuple(accumulate(spec.strides[:-1], lambda one, step: tuple(map(mul, one, step)), initial=whole))
+        self.scales = (whole, *running(spec.strides[:-1]))
         self.encoder = ResNet(
             spec, in_channels, spec.strides, (whole,) * levels, bottleneck=False, norm=norm, activation=activation
         )

@@ -17,7 +17,8 @@ from autoseg.networks.base import Architecture, Network
 from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.options import Options, read_options
 from autoseg.networks.parts import initialise_he
-from autoseg.networks.pooled import convolutions, first_weight, halving_spec, total_stride
+from autoseg.networks.pooled import convolutions, first_weight, halving_spec
+from autoseg.networks.strides import total
 from autoseg.networks.unet import check_spec
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -49,7 +50,7 @@ class SegNet(Network):
         blocks = spec.encoder_blocks
         check_spec(spec if blocks[-1:] != (0,) else replace(spec, encoder_blocks=(*blocks[:-1], 1)))
         options = read_options(Options, spec)
-        self.divisor, self.scales = total_stride(spec), ((1,) * spec.dimension,)
+        self.divisor, self.scales = total(spec.strides), ((1,) * spec.dimension,)
         self.strides = spec.strides[1:]
         self.encoder = nn.ModuleList()
         self.decoder = nn.ModuleList()

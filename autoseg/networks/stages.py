@@ -4,8 +4,6 @@ In ResNets and their kin the stem strides already, unlike in U-Nets. What a spec
 it may come with a file of unknown origin: neither a stride nor a dilation shows in the shape of any tensor.
 """
 
-from collections.abc import Sequence
-from math import prod
 from typing import Literal
 
 from autoseg.networks.base import spec_problems
@@ -25,11 +23,6 @@ def check_stages(spec: NetworkSpec, *, levels: int) -> None:
     problems += spec_problems(spec, levels)
     if problems:
         raise ValueError(f"the network specification {spec.name!r} is wrong:\n  " + "\n  ".join(problems))
-
-
-def total(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Product of all strides, axis by axis."""
-    return tuple(prod(steps) for steps in zip(*strides))
 
 
 def hold_resolution(strides: Strides, output_stride: int) -> tuple[Strides, Strides]:

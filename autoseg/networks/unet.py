@@ -6,14 +6,12 @@ for the highest only.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
-from math import prod
-from operator import mul
 
 from torch import Tensor, nn
 
 from autoseg.networks.base import Architecture, Network, spec_problems
 from autoseg.networks.blocks import CONVOLUTION, TRANSPOSED, ConvBlock, initialise
+from autoseg.networks.strides import running, total
 from autoseg.schema import Dimension, NetworkSpec
 
 
@@ -27,8 +25,7 @@ class UNet(Network):
 
     def __init__(self, spec: NetworkSpec, encoder: Sequence[nn.Module], heads: int) -> None:
         super().__init__()
-        self.divisor = tuple(prod(stride[axis] for stride in spec.strides) for axis in range(spec.dimension))
-        self.scales = tuple(accumulate(spec.strides[:-1], lambda total, stride: tuple(map(mul, total, stride))))
+        self.divisor, self.scales = total(spec.strides), running(spec.strides[:-1])
         self.encoder = nn.ModuleList(encoder)
         self.up = nn.ModuleList()
         self.merge = nn.ModuleList()

@@ -2,8 +2,8 @@
 
 Node (i, j) lies on level i: (i, 0) is the encoder, and (i, j) reads the nodes (i, 0) ... (i, j - 1) of its level beside
 (i + 1, j - 1), brought up by a transposed convolution. With n levels each (0, j), j = 1 ... n - 1, ends a U-Net of its
-own, of depth j + 1, and has a head: the outputs of deep supervision, all of the size of the image. The deepest is the
-output.
+own, of depth j + 1, and has a head: the outputs of deep supervision, all of the size of the image, whose losses are
+averaged. The deepest is the output.
 """
 
 import torch
@@ -20,9 +20,9 @@ from autoseg.networks.pooled import (
     first_weight,
     halving_spec,
     pooled,
-    total_stride,
     transposed,
 )
+from autoseg.networks.strides import total
 from autoseg.networks.unet import check_spec
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -40,7 +40,8 @@ class UNetPlusPlus(Network):
         options = read_options(Options, spec)
         features = spec.features
         outputs = len(features) - 1
-        self.divisor, self.scales = total_stride(spec), ((1,) * spec.dimension,) * outputs
+        self.divisor, self.scales = total(spec.strides), ((1,) * spec.dimension,) * outputs
+        self.output_weights = (1 / outputs,) * outputs
         before = (in_channels, *features)
         encoder = [
             convolutions((before[i], *(features[i],) * blocks), spec.kernels[i], options)

@@ -8,7 +8,6 @@ large are in `SIZES`).
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Annotated, Literal
 
 import torch
@@ -19,6 +18,7 @@ from autoseg.networks.base import Network
 from autoseg.networks.blocks import CONVOLUTION
 from autoseg.networks.parts import DROPOUT
 from autoseg.networks.position import Mode, Position
+from autoseg.networks.strides import total
 from autoseg.records import record
 from autoseg.schema import Dimension, NetworkSpec, Option
 
@@ -75,8 +75,7 @@ class Volumetric(Network):
     ) -> None:
         super().__init__()
         self.first_weight = first_weight
-        self.divisor = tuple(prod(stride[axis] for stride in spec.strides) for axis in range(spec.dimension))
-        self.scales = ((1,) * spec.dimension,)
+        self.divisor, self.scales = total(spec.strides), ((1,) * spec.dimension,)
         self.highways = highways
         self.encoder = nn.ModuleList(encoder)
         self.up = nn.ModuleList(up)
@@ -129,10 +128,11 @@ class Slices(Network):
         self.reduce = reduce
         self.divisor = inner.divisor[1:]
         self.scales = tuple(scale[1:] for scale in inner.scales)
+        self.output_weights = inner.output_weights
         self.heads_prefixes = tuple(f"inner.{prefix}" for prefix in inner.heads_prefixes)
         self.encoder_prefixes = tuple(f"inner.{prefix}" for prefix in inner.encoder_prefixes)
-        # The tensor that reads the image has an entry a channel, not one a slice: its channels have no names.
-        self.first_weight = ""
+        # It has an entry a channel of the image, not one a slice.
+        self.first_weight = f"inner.{inner.first_weight}"
 
     def scales_of(self, x: Tensor, all_scales: bool) -> list[Tensor]:
         """As `Network.scales_of`; x: (B, channels of the image * context, Y, X)."""

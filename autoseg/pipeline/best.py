@@ -97,8 +97,8 @@ def find_best(workspace: Workspace, dataset_text: str, options: BestOptions) -> 
     print(f"Post-processing: {rule.describe(entries[0].trained.plan.labels)}")
     if rule.steps and processed["foreground"] is not None:
         print(f"Mean Dice with it: {processed['foreground']:.4f}")
-    named = "" if place == root else f" --run {place.name}"
-    print(f"Model: {place / CARD}; autoseg predict -d {name}{named}{workspace.option} follows it", flush=True)
+    named = () if place == root else ("--run", place.name)
+    print(f"Model: {place / CARD}; {workspace.command('predict', '-d', name, *named)} follows it", flush=True)
     return choice
 
 

@@ -22,7 +22,7 @@ from autoseg.records import AutosegError, hash_text, load_json
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan
 from autoseg.splits import Splits
 from autoseg.store import read_case, stored_key, write_map
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def find_priors(
     earlier = plan.configuration(configuration.previous_stage)
     sources = held_out_by(workspace, plan, run, earlier.name)
     needed = (*cases.train, *cases.val)
-    refuse_untrained(plan, configuration.name, earlier.name, run, needed, sources, splits, workspace.option)
+    refuse_untrained(plan, configuration.name, earlier.name, run, needed, sources, splits, workspace)
     later = NextStage(
         configuration=configuration, prepared=workspace.cases(plan.dataset, plan.name, configuration.prepared)
     )
@@ -130,11 +130,11 @@ def refuse_prepared_otherwise(workspace: Workspace, fold: Path, cases: Iterable[
     prepared = workspace.cases(run.dataset, run.plan.name, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(run.dataset) / "fingerprint.json")
     if missing := unprepared(prepared, cases, run.plan, configuration, fingerprint):
-        named = "" if run.plan.name == "default" else f" --plan {run.plan.name}"
+        cure = workspace.command("plan_and_preprocess", "-d", run.dataset, *given("--plan", run.plan.name))
         raise AutosegError(
             f"{fold} cannot predict {len(missing)} cases, for example {missing[0]}: they are not prepared in "
             f"{prepared} as the plan says that it was trained with. Take that plan back from its run.json and give "
-            f"autoseg plan_and_preprocess -d {run.dataset}{named}{workspace.option}, or train again under another --run"
+            f"{cure}, or train again under another --run"
         )
 
 
@@ -146,7 +146,7 @@ def refuse_untrained(
     needed: Sequence[str],
     sources: Mapping[str, Path],
     splits: Splits,
-    option: str = "",
+    workspace: Workspace,
 ) -> None:
     """AutosegError if a needed case was held out by no finished fold; it lists the commands that are missing."""
     missing = set(needed) - set(sources)
@@ -154,8 +154,8 @@ def refuse_untrained(
         return
     refuse_incomplete(stage, needed, splits)
     folds = [number for number, fold in enumerate(splits.folds) if missing & set(fold.val)]
-    named = ("" if run == "default" else f" --run {run}") + ("" if plan.name == "default" else f" --plan {plan.name}")
-    lines = "\n".join(f"  autoseg train {plan.dataset} {earlier} {number}{named}{option}" for number in folds)
+    named = (*given("--run", run), *given("--plan", plan.name))
+    lines = "\n".join("  " + workspace.command("train", plan.dataset, earlier, str(n), *named) for n in folds)
     raise AutosegError(
         f"{stage} learns from predictions of {earlier} for cases that the predicting fold has not seen; "
         f"{len(folds)} folds of it are still to be trained:\n{lines}"

@@ -242,6 +242,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
 
     with sole_writer(prepared):
         splits = choose_splits(dataset, folder, prepared, options)
+        workspace.remember(name, folder)
         planned.mkdir(exist_ok=True)
         records.remove_leftovers(prepared, ("fingerprint.json", "splits.json"))
         records.remove_leftovers(planned, ("plan.json",))

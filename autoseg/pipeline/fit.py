@@ -36,7 +36,7 @@ from autoseg.schema import Configuration, Plan, Run
 from autoseg.settings import say_duration
 from autoseg.splits import Splits, read_splits
 from autoseg.store import read_case
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, given
 
 SPENT = "fit.json"
 EVERY = "all"
@@ -113,13 +113,12 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     """
     started, threads = time.monotonic(), torch.get_num_threads()
     choose = partial(stages, asked=options.configurations)
+    name, raw = workspace.dataset(dataset_text)
+    place = workspace.whole_run(name, options.train.run) / SPENT
     made = plan_and_preprocess(workspace, dataset_text, replace(options.plan, choose=choose))
-    name = made.dataset
-    _, raw = workspace.dataset(dataset_text)
     dataset = open_dataset(raw)
     splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
     tasks = find_tasks(workspace, made, splits, options)
-    place = workspace.root / "runs" / name / options.train.run / SPENT
     spent = load_json(Spent, place) if place.is_file() else Spent()
     spent = replace(spent, preparing=spent.preparing + time.monotonic() - started)
     save_json(spent, place)
@@ -164,19 +163,19 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     if short is not None:
         raise short
     total = spent.preparing + sum(spent.validating.values()) + sum(task.trained_seconds() for task in tasks)
-    named = "" if options.train.run == "default" else f" --run {options.train.run}"
-    which = f" -c {best(cards)}"
+    named = given("--run", options.train.run)
+    which: tuple[str, ...] = ("-c", best(cards))
     if EVERY in options.configurations and not options.folds:
         find_best(
             workspace,
             dataset_text,
             BestOptions(runs=(options.train.run,), device=options.train.device, workers=options.plan.workers),
         )
-        which, named = "", f" --run {options.train.run}"
+        which, named = (), ("--run", options.train.run)
     elif len(cards) > 1:
-        print(f"To compare them and their ensembles: autoseg find_best -d {name}{named}{workspace.option}")
-    chosen = f"-d {name}{which}{named}{workspace.option}"
-    print(f"Work in all: {say_duration(total)}. Next: autoseg predict -i IN -o OUT {chosen}")
+        print(f"To compare them and their ensembles: {workspace.command('find_best', '-d', name, *named)}")
+    following = workspace.command("predict", "-i", "IN", "-o", "OUT", "-d", name, *which, *named)
+    print(f"Work in all: {say_duration(total)}. Next: {following}")
     return tuple(cards)
 
 

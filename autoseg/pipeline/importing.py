@@ -89,9 +89,8 @@ def import_dataset(
             "or mend the source, remove the folder and import again"
         )
     said = dataset.name if target.parent == workspace.root / "raw" else str(target)
-    print(
-        f"Checked: no errors, {len(findings)} warnings. Next: autoseg plan_and_preprocess -d {said}{workspace.option}"
-    )
+    following = workspace.command("plan_and_preprocess", "-d", said)
+    print(f"Checked: no errors, {len(findings)} warnings. Next: {following}")
     return target
 
 

@@ -11,11 +11,12 @@ import torch
 from autoseg.devices import choose_device
 from autoseg.evaluation.plots import bars
 from autoseg.losses import deep_supervision, dice_ce, scale_targets
-from autoseg.networks import NETWORKS, asked, build, output_scales, spec_of
+from autoseg.networks import NETWORKS, asked, build, options_of, output_scales, spec_of
 from autoseg.networks.describe import describe, diagram, table_csv
 from autoseg.networks.describe import table as layer_table
 from autoseg.networks.footprint import Precision, Step
 from autoseg.pipeline.plans import table
+from autoseg.progress import Progress
 from autoseg.records import AutosegError, atomic_write
 from autoseg.schema import Dimension, NetworkSpec
 
@@ -43,11 +44,16 @@ class Sizes:
 def show_networks(sizes: Sizes, precision: Precision, timed: bool, device: str = "auto") -> None:
     """Print every network with its parameters and what a training step needs; with `timed` its seconds, measured."""
     rows = [("network", "", "parameters", "patch", "batch", "memory", *(("s a step",) if timed else ()), "source")]
-    for name, architecture in NETWORKS.items():
-        for dimension in architecture.dimensions:
-            patch = sizes.patch_for(dimension)
-            if patch is None:
-                continue
+    wanted = [
+        (name, architecture, dimension, patch)
+        for name, architecture in NETWORKS.items()
+        for dimension in architecture.dimensions
+        if (patch := sizes.patch_for(dimension)) is not None
+    ]
+    if not wanted:
+        raise AutosegError("a patch has two or three sizes, for example --patch 64x64x64")
+    with Progress("networks", len(wanted), unit="network") as bar:
+        for name, architecture, dimension, patch in wanted:
             spec = spec_of(name, 2 if dimension == 2 else 3)
             step = Step(spec, sizes.channels * spec.slices, sizes.classes, precision, "sgd", "cuda")
             weights = f"{sum(parameter.numel() for parameter in step.network.parameters()):,}"
@@ -58,10 +64,15 @@ def show_networks(sizes: Sizes, precision: Precision, timed: bool, device: str =
                 memory, seconds = f"- ({str(error).splitlines()[0][:40]})", ("-",) if timed else ()
             size = " x ".join(map(str, patch))
             rows.append((name, f"{dimension}D", weights, size, str(sizes.batch), memory, *seconds, architecture.source))
-    if len(rows) == 1:
-        raise AutosegError("a patch has two or three sizes, for example --patch 64x64x64")
+            bar.advance(note=f"{name} {dimension}D")
     print(table(rows))
     print(f"\nMemory of a training step as counted for a GPU, {precision}, SGD, without workspaces of kernels.")
+    if timed:
+        print(f"Seconds of a step in float32 on {choose_device(device)}, eager, the median of {TIMED}.")
+    print(
+        "Options and layers of one: autoseg describe NAME; planned with: autoseg plan_and_preprocess -d DATASET "
+        "--network 'NAME(option=value)'"
+    )
 
 
 def seconds_a_step(spec: NetworkSpec, sizes: Sizes, patch: tuple[int, ...], device_text: str) -> float:
@@ -109,6 +120,8 @@ def describe_networks(names: Sequence[str], folder: Path, sizes: Sizes, compare:
                 with atomic_write(folder / f"{stem}.{ending}") as file:
                     file.write(content)
             millions[f"{text} {own}D"] = made.parameters / 1e6
+        if not compare:
+            print(f"Options of {name}, with what they are if left out: {options_of(architecture)}\n")
     if compare:
         bars(millions, "million parameters", folder / "parameters.png")
         print(f"Parameters: {folder / 'parameters.png'}")

@@ -5,6 +5,7 @@ files like those of a validation, stay only for as long as they are needed. So a
 one that is repeated with another configuration does only what is new.
 """
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def complete_folders(workspace: Workspace, name: str, runs: Sequence[str], split
     if not done:
         raise AutosegError(
             f"no configuration of {name} has all its {len(splits.folds)} folds trained and validated in {root}; "
-            f"train them: autoseg fit -d {name} -c all{workspace.option}"
+            f"train them: {workspace.command('fit', '-d', name, '-c', 'all')}"
         )
     return done
 
@@ -176,7 +177,8 @@ def comparable(entries: Sequence[Entry], facts: Fingerprint, dataset: Dataset) -
     if not found:
         raise AutosegError(
             f"every configuration of {facts.dataset} was trained on other data than there are now, so their scores do "
-            f"not compare; train them again under another name: autoseg fit -d {facts.dataset} -c all --run NAME"
+            f"not compare; train them again under another name: autoseg fit -d {shlex.quote(facts.dataset)} -c all "
+            "--run NAME"
         )
     return found
 

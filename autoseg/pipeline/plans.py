@@ -16,9 +16,8 @@ def plans_of(workspace: Workspace, dataset_text: str) -> dict[str, Plan]:
     name, _ = workspace.dataset(dataset_text)
     paths = sorted(workspace.prepared(name).glob("*/plan.json"))
     if not paths:
-        raise AutosegError(
-            f"{name} has no plan yet; run: autoseg plan_and_preprocess -d {dataset_text}{workspace.option}"
-        )
+        cure = workspace.command("plan_and_preprocess", "-d", dataset_text)
+        raise AutosegError(f"{name} has no plan yet; run: {cure}")
     return {path.parent.name: load_json(Plan, path) for path in paths}
 
 

@@ -28,7 +28,7 @@ from autoseg.readers import read_image, write_image, write_labels
 from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer
 from autoseg.supervise import JOURNAL
 from autoseg.volume import canonical_grid
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, plain
 
 STAGE = "predict"
 
@@ -56,15 +56,16 @@ class PredictOptions:
 def candidates(workspace: Workspace, options: PredictOptions) -> list[Path]:
     """The folder of every configuration of every run that the options allow and that has a finished fold."""
     dataset = workspace.dataset(options.dataset)[0] if options.dataset is not None else "*"
-    pattern = f"{dataset}/{options.run or '*'}/{options.configuration or '*'}"
+    run = "*" if options.run is None else plain(options.run, "--run")
+    pattern = f"{dataset}/{run}/{options.configuration or '*'}"
     folders = sorted((workspace.root / "runs").glob(pattern))
     return [folder for folder in folders if any(is_finished(fold) for fold in folder.glob("fold_*"))]
 
 
-def options_for(folder: Path) -> str:
+def options_for(folder: Path) -> tuple[str, ...]:
     """The options that choose the configuration in `folder`."""
     dataset, run, configuration = folder.parts[-3:]
-    return f"-d {dataset} -c {configuration} --run {run}"
+    return "-d", dataset, "-c", configuration, "--run", run
 
 
 def choice_for(found: Sequence[Path], options: PredictOptions) -> Chosen | None:
@@ -85,7 +86,9 @@ def choice_for(found: Sequence[Path], options: PredictOptions) -> Chosen | None:
     return replace(chosen, others=tuple(name for name in there if name not in compared))
 
 
-def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "predict -i IN -o OUT") -> Trained | Chosen:
+def choose_model(
+    workspace: Workspace, options: PredictOptions, verb: Sequence[str] = ("predict", "-i", "IN", "-o", "OUT")
+) -> Trained | Chosen:
     """What to predict with: the model file or folder of -m, what find_best chose, or the only candidate.
 
     All stages of a cascade come with it.
@@ -105,7 +108,7 @@ def choose_model(workspace: Workspace, options: PredictOptions, verb: str = "pre
     if chosen := choice_for(found, options):
         return chosen
     if len(found) > 1:
-        lines = "\n".join(f"  autoseg {verb} {options_for(folder)}{workspace.option}" for folder in found)
+        lines = "\n".join("  " + workspace.command(*verb, *options_for(folder)) for folder in found)
         raise AutosegError(f"{len(found)} models could be meant; choose one, or give autoseg find_best -d:\n{lines}")
     return at(found[0], options.folds)
 

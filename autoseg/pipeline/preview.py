@@ -18,7 +18,7 @@ from autoseg.sampling import choose_patch, cut_sources, grow
 from autoseg.schema import Configuration, Plan
 from autoseg.store import list_cases, read_case
 from autoseg.volume import Box
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,8 @@ def preview(workspace: Workspace, dataset_text: str, target: Path, options: Prev
     configuration = plan.configuration(chosen)
     make_page_of = _chain if options.chain else _samples
     folder = workspace.cases(workspace.dataset(dataset_text)[0], plan.name, configuration.prepared)
-    case, box = _find_patch(folder, configuration, options.seed, f"-d {dataset_text}{workspace.option}")
+    cure = workspace.command("plan_and_preprocess", "-d", dataset_text, *given("--plan", plan.name))
+    case, box = _find_patch(folder, configuration, options.seed, cure)
     view = View(case=case, box=box, patch=configuration.patch, seed=options.seed)
     tiles = list(make_page_of(view, plan, configuration, options))
     for tile in tiles:
@@ -81,11 +82,11 @@ def preview(workspace: Workspace, dataset_text: str, target: Path, options: Prev
     print(f"Drawn: {target}")
 
 
-def _find_patch(folder: Path, configuration: Configuration, seed: int, asked: str) -> tuple[PreparedCase, Box]:
+def _find_patch(folder: Path, configuration: Configuration, seed: int, cure: str) -> tuple[PreparedCase, Box]:
     """A patch on the foreground of the first case that has some."""
     cases = list_cases(folder)
     if not cases:
-        raise AutosegError(f"nothing is prepared in {folder}; run: autoseg plan_and_preprocess {asked}")
+        raise AutosegError(f"nothing is prepared in {folder}; run: {cure}")
     read = (read_case(folder, name) for name in cases)
     case = next((found for found in read if found.locations.keys() - {ANNOTATED}), None) or read_case(folder, cases[0])
     return case, choose_patch(case, configuration.patch, True, np.random.default_rng(seed))

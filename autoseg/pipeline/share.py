@@ -1,5 +1,6 @@
 """export and info: a trained model as one file for others, and what such a file says of itself."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -32,7 +33,7 @@ def export_model(
         raise AutosegError(f"-o {target}: the name of a model file ends in {ENDING}")
     if options.model is not None and options.model.is_file():
         raise AutosegError(f"-m {options.model} is a file already; copy it, or give the folder of a run")
-    found = choose_model(workspace, options, verb=f"export -o {target}")
+    found = choose_model(workspace, options, verb=("export", "-o", str(target)))
     if isinstance(found, Chosen) and len(found.members) > 1:
         choices = " or ".join(f"-c {member.name} --run {member.where.parent.name}" for member in found.members)
         raise AutosegError(
@@ -61,7 +62,8 @@ def export_model(
     # A file of damaged weights would be refused by everyone who gets it.
     trained.open(torch.device("cpu"))
     content = write(target, content, weights)
-    print(f"Model file: {target} ({size_in_words(target.stat().st_size)}); see it with: autoseg info {target}")
+    look = shlex.join(("autoseg", "info", str(target)))
+    print(f"Model file: {target} ({size_in_words(target.stat().st_size)}); see it with: {look}")
     return content
 
 

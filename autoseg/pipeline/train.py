@@ -27,7 +27,7 @@ from autoseg.layout import open_dataset
 from autoseg.losses import make_loss
 from autoseg.merging import seen_as
 from autoseg.model import open_run
-from autoseg.networks import build, output_scales
+from autoseg.networks import build, output_scales, output_weights
 from autoseg.parallel import free_memory
 from autoseg.pipeline.cascade import find_priors, next_stages
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
@@ -60,7 +60,7 @@ from autoseg.team import ALONE, Team
 from autoseg.training import Parts, train, workload
 from autoseg.transfer import differences, open_source, tensor_table, transfer
 from autoseg.tuning import time_step, tune
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, given
 
 PRETRAINED = "pretrained.txt"
 """In a fold folder: what became of every tensor of the network that training began with."""
@@ -97,7 +97,8 @@ def train_fold(
     plan_path = workspace.plan_folder(name, options.plan) / "plan.json"
     if not plan_path.is_file():
         raise AutosegError(
-            f"no plan {options.plan!r} for {name}; run: autoseg plan_and_preprocess -d {dataset_text}{workspace.option}"
+            f"no plan {options.plan!r} for {name}; run: "
+            + workspace.command("plan_and_preprocess", "-d", dataset_text, *given("--plan", options.plan))
         )
     plan = load_json(Plan, plan_path)
     configuration = plan.configuration(configuration_name)
@@ -107,7 +108,8 @@ def train_fold(
     prepared = workspace.cases(name, options.plan, configuration.prepared)
     fingerprint = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
     fingerprint = seen_as(fingerprint, dataset.labels, plan.labels)
-    refuse_unprepared(prepared, cases, plan, configuration, fingerprint, f"{dataset_text}{workspace.option}")
+    cure = workspace.command("plan_and_preprocess", "-d", dataset_text, *given("--plan", plan.name))
+    refuse_unprepared(prepared, cases, plan, configuration, fingerprint, cure)
     refuse_never_annotated(fold, cases, plan, fingerprint)
     device = choose_device(options.device)
 
@@ -227,17 +229,13 @@ def now() -> str:
 
 
 def refuse_unprepared(
-    prepared: Path, cases: Fold, plan: Plan, configuration: Configuration, fingerprint: Fingerprint, asked: str
+    prepared: Path, cases: Fold, plan: Plan, configuration: Configuration, fingerprint: Fingerprint, cure: str
 ) -> None:
-    """AutosegError if a case of the fold has not been prepared, or not as this plan says.
-
-    asked: the dataset and the workspace, as they are given on the command line.
-    """
+    """AutosegError if a case of the fold has not been prepared, or not as this plan says. cure: the command for it."""
     if missing := unprepared(prepared, (*cases.train, *cases.val), plan, configuration, fingerprint):
-        named = "" if plan.name == "default" else f" --plan {plan.name}"
         raise AutosegError(
             f"{len(missing)} cases are not prepared in {prepared} as the plan says, for example {missing[0]}; "
-            f"run: autoseg plan_and_preprocess -d {asked}{named}"
+            f"run: {cure}"
         )
 
 
@@ -373,6 +371,7 @@ def make_parts(
         recipe=recipe,
         labels=plan.labels,
         scales=output_scales(network, configuration.network),
+        output_weights=output_weights(network),
         loss=make_loss(
             recipe.loss,
             labels=plan.labels,
