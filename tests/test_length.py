@@ -28,6 +28,7 @@ from autoseg.records import AutosegError, load_json
 from autoseg.schedule import Rhythm
 from autoseg.schema import Recipe, Run
 from autoseg.settings import parse_duration, say_duration
+from autoseg.supervise import JOURNAL
 from autoseg.workspace import Workspace
 
 CHANGES = {**QUICK, "steps_per_epoch": 3, "augmentation": "none"}
@@ -237,7 +238,10 @@ def test_an_unfinished_run_by_time_keeps_what_it_has_left(prepared, capsys):
 
 
 def test_a_run_by_time_goes_on_by_epochs_that_are_more_than_it_has(prepared, capsys, monkeypatch):
+    stages = []
+    monkeypatch.setattr(JOURNAL, "stage", stages.append)
     folder = train(prepared, "by_time", replace(ANY, budget_seconds=0.5))
+    assert stages == ["while fold 0 of 3d_fullres trained", ""], "what is said if the process dies"
     run = load_json(Run, folder / "run.json")
     # 100 steps in 20 epochs of its own are as many as 33 epochs of 3.
     rhythm = Rhythm(budget_seconds=0.5, steps=5, validation_steps=1)
