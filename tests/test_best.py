@@ -13,7 +13,10 @@ import autoseg
 from autoseg.checkpoint import save_weights
 from autoseg.ensemble import Choice, Chosen
 from autoseg.evaluation import evaluate_pairs, save_summary
+from autoseg.evaluation.folders import MERGED
+from autoseg.labels import Labels
 from autoseg.layout import open_dataset
+from autoseg.merging import merge
 from autoseg.model import Trained, open_model
 from autoseg.networks import build
 from autoseg.pipeline import pairs, probabilities
@@ -322,3 +325,17 @@ def test_what_cannot_be_merged_or_has_other_labels_is_named_and_left_out(place, 
     with pytest.raises(AutosegError, match="trained on other data"):
         find_best(workspace, "7", QUICK)
     assert "left, it has other labels or channels than the dataset has now" in capsys.readouterr().out
+
+
+def test_plans_that_merge_labels_are_compared_among_themselves(place, tmp_path, capsys):
+    workspace, made = place
+    binary = replace(made, labels=merge(made.labels, {"balls": ("big", "small")}))
+    for name in ("left", "right"):
+        cross_validated(workspace, binary, name, lambda labels: np.stack([labels < 1, labels > 0]) * 9.0, run="a")
+    cross_validated(workspace, made, "left", knows(1), run="b")
+    choice = find_best(workspace, "7", QUICK)
+    assert choice.candidates[0].name == "a/left" and choice.candidates[0].dice["balls"] > 0.99
+    assert "b/left, it merges labels otherwise than a/left" in capsys.readouterr().out
+    write_balls(tmp_path, "x", seed=11, split="Ts")
+    predict(workspace, tmp_path / "imagesTs", tmp_path / "out", PredictOptions(dataset=NAME, device="cpu"))
+    assert load_json(Labels, tmp_path / "out" / MERGED) == binary.labels

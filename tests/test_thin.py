@@ -23,6 +23,7 @@ from autoseg.planners import plan as make_plan
 from autoseg.preprocess import prepare, project, restore, restore_probabilities
 from autoseg.records import AutosegError, load_json, to_json
 from autoseg.schema import Plan, Preparation
+from autoseg.store import read_case
 from autoseg.volume import Grid, Volume, canonical_grid
 
 Z, Y, X = (2, 1, 1), (1, 2, 1), (1, 1, 2)
@@ -210,4 +211,6 @@ def test_from_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     made = load_json(Plan, tmp_path / "prepared" / NAME / "default" / "plan.json")
     assert made.preparation.thin == Z
+    trace = read_case(tmp_path / "prepared" / NAME / "default" / "2d", "p0_0").trace
+    assert trace.thin == Z and trace.stored.shape[0] == 13 and trace.shape[0] == 7
     assert CliRunner().invoke(app, [*command, "--set", "preparation.thin=[2, 1, 1]"]).exit_code == 1
