@@ -128,7 +128,7 @@ def _as_asked(value: object) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(map(_as_asked, value))}]"
-    return "as its source" if value is None else str(value)
+    return "as its source" if value is None else str(value) or "''"
 
 
 @lru_cache(maxsize=64)
