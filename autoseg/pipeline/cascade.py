@@ -22,6 +22,7 @@ from autoseg.records import AutosegError, hash_text, load_json
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan
 from autoseg.splits import Splits
 from autoseg.store import read_case, stored_key, write_map
+from autoseg.supervise import JOURNAL
 from autoseg.workspace import Workspace, given
 
 
@@ -186,6 +187,9 @@ def predict_missing(
             model = open_model([fold], device)
             for name in missing:
                 if sources[name] == fold:
-                    case = read_case(prepared, name)
-                    write_prior(found[name], model.logits(case), case.trace, model, later)
+                    if death := JOURNAL.dead.get(("validate", name)):
+                        raise AutosegError(f"held-out case {name} of {fold} cannot be predicted: {death}")
+                    with JOURNAL.working("validate", name):
+                        case = read_case(prepared, name)
+                        write_prior(found[name], model.logits(case), case.trace, model, later)
                     bar.advance(note=name)

@@ -342,9 +342,10 @@ def seconds_a_case(
 
 def say_total(tasks: Sequence[Task], options: FitOptions) -> None:
     """How long all training takes that goes by time though nobody gave one, as it does on a CPU."""
-    device = choose_device(options.train.device).type
-    if options.budget_seconds is not None or usual_budget(options.train, device) is None:
+    # Where a GPU is named nothing need be known of it, and asking would take some of its memory.
+    if options.budget_seconds is not None or options.train.device not in ("auto", "cpu"):
         return
+    device = choose_device(options.train.device).type
     left = [
         budget - task.trained_seconds()
         for task in tasks
