@@ -305,7 +305,7 @@ def cases_in(
         if lacking:
             bad[case] = f"missing {names(f'{case}_{n:04}{ending}' for n in lacking)} in {folder.name}"
         if extra:
-            more = f"{names(numbers[n].name for n in extra)} in {folder.name} for {channels} channels"
+            more = f"{names(numbers[n].name for n in extra)} in {folder.name}, but channel_names has {channels} entries"
             bad[case] = f"{bad[case]}, and {more}" if case in bad else more
         if case in bad:
             bad[case] += "; correct the numbers or channel_names, or remove the case"
