@@ -6,8 +6,11 @@ is removed after that. Weights are safetensors, descriptions JSON; the optimizer
 `weights_only=True`. Nothing is ever unpickled.
 """
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from autoseg.schema import Recipe
 from autoseg.watchdog import Shown
 
 PREFIX = "checkpoint_"
+NO_ROOM = 1 << 20
+"""Bytes that are left, at most, when the file that was being written has filled a disk."""
 KEPT = "kept.safetensors"
 """In a checkpoint: see `autoseg.kept`."""
 
@@ -67,11 +72,24 @@ class Progressed:
         return Moment(step=self.step, epoch=self.epoch, progress=done, losses=self.validation_losses, leg=self.leg)
 
 
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Make an OSError of what safetensors and torch raise when the disk of `folder` is full."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if shutil.disk_usage(folder).free < NO_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+
+
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write the network's tensors to `path` (safetensors), whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with full_disk_named(path.parent):
+        save_file(tensors, temporary)
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -124,7 +142,8 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_weights(network, temporary / "weights.safetensors")
-    torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+    with full_disk_named(temporary):
+        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
     sync(temporary / "optimizer.pt")
     if kept is not None:
         save_weights(kept, temporary / KEPT)

@@ -44,7 +44,7 @@ class Epoch:
 
 def rolling(lines: Sequence[Mapping[str, Any]], loss: str) -> float | None:
     """Mean of `loss` in the last `ROLLING` of the lines, of as many as there are; without those that have none."""
-    known = [line[loss] for line in lines[-ROLLING:] if line[loss] is not None]
+    known: list[float] = [line[loss] for line in lines[-ROLLING:] if line[loss] is not None]
     return sum(known) / len(known) if known else None
 
 

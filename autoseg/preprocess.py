@@ -1,10 +1,9 @@
 """prepare(): a raw case becomes what a network reads; restore(): its exact way back.
 
 Order: crop to content -> what `Plan.preparation` asks for (channels, slices, crops, a function) -> normalise -> plan
-order -> resample. Normalising comes
-before resampling because interpolation would smear the empty border into the content, and before a crop pads, so that
-what is padded has no part in it. The image never depends on the labels, so training and prediction go through the same
-function and see the same numbers.
+order -> resample. Normalising comes before resampling because interpolation would smear the empty border into the
+content, and before a crop pads, so that what is padded has no part in it. The image never depends on the labels, so
+training and prediction go through the same function and see the same numbers.
 """
 
 from collections.abc import Iterator, Sequence

@@ -270,9 +270,9 @@ class Sampler:
         wanted: list[int | None] = [None] * self.batch_size
         if position.balanced and self.holding:
             for place in range(forced.count(False), self.batch_size):  # the forced ones come last
-                index = list(self.holding)[int(rng.integers(len(self.holding)))]
-                held = self.holding[index]
-                wanted[place], names[place] = index, held[int(rng.integers(len(held)))]
+                shown = list(self.holding)[int(rng.integers(len(self.holding)))]
+                held = self.holding[shown]
+                wanted[place], names[place] = shown, held[int(rng.integers(len(held)))]
         patches, arrays, priors, positions = [], [], [], []
         for name, foreground, index in zip(names, forced, wanted):
             with naming(name):

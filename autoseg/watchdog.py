@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autoseg.labels import Labels
+from autoseg.rates import by_validation_loss
 from autoseg.records import record
 from autoseg.sampling import Sampler
 from autoseg.schema import Recipe
@@ -104,8 +105,8 @@ def watch(
     """For each class that is not predicted: its `name`, a key of CAUSES as `cause`, and `said`, a line for people.
 
     lines: those of metrics.jsonl, that of the epoch which ends included; what they say is not said again. judged: what
-    the pseudo-Dice is taken from; a class that none of its cases holds cannot be judged, and is left out if some
-    training case holds it.
+    the pseudo-Dice is taken from; a class that none of its cases holds, or none of the patches that a recipe goes by,
+    cannot be judged, and is left out unless training lacks it too.
     """
     names = labels.names[1:]
     if not (silent := silent_classes(lines, names)):
@@ -118,6 +119,9 @@ def watch(
         if name not in silent or (cases and index not in judged.holding):
             continue
         patches, voxels = (counts[index - 1] if counts else 0 for counts in (shown.patches_with, shown.voxels_of))
+        # Where all epochs look at the same patches, a class that none of them holds is undefined for ever.
+        if patches and all(line["pseudo_dice"].get(name) is None for line in lines) and by_validation_loss(recipe):
+            continue
         share = voxels / max(shown.voxels, 1)
         cause = "not learnt"
         if not cases:

@@ -1,9 +1,14 @@
 """Checkpoints: whole or absent, exact, and never unpickled."""
 
+import errno
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from autoseg import checkpoint
 from autoseg.checkpoint import (
     KEPT,
     Progressed,
@@ -96,3 +101,21 @@ def test_a_pickle_in_place_of_the_optimizer_is_refused(tmp_path):
     torch.save({"harmful": print}, folder / "optimizer.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
         load_checkpoint(tmp_path, network, optimizer)
+
+
+@pytest.mark.parametrize(("what", "error"), [("save_file", SafetensorError("I/O")), ("torch", RuntimeError("pos"))])
+def test_a_full_disk_is_called_so_and_the_checkpoint_before_stays(tmp_path, monkeypatch, what, error):
+    network, optimizer = parts(0)
+    save_checkpoint(tmp_path, network, optimizer, progressed(3))
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(checkpoint, what, fail if what == "save_file" else SimpleNamespace(save=fail))
+    with pytest.raises(type(error)):
+        save_checkpoint(tmp_path, network, optimizer, progressed(4))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=300))
+    with pytest.raises(OSError, match="No space left") as full:
+        save_checkpoint(tmp_path, network, optimizer, progressed(4))
+    assert full.value.errno == errno.ENOSPC
+    assert read_progress(tmp_path).step == 3

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from torch import nn
 
-from autoseg.networks import NETWORKS, spec_of
+from autoseg.networks import NETWORKS, asked, options_of, spec_of
 from autoseg.networks.describe import describe, diagram, table, table_csv
 from autoseg.pipeline.networks import Sizes, describe_networks
 from autoseg.records import AutosegError
@@ -65,6 +65,16 @@ def test_the_drawing_names_every_part_once_and_none_lies_on_another():
     assert down["encoder.0"] == down["heads.0"] < down["encoder.1"] < down["encoder.2"]
     arrows = [path for path in root.iter() if path.get("marker-end")]
     assert len(arrows) == sum(len(part.reads) for part in UNET.parts)
+
+
+def test_the_options_that_are_listed_can_be_asked_for():
+    assert options_of(NETWORKS["mednext"]) == (
+        "size=S, kernel=3, width=32, expansion=[], norm=instance, activation=gelu"
+    )
+    assert "auxiliary=true" in options_of(NETWORKS["fcn_resnet50"])
+    for name, architecture in NETWORKS.items():
+        listed = options_of(architecture)
+        assert len(asked(f"{name}({listed})")[2]) == listed.count("=") > 0
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from autoseg.devices import choose_device, keep_freed_memory, return_freed_memory
+from autoseg import devices
+from autoseg.devices import choose_device, keep_freed_memory, return_freed_memory, usable_threads
 from autoseg.records import AutosegError
 
 
@@ -17,6 +19,19 @@ def test_devices_by_name():
         choose_device("cuda:99")
     with pytest.raises(AutosegError, match="abacus"):
         choose_device("abacus")
+
+
+@pytest.mark.parametrize(("cores", "threads", "expected"), [(2, 5, 2), (5, 2, 2), (3, 3, 3)])
+def test_whoever_chooses_a_device_computes_within_the_quota(monkeypatch, cores, threads, expected):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(devices, "cores", lambda: cores)
+        assert usable_threads() == expected
+        choose_device("cpu")
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,24 @@ def test_peaks_on_this_cpu_are_within_ten_percent():
     ]
     assert len(ratios) >= 10, json.dumps(done.stdout)
     assert all(0.9 < ratio < 1.1 for ratio in ratios), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "patch", "share"),
+    [("fc_densenet56", (128, 96), 1.0), ("attention_unet", (128, 96), 0.5), ("vnet", (32, 48, 40), 0.5)],
+)
+def test_peaks_of_other_families_are_within_ten_percent_too(network, patch, share):
+    """Dense, with gates, and residual without a norm; a few hundred MB each."""
+    benchmark = module_from_spec(found := spec_from_file_location("footprint_benchmark", BENCHMARK))
+    found.loader.exec_module(benchmark)
+    case = {"network": network, "patch": patch, "batch": 2, "share": share, "in_channels": 1, "heads": 4}
+    counted = benchmark.counted(case, "cpu", "float32", "sgd").total
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--case", json.dumps(case)],
+        capture_output=True, text=True, check=True, env=os.environ | benchmark.GIVE_BACK | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert 0.9 < counted / int(done.stdout) < 1.1, f"{counted / 2**20:.0f} MiB counted, {done.stdout} bytes measured"
 
 
 def test_attention_on_a_gpu_keeps_no_shares_of_all_pairs():

@@ -20,14 +20,16 @@ from test_pipeline import NAME, PLAN, QUICK
 from toys import balls_dataset
 
 import autoseg.pipeline.recipe as recipes
-from autoseg.checkpoint import read_progress
+from autoseg.checkpoint import Progressed, read_progress
 from autoseg.history import METRICS, read_metrics
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.recipe import TrainOptions, for_length, make_recipe
 from autoseg.pipeline.train import train_fold
 from autoseg.records import AutosegError, load_json
+from autoseg.schedule import Rhythm
 from autoseg.schema import Recipe, Run
 from autoseg.settings import parse_duration, say_duration
+from autoseg.supervise import JOURNAL
 from autoseg.workspace import Workspace
 
 CHANGES = {**QUICK, "steps_per_epoch": 3, "augmentation": "none"}
@@ -220,25 +222,6 @@ def test_a_finished_run_goes_on_with_more_epochs_or_more_time(prepared, capsys):
     assert "trained already" in capsys.readouterr().out
 
 
-def test_a_run_by_time_goes_on_by_epochs_that_are_more_than_it_has(prepared, capsys):
-    folder = train(prepared, "by_time", replace(ANY, budget_seconds=0.5))
-    done = read_progress(folder)
-    assert done.rhythm is not None and done.rhythm.budget_seconds == 0.5, "epochs of its own"
-    capsys.readouterr()
-    with pytest.raises(AutosegError, match=rf"{done.step} steps, as many as [\d.]+ epochs of 3, are trained already"):
-        train(prepared, "by_time", replace(TRAIN, epochs=done.step // 3))
-    more = done.step // 3 + 4
-    train(prepared, "by_time", replace(TRAIN, epochs=more))
-    assert f"to {more} epochs of 3 steps; {done.step} steps are done" in capsys.readouterr().out
-    run = load_json(Run, folder / "run.json")
-    assert (run.recipe.epochs, run.recipe.budget_seconds, run.ended) == (more, None, None)
-    assert run.finished is not None
-    assert read_progress(folder).step == 3 * more
-    steps = [line["step"] for line in read_metrics(folder)]
-    assert steps == sorted(set(steps)) and steps[-1] == 3 * more
-    assert steps[-2] - steps[-3] == 3, "epochs are as long as the recipe says again"
-
-
 def test_an_unfinished_run_by_time_keeps_what_it_has_left(prepared, capsys):
     folder = train(prepared, "unfinished", replace(ANY, budget_seconds=0.5))
     run = load_json(Run, folder / "run.json")
@@ -253,6 +236,29 @@ def test_an_unfinished_run_by_time_keeps_what_it_has_left(prepared, capsys):
         recipe = replace(longer.recipe, schedule=f"step(factor={factor}, period=1)")
         recipes.with_length(replace(longer, recipe=recipe), recipe, TrainOptions(extend_seconds=20.0), folder)
         assert re.search(rf"goes on at learning rate [\de.-]+{re.escape(said)}\n", capsys.readouterr().out)
+
+
+def test_a_run_by_time_goes_on_by_epochs_that_are_more_than_it_has(prepared, capsys, monkeypatch):
+    stages = []
+    monkeypatch.setattr(JOURNAL, "stage", stages.append)
+    folder = train(prepared, "by_time", replace(ANY, budget_seconds=0.5))
+    assert stages == ["while fold 0 of 3d_fullres trained", ""], "what is said if the process dies"
+    run = load_json(Run, folder / "run.json")
+    # 100 steps in 20 epochs of its own are as many as 33 epochs of 3.
+    rhythm = Rhythm(budget_seconds=0.5, steps=5, validation_steps=1)
+    done = Progressed(step=100, epoch=20, epoch_start=100, rhythm=rhythm, seconds=0.5, rate=0.001)
+    monkeypatch.setattr(recipes, "read_progress", lambda folder: done)
+    capsys.readouterr()
+
+    def by_epochs(epochs):
+        wanted = make_recipe(replace(TRAIN, epochs=epochs), run.recipe)
+        return recipes.with_length(run, wanted, TrainOptions(epochs=epochs), folder)
+
+    with pytest.raises(AutosegError, match=r"100 steps, as many as 33\.3 epochs of 3, are trained already"):
+        by_epochs(33)
+    longer = by_epochs(34)
+    assert (longer.recipe.epochs, longer.recipe.budget_seconds, longer.finished) == (34, None, None)
+    assert "to 34 epochs of 3 steps; 100 steps are done" in capsys.readouterr().out
 
 
 def test_extending_needs_a_run_and_its_checkpoint(prepared):

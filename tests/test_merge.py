@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_planners import fingerprint as flat_fingerprint
@@ -18,6 +19,7 @@ from autoseg.evaluation.folders import MERGED, note_merged
 from autoseg.evaluation.overlay import OTHER_CLASS, RIGHT, verdicts
 from autoseg.fingerprint import measure_case, median_frequency_weights
 from autoseg.labels import UNSEEN, Labels
+from autoseg.losses import make_loss
 from autoseg.merging import annotated_as, made_of, merge, parse_merges, renumber, seen_as
 from autoseg.pipeline.combine import combine
 from autoseg.pipeline.data import plan_and_preprocess
@@ -110,6 +112,15 @@ def test_a_case_is_annotated_in_a_merged_class_only_with_all_its_parts():
     assert annotated_as(listed, KNEE, KNEE) == listed
     with pytest.raises(AutosegError, match=r"which are not .* merged; plan again"):
         made_of(CARTILAGE, Labels.from_dataset({"background": 0, "femur": 7}))
+
+
+def test_a_case_without_any_class_that_is_annotated_teaches_nothing():
+    """Parts that it has of a merged class are neither background nor the class."""
+    logits = torch.randn(2, 3, 5, 7, generator=torch.manual_seed(1), requires_grad=True)
+    target = torch.from_numpy(CARTILAGE.to_indices(np.resize(STORED, (2, 5, 7)))).long()
+    annotated = torch.tensor([CARTILAGE.flags(()), CARTILAGE.flags(None)])
+    make_loss("dice_ce", labels=CARTILAGE, batch_dice=False)(logits, target, annotated=annotated).backward()
+    assert logits.grad.isfinite().all() and logits.grad[0].abs().max() < 1e-7 < logits.grad[1].abs().max()
 
 
 def test_the_fingerprint_is_what_merged_files_would_have():

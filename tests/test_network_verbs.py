@@ -313,7 +313,7 @@ def test_a_fit_by_name_plans_trains_and_is_gone_on_with_from_its_model(tmp_path,
     workspace = Workspace(tmp_path)
     balls_dataset(workspace.raw(NAME), cases=3)
     options = FitOptions(
-        plan=PlanOptions(name="own", network=text, configurations=(where,), gpu_memory_gb=1.0),
+        plan=PlanOptions(name="own", network=text, configurations=(where,)),
         train=TrainOptions(plan="own", run="own", epochs=1, device="cpu", changes=QUICK | {"batch_size": 2}),
         configurations=(where,),
         folds=(0,),

@@ -11,6 +11,7 @@ from torch import nn
 from autoseg.losses import scale_targets
 from autoseg.networks import NETWORKS, build
 from autoseg.networks.blocks import SLOPE, ConvBlock, InstanceNorm, ResidualBlock
+from autoseg.networks.strides import running, total
 from autoseg.planners.memory import activations
 from autoseg.records import AutosegError
 from autoseg.schema import NetworkSpec
@@ -245,6 +246,13 @@ def test_every_scale_fits_its_target_at_any_size():
         outputs = network(torch.randn(1, 1, 1, 9, 11), all_scales=True)
     targets = scale_targets(torch.zeros(1, 1, 9, 11), network.scales)
     assert [tuple(one.shape[2:]) for one in outputs] == [tuple(one.shape[1:]) for one in targets]
+
+
+def test_strides_multiply_axis_by_axis():
+    assert total(ANISOTROPIC_RESIDUAL.strides) == (2, 8, 4)
+    assert running(ANISOTROPIC_RESIDUAL.strides) == ((1, 1, 1), (1, 2, 2), (2, 4, 4), (2, 8, 4))
+    assert running(((2, 2),)) == ((2, 2),)
+    assert running(()) == total(()) == ()
 
 
 def test_a_wrong_number_of_axes_is_said():

@@ -4,8 +4,9 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
-from toys import balls_dataset
+from toys import balls_dataset, grid
 from typer.testing import CliRunner
 
 from autoseg import cli
@@ -14,6 +15,7 @@ from autoseg.cli.options import split_folds
 from autoseg.layout import Case
 from autoseg.pipeline import predict as predicting
 from autoseg.pipeline.recipe import TrainOptions, refuse_without_effect
+from autoseg.readers import itk, write_image, write_labels
 from autoseg.records import AutosegError, refuse_unwritable, sole_writer
 from autoseg.team import LED
 
@@ -163,3 +165,33 @@ def test_verbs_of_cases_are_watched_over_but_for_one_process_of_several(monkeypa
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     cli.main()
     assert ran[5:] == ["alone"]
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kept", [0, 11, 200])
+def test_a_label_file_that_a_full_disk_cut_short_is_no_label_file(tmp_path, monkeypatch, ending, kept):
+    labels = np.random.default_rng(0).integers(0, 9, (5, 7, 11)).astype(np.uint8)
+    file = tmp_path / f"case{ending}"
+    write_labels(labels, grid(), file)
+    whole = itk.sitk.WriteImage
+
+    def cut(image, name, **more):
+        whole(image, name, **more)
+        os.truncate(name, kept)
+
+    monkeypatch.setattr(itk.sitk, "WriteImage", cut)
+    before = file.read_bytes()
+    with pytest.raises(OSError, match="full disk") as full:
+        write_labels(labels, grid(), file)
+    assert full.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 11), (5, 7, 11), (3, 5, 7, 11)])
+def test_whole_nifti_files_of_every_kind_are_written(tmp_path, shape):
+    image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    place = grid(shape[-3:], dimension=2 if shape[0] == 1 else 3)
+    for ending in (".nii", ".nii.gz"):
+        write_image(image, place, tmp_path / f"x{ending}")
+        assert (tmp_path / f"x{ending}").is_file()

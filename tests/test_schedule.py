@@ -226,3 +226,17 @@ def test_a_run_of_epochs_goes_on_by_time(place, tmp_path):
     assert [line["epoch"] for line in lines] == list(range(len(lines)))
     assert lines[3]["learning_rate"] > lines[2]["learning_rate"]
     assert lines[3]["step"] == 16
+
+
+def test_a_run_by_time_goes_on_by_epochs(place, tmp_path):
+    made = parts(place, f"{tmp_path}/run", budget_seconds=25.0, **{**TIMED, "steps_per_epoch": 9})
+    first = train(made, clock=Clock(made.network, lambda step: 1.0))
+    assert first.rhythm is not None and first.rhythm.steps == 5
+    made = parts(place, f"{tmp_path}/run", **{**TIMED, "epochs": 5, "steps_per_epoch": 9, "validation_steps": 2})
+    state = train(made, clock=Clock(made.network, lambda step: 1.0))
+    assert state.step == 45
+    lines = read_metrics(made.folder)
+    assert [line["epoch"] for line in lines] == list(range(len(lines)))
+    steps = [line["step"] for line in lines if line["step"] >= first.step]
+    assert steps[:2] == [first.step, first.step + 9], "epochs are as long as the recipe says"
+    assert lines[-1]["progress"] == 1.0

@@ -13,7 +13,7 @@ from autoseg.pipeline.cascade import NextStage, map_path
 from autoseg.pipeline.crossval import all_folds, held_out, refuse_mixture
 from autoseg.pipeline.fit import Task, with_common_choices
 from autoseg.pipeline.pairs import divided_otherwise
-from autoseg.pipeline.recipe import SHORT, TrainOptions
+from autoseg.pipeline.recipe import SHORT, TrainOptions, make_recipe
 from autoseg.pipeline.train import agree_with_existing
 from autoseg.pipeline.validation import forget_later
 from autoseg.postprocess import PostProcessing, Step
@@ -116,6 +116,7 @@ def test_later_folds_of_fit_take_the_choices_of_the_first(tmp_path):
     later = with_common_choices(options, tasks, tasks[1])
     assert with_common_choices(TrainOptions(changes={"batch_size": 7}), tasks, tasks[1]).changes["batch_size"] == 7
     assert later.changes == {"clip_norm": 3.0, "momentum": 0.99, "schedule": "poly", **SHORT, "batch_size": 3}
+    assert make_recipe(later).optimizer == "adamw", "nobody has stated its momentum"
     stated = TrainOptions(changes={"momentum": 0.5})
     assert with_common_choices(stated, tasks, tasks[1]).changes == {"momentum": 0.5, "batch_size": 3}
 

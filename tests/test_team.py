@@ -322,12 +322,16 @@ def when_an_epoch_is_over(process, folder):
         time.sleep(0.01)
 
 
+def children_of(number) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+
+
 @pytest.mark.slow
 def test_the_death_of_one_process_ends_the_other_and_is_named(raw):
     process = start(raw, "killed", "--num-gpus", "2", epochs=1000)
     when_an_epoch_is_over(process, fold(raw, "killed"))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    leader = children_of(process.pid)[0]  # of the process that watches over it
+    os.kill(children_of(leader)[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "process 1 of 2 ended with code -9" in said

@@ -125,6 +125,14 @@ def test_what_no_validation_case_holds_cannot_be_judged():
     assert said(course(*[0.5] * 5)) == []
 
 
+def test_a_class_that_no_compared_patch_holds_cannot_be_judged():
+    never = course(*[None] * 5)
+    assert said(never, weights="best") == []
+    assert [one["cause"] for one in said(never)] == ["not learnt"], "other patches each time"
+    assert [one["cause"] for one in said(never, seen(0, 0), weights="best")] == ["never shown"]
+    assert [one["cause"] for one in said(course(0.0, *[None] * 5), weights="best")] == ["not learnt"]
+
+
 # Trainings.
 
 LONG = {"epochs": 6, "steps_per_epoch": 2, "validation_steps": 1, "augmentation": "none"}

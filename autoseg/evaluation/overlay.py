@@ -196,7 +196,8 @@ def window(shown: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
 
 def verdicts(truth: np.ndarray, prediction: np.ndarray, labels: Labels | None = None) -> np.ndarray:
     """RIGHT, TOO_MUCH, MISSING or OTHER_CLASS for each voxel, 0 for background in both; by regions if there are any."""
-    background, ignored, classes = 0, None, ()
+    background, ignored = 0, None
+    classes: tuple[tuple[int, ...], ...] = ()
     if labels is not None:
         background, ignored, classes = labels.values[0], labels.ignore, labels.regions or labels.parts
     same = [np.isin(truth, own) == np.isin(prediction, own) for own in classes] or [truth == prediction]

@@ -3,10 +3,10 @@
 A network of your own is called with (spec, in_channels, heads) and gives a torch module whose
 `forward(x, all_scales=False)` maps images (B, C, *spatial) to logits (B, heads, *spatial), or with `all_scales` to a
 list of logits, highest resolution first, that shrink by `scales` of the module, or where it has none by
-`spec.strides`; a list of one is allowed. With `output_weights` the outputs count so in deep supervision, see
-`base.Network`. With `encoder_prefixes`, what names of its encoder's parameters begin with,
-that can be frozen or have a rate of its own. One with an attribute `takes_position` that is true is called with
-`position` too: where in its image each patch lies, (B, axes) float32 from -1 to 1 along each axis, 0 in the middle.
+`spec.strides`; a list of one is allowed. With `output_weights`, a number an output, they count so in deep supervision.
+With `encoder_prefixes`, what names of its encoder's parameters begin with, that can be frozen or have a rate of its
+own. One with an attribute `takes_position` that is true is called with `position` too: where in its image each patch
+lies, (B, axes) float32 from -1 to 1 along each axis, 0 in the middle.
 Naming a module imports it: a plan that does so is as trustworthy as the code beside it.
 """
 

@@ -69,7 +69,7 @@ def postprocess(
         raise AutosegError(f"-o {target} holds the files to be read; give another folder for the processed ones")
     refuse_unwritable(target)
     files = files_by_case(source)
-    told = None if dataset is None else labels_in(workspace.dataset(dataset)[1])
+    told: Meaning | None = None if dataset is None else labels_in(workspace.dataset(dataset)[1])
     failed: list[Outcome[Any]] = []
     if truth is not None:
         meaning = as_predicted(told or find_labels(truth, source), source) or _by_value(truth, source, workers)

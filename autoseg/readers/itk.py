@@ -4,6 +4,7 @@ SimpleITK repairs or ignores some broken headers in silence and reads some trunc
 families check what it does not. Its own warnings are switched off: whatever matters is raised as an error here.
 """
 
+import errno
 import gzip
 import os
 import re
@@ -23,6 +24,10 @@ from autoseg.volume import Grid
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
+GZIP_LEAST = 18
+"""Bytes of a gzip file that holds nothing."""
+LONGEST_HEADER = 4096
+"""A NIfTI header has 352 bytes, or 544 in version 2, and may have a little more."""
 ORTHONORMAL = 1e-3
 """Largest entry of DᵀD - 1 for a direction matrix D that still counts as a rotation or reflection."""
 
@@ -129,6 +134,20 @@ def write(path: Path, array: np.ndarray, grid: Grid) -> None:
             sitk.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:
             raise AutosegError(f"{path} cannot be written: {' '.join(str(error).split())[-200:]}") from None
+        if path.name.lower().endswith((".nii", ".nii.gz")) and not whole(temporary, array.nbytes):
+            raise OSError(errno.ENOSPC, "not all of it could be written, as on a full disk", str(path))
+
+
+def whole(path: Path, voxels: int) -> bool:
+    """Whether a NIfTI file holds so many bytes of voxels and a header. Its writer says nothing of a full disk."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if path.suffix.lower() == ".gz":
+            if size < GZIP_LEAST:
+                return False
+            file.seek(-4, os.SEEK_END)  # gzip ends with the size of what it holds, modulo 4 GiB
+            size = int.from_bytes(file.read(4), "little")
+    return (size - voxels) % 2**32 < LONGEST_HEADER
 
 
 @contextmanager
