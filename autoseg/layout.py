@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,7 @@ def find_cases(source: Path, channels: int, file_ending: str | None = None) -> t
 
 
 def survey_cases(
-    source: Path, channels: int, file_ending: str | None = None, ours: Iterable[str] = ()
+    source: Path, channels: int, file_ending: str | None = None, ours: Collection[str] = ()
 ) -> tuple[tuple[Case, ...], Bad]:
     """As `find_cases`, but what is wrong with single cases or files is returned, and they are left out.
 
@@ -280,7 +280,7 @@ def single_case(path: Path, channels: int, faults: list[str]) -> tuple[Case, ...
 
 
 def cases_in(
-    folder: Path, channels: int, ending: str, faults: list[str], bad: Bad, ours: Iterable[str] = ()
+    folder: Path, channels: int, ending: str, faults: list[str], bad: Bad, ours: Collection[str] = ()
 ) -> tuple[Case, ...]:
     """The good cases of a folder of images CASE_0000 + ending; the others come into `bad`."""
     files = files_with(folder, ending, ours)
@@ -305,7 +305,7 @@ def cases_in(
         if lacking:
             bad[case] = f"missing {names(f'{case}_{n:04}{ending}' for n in lacking)} in {folder.name}"
         if extra:
-            more = f"{names(numbers[n].name for n in extra)} in {folder.name} for {channels} channels"
+            more = f"{names(numbers[n].name for n in extra)} in {folder.name}, but channel_names has {channels} entries"
             bad[case] = f"{bad[case]}, and {more}" if case in bad else more
         if case in bad:
             bad[case] += "; correct the numbers or channel_names, or remove the case"
@@ -410,17 +410,17 @@ def read_annotated(entries: Any, labels: Labels, faults: list[str]) -> dict[str,
     return listing
 
 
-def files_with(folder: Path, ending: str, ours: Iterable[str] = ()) -> list[Path]:
+def files_with(folder: Path, ending: str, ours: Collection[str] = ()) -> list[Path]:
     """Files of a folder with an ending in whatever case, sorted; hidden files and those called `ours` are left out."""
-    return sorted(f for f in visible(folder) if f.name.lower().endswith(ending.lower()) and f.name not in set(ours))
+    return sorted(f for f in visible(folder) if f.name.lower().endswith(ending.lower()) and f.name not in ours)
 
 
-def endings_in(folder: Path, ours: Iterable[str] = ()) -> list[str]:
+def endings_in(folder: Path, ours: Collection[str] = ()) -> list[str]:
     """Known endings (and JPEG's) of the files in a folder that are not `ours`, most frequent first."""
     if not folder.is_dir():
         return []
     known = (*ENDINGS, ".jpg", ".jpeg", ".dcm")
-    files = [file.name.lower() for file in visible(folder) if file.name not in set(ours)]
+    files = [file.name.lower() for file in visible(folder) if file.name not in ours]
     found = [next((e for e in known if file.endswith(e)), "") for file in files]
     return sorted({ending for ending in found if ending}, key=lambda ending: (-found.count(ending), ending))
 
