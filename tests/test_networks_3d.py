@@ -288,28 +288,23 @@ def balls(count, seed):
     return torch.from_numpy(images), torch.from_numpy(masks)
 
 
-def slabs(count, seed):
-    """Five neighbouring slices of `balls` (count, 5, Y, X), and the ball in their middle (count, Y, X)."""
-    images, masks = balls(count, seed)
-    middle = np.random.default_rng(seed).integers(3, SIZE[0] - 3, count)
-    slices = torch.stack([image[0, k - 2 : k + 3] for image, k in zip(images, middle)])
-    return slices, torch.stack([mask[k] for mask, k in zip(masks, middle)])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*VOLUMETRIC, *SLICES])
+@pytest.mark.parametrize("name", VOLUMETRIC)
 def test_it_learns_a_ball_to_a_dice_of_0_9(name):
-    dimension, shown = (2, slabs) if name in SLICES else (3, balls)
     torch.manual_seed(17)
-    network = build(narrow(paper(name, dimension), (6, 8, 12)), 5 if dimension == 2 else 1, 2)
+    # Without highways all detail goes through the bottleneck, so that is not far down.
+    features = (6, 12) if name == "unet3d_nohighway" else (6, 8, 12)
+    network = build(narrow(paper(name), features), 1, 2)
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, total_iters=80)
     for step in range(80):
-        image, mask = shown(4, step)
+        image, mask = balls(4, step)
         loss = F.cross_entropy(network(image), mask)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    image, mask = shown(12, 10_000)
+        decay.step()
+    image, mask = balls(12, 10_000)
     with torch.no_grad():
         found = network.eval()(image).argmax(1)
     assert (2 * (found * mask).sum() / (found.sum() + mask.sum())).item() >= 0.9
