@@ -46,8 +46,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As usual, after a look at which options there are; raises typer.BadParameter."""
-        _, _, found = self.make_parser(ctx).parse_args(args=list(args))
-        for option, times in Counter[Any](found).items():
+        found: list[Any] = [*self.make_parser(ctx).parse_args(args=list(args))[2]]
+        for option, times in Counter(found).items():
             single = option.param_type_name == "option" and not (option.multiple or option.is_flag or option.count)
             if single and times > 1:
                 raise typer.BadParameter(f"is given {times} times, and takes one value", ctx=ctx, param=option)

@@ -98,10 +98,10 @@ def predict_held_out(
     stages = later if run.fold != "all" else ()
     kept = probabilities.place_of(folder) if run.recipe.keep_probabilities and run.fold != "all" else None
     mine = run.cases.val[team.rank :: team.size]
-    place, dead = folder / place_of_validation(folder), dict[str, str]()
+    out, dead = folder / place_of_validation(folder), dict[str, str]()
     with Progress("validate", len(mine), quiet=not team.leads) as bar:
         for name in mine:
-            path = place / f"{name}{ending}"
+            path = out / f"{name}{ending}"
             if path.exists():
                 pass
             elif death := JOURNAL.dead.get(("validate", name)):
