@@ -146,7 +146,7 @@ class Trained:
 
     def identity(self) -> tuple[str, ...]:
         """All that tells its networks and what they read from others."""
-        return *self.hashes(), to_json(self.plan)
+        return *self.hashes(), to_json(self.plan.concerning(self.configuration.name))
 
     def postprocessing(self) -> tuple[PostProcessing | None, str]:
         """The rule that goes with these very weights, and in words what is done and why."""

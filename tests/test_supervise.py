@@ -314,10 +314,10 @@ def test_the_journal_tells_what_was_in_hand_and_forgives_a_line_cut_short():
         with journal.working("read", "ä"):
             pass
         with journal.working("read", "b", "decoding", last=False), journal.working("write", "b"):
-            assert journal.read() == ({("read", "b"): "decoding", ("write", "b"): ""}, 1)
-        assert journal.read() == ({}, 2)
+            assert journal.read() == ({("read", "b"): "decoding", ("write", "b"): ""}, 1, "")
+        assert journal.read() == ({}, 2, "")
         file.write(b'{"begins": true, "st')
-        assert journal.read() == ({}, 2)
+        assert journal.read() == ({}, 2, "")
 
 
 def test_nothing_is_noted_where_nobody_watches():

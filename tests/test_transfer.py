@@ -8,10 +8,8 @@ from network_contract import narrow
 from safetensors.torch import save_file
 from test_predict import finished_run
 from toys import configuration, network, plan
-from typer.testing import CliRunner
 
 from autoseg.bundle import ModelFile, Stage, write
-from autoseg.cli import app
 from autoseg.crops import parse_crop
 from autoseg.labels import Labels
 from autoseg.networks import NETWORKS, build
@@ -315,12 +313,6 @@ def test_a_plan_taken_over_has_the_median_shape_of_the_new_data():
     assert (made.dataset, made.name, made.axis_order) == ("New", "fine", (1, 0, 2))
     assert made.channels == (theirs.channels[0], own.channels[1])
     assert "does not know this channel" in made.reasons[-1].rule
-
-
-def test_a_plan_is_taken_over_as_a_whole():
-    failed = CliRunner().invoke(app, ["plan_and_preprocess", "-d", "1", "--like", "m.autoseg", "--preset", "resenc_m"])
-    assert isinstance(failed.exception, AutosegError)
-    assert "leave out --preset" in str(failed.exception)
 
 
 def test_the_table_has_a_line_a_tensor():
