@@ -10,7 +10,8 @@ A case that was alone in hand is guilty: it is not tried again, and counts as fa
 done again one at a time before the rest, so the next death tells which it is. Every restart therefore condemns a case
 or has new suspects; it ends. A child that was told to stop (SIGINT, SIGTERM) is not replaced.
 
-Where there is no fork (Windows) the work simply runs.
+Where there is no fork (Windows), or a forked process may not use the system (macOS: its GPU among others), the work
+simply runs.
 """
 
 import json
@@ -37,6 +38,9 @@ CRASHES = {
 """Signals that nobody sends to end a command, and what they usually mean."""
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+CAN_FORK = hasattr(os, "fork") and sys.platform != "darwin"
+"""Python itself no longer forks on macOS: system libraries there end a forked process that calls them."""
 
 FRUITLESS = 5
 """Deaths in a row, without a case finished in between, after which cases are no longer blamed."""
@@ -107,7 +111,7 @@ def supervise(work: Callable[[], None]) -> int:
     `work` may end by SystemExit, as a program does; another exception shows its traceback and gives code 1. Death by
     a signal gives 128 + its number, as a shell says it. To be called before any thread is started and torch is loaded.
     """
-    if not hasattr(os, "fork"):
+    if not CAN_FORK:
         work()
         return 0
     fruitless = 0

@@ -1,6 +1,5 @@
 """Work that survives the death of its process: who is blamed, what goes on, and how a command is told to end."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,9 +10,9 @@ import pytest
 
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.records import AutosegError
-from autoseg.supervise import FRUITLESS, JOURNAL, Journal
+from autoseg.supervise import CAN_FORK, FRUITLESS, JOURNAL, Journal
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+pytestmark = pytest.mark.skipif(not CAN_FORK, reason="nothing is forked on this system")
 
 BEGIN = """
 import os, signal, sys, threading, time
