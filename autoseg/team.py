@@ -206,13 +206,12 @@ def assembled(size: int, device: str) -> Iterator[tuple[Team, str]]:
                 f"process {team.rank} of {size} ends because another one has ended, which says why itself "
                 f"({str(error).splitlines()[0].partition('. ')[0]})"
             )
-        if own_device.startswith("cuda"):
-            _leave(error)
-        raise error
+        _leave(error)
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """End this process as `error` would, without the clean-up of NCCL that might never end."""
+    """End this process as `error` would, without the clean-up: that of NCCL might never end, and what gloo still has
+    under way, waiting for another process, cannot be joined, and would abort this one while Python ends."""
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     if isinstance(error, AutosegError):
         if error.__cause__ is not None:
