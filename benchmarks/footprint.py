@@ -5,8 +5,8 @@
 Prints a Markdown table, row by row: of the networks in `CHOSEN`, which are of every family and take about a quarter of
 an hour on one core, or of all, or of those that are named. A case that fails has its reason in its row.
 
-Every case runs in a process of its own: a small step to load what torch loads, then two steps of the case, the second
-measured. On a CPU that is the peak of resident memory over what was resident before the network was built, with an
+Every case runs in a process of its own: a step of half the size to load what torch loads, then two steps of the case,
+the second measured. On a CPU that is the peak of resident memory over what was resident before the case, with an
 allocator that gives freed memory back at once; oneDNN's copies within a kernel are in it, and in no count. On a GPU it
 is torch.cuda.max_memory_allocated.
 """
@@ -53,8 +53,6 @@ OTHERS: dict[int, tuple[tuple[tuple[int, ...], int, float], ...]] = {
     3: (((32, 64, 48), 1, 1.0),),
 }
 """The cases of all other networks, as wide as in their sources: hundreds of MiB each."""
-SMALL = {2: (64, 64), 3: (32, 32, 64)}
-"""Patches of the step that loads what torch loads; two voxels where a network shrinks by 32, as norms want."""
 WITHIN = 0.1
 
 
@@ -71,6 +69,15 @@ def every_case(names: list[str], every: bool) -> list[dict[str, Any]]:
         for dimension in dimensions
         for channels, (patch, batch, share) in enumerate((SHAPES if name in NARROWED else OTHERS)[dimension], 1)
     ]
+
+
+def half(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of about half the voxels, by which torch loads the kernels and the scratch space that such sizes take."""
+    batch, patch = case["batch"], list(case["patch"])
+    if batch == 1:
+        longest = patch.index(max(patch))
+        patch[longest] = max(patch[longest] // 2, 32)
+    return {**case, "patch": patch, "batch": max(batch // 2, 1)}
 
 
 def spec_of(case: dict[str, Any]) -> Any:
@@ -102,8 +109,7 @@ def measured(case: dict[str, Any], device: str, precision: str, optimizer: str) 
 
     resting = _resident("VmRSS")
     if device == "cpu":
-        small = {**case, "patch": SMALL[len(case["patch"])], "batch": 1}
-        _step(small, device, precision, optimizer)()
+        _step(half(case), device, precision, optimizer)()
         resting = _resident("VmRSS")
     step = _step(case, device, precision, optimizer)
     step()
