@@ -92,7 +92,9 @@ def test_every_effect_is_tried_here():
 
 @pytest.mark.parametrize("changes", WORKING)
 def test_the_same_field_is_taken_where_it_does_something(changes):
-    make_recipe(TrainOptions(epochs=9, changes=changes))
+    made = make_recipe(TrainOptions(epochs=9, changes=changes))
+    taken = {field: getattr(made, field) for field in changes}
+    assert taken == {field: value.strip() if isinstance(value, str) else value for field, value in changes.items()}
 
 
 def test_an_encoder_is_set_apart_where_it_has_learnt_something():

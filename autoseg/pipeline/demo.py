@@ -23,7 +23,7 @@ from autoseg.workspace import Workspace
 CASES, TEST_CASES, SEED = 20, 4, 0
 FOLDS = ("0", "1")
 CONFIGURATION = "3d_fullres"
-EPOCHS = 17
+EPOCHS = 12
 DATA_CHANGES = {"branch_probability": 1.0}
 """One connected tree of vessels a case, so that post-processing by components has something to find."""
 PLAN_CHANGES = {
@@ -32,7 +32,7 @@ PLAN_CHANGES = {
     f"configurations.{CONFIGURATION}.network.features": [8, 16, 32, 64],
 }
 RECIPE_CHANGES = {"steps_per_epoch": 20, "validation_steps": 2, "learning_rate": 0.02, "momentum": 0.97}
-"""A run of 340 steps is too short for the default momentum of 0.99, which averages over a hundred."""
+"""A run of 240 steps is too short for the default momentum of 0.99, which averages over a hundred."""
 
 
 def made_before(raw: Path) -> bool:
