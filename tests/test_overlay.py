@@ -23,6 +23,7 @@ from autoseg.evaluation.overlay import (
     overlay_folders,
     pick,
     plane,
+    thickest,
     upright,
     verdicts,
     window,
@@ -47,6 +48,31 @@ def scene(prediction, truth=None, names=(), values=(), **more):
         if names
         else None,
     )
+
+
+def test_arrows_point_at_the_middle_of_thick_mistakes_only():
+    marks = np.zeros((13, 17), np.uint8)
+    assert thickest(marks) == []
+    marks[1:4, 1:4] = MISSING  # a square of 3: its middle is 2 voxels from its outside
+    marks[6:11, 8:13] = TOO_MUCH  # of 5: 3
+    marks[6:11, 5:8] = MISSING  # beside it, of 5 x 3; its middle column is 2 away from both sides
+    marks[12, :] = OTHER_CLASS  # a rim
+    marks[1:5, 8:15] = RIGHT
+    places = thickest(marks)
+    assert places[0] == (8, 10)
+    assert set(places[1:]) <= {(2, 2), (7, 6), (8, 6), (9, 6)}
+    assert len(places) == 3
+
+
+def test_an_arrow_is_drawn_where_something_is_missing(tmp_path):
+    truth = np.zeros((3, 20, 30), np.uint8)
+    truth[1, 4:12, 20:28] = 1
+    yellow = []
+    for name, found in (("missed", np.zeros_like(truth)), ("right", truth)):
+        draw(scene(found, truth), tmp_path / f"{name}.png")
+        pixels = pixels_of(tmp_path / f"{name}.png")
+        yellow.append(((pixels[..., :2] > 200).all(-1) & (pixels[..., 2] < 60)).sum())
+    assert yellow[0] > yellow[1]  # letters at the edges are yellow in both
 
 
 LEGEND = 70

@@ -2,7 +2,8 @@
 
 Slices lie in the plane of best resolution, else axial, as radiologists see them: the patient's right on the left, front
 or head on top, in true proportions. Grey values are spread over what surrounds the foreground. Without a truth each
-class has a colour; with one, green is right, blue is too much, red is missing, orange is another class.
+class has a colour; with one, green is right, blue is too much, red is missing, orange is another class, and arrows
+point at the thickest mistakes.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from scipy import ndimage
 
 from autoseg.evaluation.folders import as_predicted, files_by_case, find_labels
 from autoseg.labels import Labels
@@ -28,6 +30,10 @@ SLICES = 3
 OPACITY = 0.5
 COARSE = 1.5
 """An axis this many times coarser than both others is the one that slices are stacked along."""
+ARROWS = 3
+"""At most so many mistakes of a slice are pointed at."""
+THICK = 2.0
+"""Voxels from the middle of a mistake to its edge that make it worth an arrow; rims of one voxel are everywhere."""
 NAMED = 12
 """Classes that the legend names before it only counts."""
 
@@ -209,6 +215,21 @@ def verdicts(truth: np.ndarray, prediction: np.ndarray, labels: Labels | None = 
     return marks
 
 
+def thickest(marks: np.ndarray) -> list[tuple[int, int]]:
+    """(row, column) of the middles of up to ARROWS mistakes in a slice of verdicts (rows, columns), the thickest first.
+
+    A mistake is a connected area of one verdict; its middle is its voxel farthest from what is none of it.
+    """
+    found: list[tuple[float, int, int]] = []
+    for mark in (TOO_MUCH, MISSING, OTHER_CLASS):
+        # The edge of the picture bounds a mistake too.
+        depth = ndimage.distance_transform_edt(np.pad(marks == mark, 1))[1:-1, 1:-1]
+        islands, count = ndimage.label(marks == mark)
+        middles = ndimage.maximum_position(depth, islands, range(1, count + 1))
+        found += [(-float(depth[at]), int(at[0]), int(at[1])) for at in middles if depth[at] >= THICK]
+    return [(row, column) for _, row, column in sorted(found)[:ARROWS]]
+
+
 def upright(array: np.ndarray, axis: int, position: int) -> np.ndarray:
     """One slice as it is drawn, first row on top: head or front on top, the patient's right or front on the left."""
     cut = np.take(array, position, axis)
@@ -243,7 +264,18 @@ def draw(scene: Scene, path: Path) -> None:
             grey = upright(scene.image, axis, position)
             grey = grey if grey.ndim == 2 else np.clip(grey / high, 0, 1)
             axes.imshow(grey, cmap="gray", vmin=low, vmax=high, aspect=rows / columns, interpolation="nearest")
-        below.imshow(colours(upright(marks, axis, position)), aspect=rows / columns, interpolation="nearest")
+        marked = upright(marks, axis, position)
+        below.imshow(colours(marked), aspect=rows / columns, interpolation="nearest")
+        for row, column in thickest(marked) if scene.truth is not None else ():
+            # From the nearer side of the picture, so that most of the organ stays free.
+            side = 1 if 2 * column > marked.shape[1] else -1
+            below.annotate(
+                "",
+                (column, row),
+                xytext=(side * 20, 0),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "->", "color": "yellow", "linewidth": 1.2},
+            )
         if scene.grid.dimension == 3:
             count = scene.grid.shape[axis]
             grid[0, number].set_title(f"{AXES[axis]} {position + 1} of {count}", color="white", fontsize="small")
