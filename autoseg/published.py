@@ -1,4 +1,4 @@
-"""Weights that others have published for ResNets and FCNs: files of tensors that are called as torchvision calls them.
+"""Weights that others have published for ResNets, VGGs and FCNs: tensors that are called as torchvision calls them.
 
 A .pth or .pt file is a pickle: it is read as data (`weights_only=True`) and never executed. Nothing is fetched from the
 net; a file that is not there is answered with where it can be got by hand.
@@ -18,6 +18,9 @@ SUFFIXES = (".safetensors", ".pth", ".pt")
 ADDRESS = "https://download.pytorch.org/models/"
 FILES = {
     "resnet34_unet": "resnet34-b627a593.pth",
+    "vgg_unet": "vgg16_bn-6c64b313.pth",
+    "vgg_unet(depth=19)": "vgg19_bn-c79401a0.pth",
+    "vgg_unet(norm=none)": "vgg16-397923af.pth",
     "fcn_resnet50": "fcn_resnet50_coco-1167a1af.pth",
     "fcn_resnet101": "fcn_resnet101_coco-7ecb50ca.pth",
     "deeplabv3plus(backbone=resnet50)": "resnet50-0676ba61.pth",

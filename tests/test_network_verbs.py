@@ -64,6 +64,9 @@ def small(name: str, dimension: int) -> NetworkSpec:
         spec = NETWORKS[name].spec(dimension)
         options = {**spec.options, "decoder_features": (3, 4, 4, 4, 4)}
         return replace(spec, **five, decoder_blocks=(1,) * 5, options=options)
+    if name == "vgg_unet":
+        full = NETWORKS[name].spec(dimension)
+        return replace(narrow(full), options={**full.options, "decoder_features": (3, 4)})
     if name == "deeplabv3plus":
         spec = NETWORKS[name].spec(dimension)
         options = {**spec.options, "head_features": 5, "skip_features": 3}

@@ -1,4 +1,4 @@
-"""ResNet34 U-Net, FCN-ResNets and DeepLabV3+: sizes of the literature, any image, resolution that is held."""
+"""U-Nets around ResNet34 and VGG, FCN-ResNets and DeepLabV3+: sizes of the literature, any image, held resolution."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ from autoseg.losses import deep_supervision, scale_targets
 from autoseg.networks import NETWORKS, build, output_weights
 from autoseg.networks.stages import hold_resolution
 
-NAMES = ("resnet34_unet", "fcn_resnet50", "fcn_resnet101", "deeplabv3plus")
+NAMES = ("resnet34_unet", "vgg_unet", "fcn_resnet50", "fcn_resnet101", "deeplabv3plus")
 
 
 def small(name, dimension=2, **options):
@@ -37,6 +37,10 @@ def small(name, dimension=2, **options):
     if name == "resnet34_unet":
         changes["options"]["decoder_features"] = (3, 4, 5, 6, 7)
         changes |= {"encoder_blocks": (1, 2, 1, 1, 1), "decoder_blocks": (1, 2, 1, 1, 1)}
+    elif name == "vgg_unet":
+        changes["options"]["decoder_features"] = (3, 4, 5)
+        changes |= {"features": (4, 6, 8, 10), "strides": full.strides[:4], "kernels": full.kernels[:4]}
+        changes |= {"encoder_blocks": (1, 2, 1, 1), "decoder_blocks": (1, 2, 1)}
     elif name == "deeplabv3plus":
         changes["options"] |= {"head_features": 5, "skip_features": 3}
         xception = changes["options"]["backbone"] == "xception65"
@@ -52,6 +56,8 @@ def small(name, dimension=2, **options):
     [
         ("resnet34_unet", 2, (37, 70), {}),
         ("resnet34_unet", 3, (9, 33, 20), {"norm": "instance"}),
+        ("vgg_unet", 2, (21, 38), {}),
+        ("vgg_unet", 3, (5, 11, 14), {"norm": "instance"}),
         ("fcn_resnet50", 2, (37, 70), {"dropout": 0.0, "output_stride": 32}),
         ("deeplabv3plus", 2, (37, 70), {"dropout": 0.0, "output_stride": 32}),
     ],
@@ -64,6 +70,7 @@ def test_any_size_any_edit_gradients_and_files(name, dimension, size, options):
     ("name", "dimension", "size", "options"),
     [
         ("resnet34_unet", 2, (37, 70), {"norm": "none", "activation": "elu"}),
+        ("vgg_unet", 2, (13, 22), {"norm": "none", "activation": "elu"}),
         ("fcn_resnet50", 2, (13, 22), {}),
         ("fcn_resnet101", 3, (5, 11, 14), {"norm": "group", "activation": "leaky_relu"}),
         ("deeplabv3plus", 2, (13, 22), {}),
@@ -108,6 +115,62 @@ def test_the_resnet34_u_net_has_the_published_size():
     assert parameters(network.encoder) == resnet_parameters((3, 4, 6, 3), bottleneck=False) == 21_284_672
     assert parameters(network.heads) == (16 + 32 + 64 + 128 + 256) + 5
     assert parameters(network) - parameters(network.heads) + 9 * 16 + 1 == 24_436_369
+
+
+def vgg_tensors(widths, norm):
+    """Names and shapes of the convolutional part as published: what is listed, "M" for a pooling, numbered through."""
+    place, channels, tensors = 0, 3, {}
+    for width in widths:
+        if width != "M":
+            tensors |= {f"features.{place}.weight": (width, channels, 3, 3), f"features.{place}.bias": (width,)}
+            channels = width
+            if norm:
+                parts = ("weight", "bias", "running_mean", "running_var")
+                tensors |= {f"features.{place + 1}.{part}": (width,) for part in parts}
+                tensors[f"features.{place + 1}.num_batches_tracked"] = ()
+            place += 1 + norm
+        place += 1
+    return tensors
+
+
+VGG16 = [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"]
+VGG19 = [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"]
+
+
+@pytest.mark.parametrize(
+    ("options", "widths", "count"),
+    [
+        ({}, VGG16, 14_714_688 + 2 * 4224),  # of the 138 357 544 of the whole; norms of 4224 channels
+        ({"depth": 19}, VGG19, 20_024_384 + 2 * 5504),
+        ({"norm": "none"}, VGG16, 14_714_688),
+    ],
+)
+def test_vgg_encoders_have_the_published_tensors(options, widths, count):
+    encoder = on_meta(NETWORKS["vgg_unet"].spec(2, **options), 3, 1).encoder
+    found = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    assert found == vgg_tensors(widths, norm="norm" not in options)
+    assert parameters(encoder) == count
+
+
+def test_only_depths_of_the_paper_are_known():
+    with pytest.raises(ValueError, match="depth: choose one of 16, 19, found 13"):
+        NETWORKS["vgg_unet"].spec(2, depth=13)
+
+
+@torch.no_grad()
+def test_a_vgg_keeps_what_lies_before_each_pooling():
+    network = fresh(small("vgg_unet", norm="none"), seed=3)
+    encoder, image = network.encoder, torch.randn(1, 2, 16, 24)
+    maps = encoder(image)
+    assert [tuple(one.shape[1:]) for one in maps] == [(4, 16, 24), (6, 8, 12), (8, 4, 6), (8, 2, 3)]
+    weights = [encoder.features[place] for place in (0, 3, 5, 8)]
+    first = F.conv2d(image, weights[0].weight, weights[0].bias, padding=1).relu()
+    torch.testing.assert_close(maps[0], first)
+    x = F.max_pool2d(first, 2)
+    for conv in weights[1:3]:
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1).relu()
+    torch.testing.assert_close(maps[1], x)
+    torch.testing.assert_close(maps[-1], F.max_pool2d(maps[-2], 2))
 
 
 @pytest.mark.parametrize(
@@ -306,6 +369,9 @@ def test_convolutions_start_as_he_says():
         ("resnet34_unet", {"kernels": ((7, 7),) * 4}, "kernels: 5 entries"),
         ("resnet34_unet", {"decoder_blocks": (1, 1, 1, 1)}, "decoder_blocks: 5 entries"),
         ("resnet34_unet", {"options": {"decoder_features": (3, 4)}}, "decoder_features needs 5"),
+        ("vgg_unet", {"strides": ((2, 2),) * 4}, "the first stage keeps full resolution"),
+        ("vgg_unet", {"encoder_blocks": (1, 2, 1)}, "encoder_blocks: 4 entries"),
+        ("vgg_unet", {"options": {"decoder_features": (3, 4, 5, 6)}}, "decoder_features needs 3"),
         ("fcn_resnet50", {"decoder_blocks": (10**9,)}, "decoder_blocks: 0 entries"),
         ("fcn_resnet50", {"encoder_blocks": (1, 1, 0, 1, 1)}, "1 or more"),
         ("fcn_resnet50", {"kernels": ((4, 4), *((3, 3),) * 4)}, "odd"),
@@ -335,7 +401,7 @@ def test_an_unknown_backbone_is_refused_by_name():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet34_unet", "fcn_resnet50", "deeplabv3plus"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fcn_resnet101"])
 def test_onnx_gives_the_same_logits(name):
     check_onnx(small(name, dropout=0.0), (37, 70))
 
@@ -351,13 +417,14 @@ def discs(count, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet34_unet", "fcn_resnet50", "deeplabv3plus"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fcn_resnet101"])
 def test_it_learns_a_disc_to_a_dice_of_0_9(name):
     torch.manual_seed(17)
     options = {"rates": (1, 2)} if name == "deeplabv3plus" else {}  # its last maps are 3 x 4 voxels here
     spec = small(name, **options)
     wider = {"head_features": 16, "skip_features": 8} if options else {}
-    network = build(replace(spec, features=(16, 24, 32, 40, 48), options={**spec.options, **wider}), 1, 2)
+    features = (16, 24, 32, 40, 48)[: len(spec.features)]
+    network = build(replace(spec, features=features, options={**spec.options, **wider}), 1, 2)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for step in range(200):
         image, mask = discs(8, step)

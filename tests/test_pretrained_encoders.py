@@ -105,6 +105,19 @@ def test_more_channels_share_what_colours_weighed_and_three_are_taken_as_they_ar
     assert lines["encoder.conv1.weight"].what == "reused"
 
 
+@torch.no_grad()
+def test_a_published_vgg_fits_by_name_and_what_lies_below_it_is_new(tmp_path):
+    spec = small("vgg_unet")
+    encoder = encoder_file(tmp_path / "vgg16_bn.pth", spec)
+    network, lines = begun(a_plan(spec), tmp_path / "vgg16_bn.pth")
+    for ours, theirs in zip(network.encoder(IMAGE), encoder(IMAGE.expand(-1, 3, -1, -1)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert lines["encoder.features.0.weight"].what == "adapted"
+    reused = {name for name, line in lines.items() if line.what == "reused"}
+    assert reused == {name for name in lines if name.startswith("encoder.")} - {"encoder.features.0.weight"}
+    assert lines["centre.0.0.weight"].what == "new"
+
+
 def fcn_file(path, spec, heads):
     network = drawn(spec, 3, heads, seed=5)
     tensors = {name.replace("encoder.", "backbone."): one for name, one in network.state_dict().items()}

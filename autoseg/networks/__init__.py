@@ -20,6 +20,7 @@ from torch import nn
 from autoseg.networks.attention_unet import ATTENTION_UNET
 from autoseg.networks.base import Architecture
 from autoseg.networks.deeplab import DEEPLABV3PLUS
+from autoseg.networks.encoder_unet import RESNET34_UNET, VGG_UNET
 from autoseg.networks.fc_densenet import FC_DENSENET56, FC_DENSENET67, FC_DENSENET103
 from autoseg.networks.fcn import FCN_RESNET50, FCN_RESNET101
 from autoseg.networks.mednext import MEDNEXT
@@ -27,7 +28,6 @@ from autoseg.networks.multires_unet import MULTIRES_UNET
 from autoseg.networks.primus import PRIMUS_V3
 from autoseg.networks.r2_unet import R2_ATTENTION_UNET, R2_UNET
 from autoseg.networks.resenc import RESENC
-from autoseg.networks.resnet_unet import RESNET34_UNET
 from autoseg.networks.segnet import SEGNET
 from autoseg.networks.strides import running
 from autoseg.networks.unet import UNET
@@ -56,6 +56,7 @@ NETWORKS: dict[str, Architecture] = {
     "segnet": SEGNET,
     "unetpp": UNETPP,
     "resnet34_unet": RESNET34_UNET,
+    "vgg_unet": VGG_UNET,
     "fcn_resnet50": FCN_RESNET50,
     "fcn_resnet101": FCN_RESNET101,
     "deeplabv3plus": DEEPLABV3PLUS,
