@@ -13,7 +13,7 @@ import torch
 import toys
 from torch import nn
 
-from autoseg.networks import NETWORKS, build
+from autoseg.networks import NETWORKS, build, meta
 from autoseg.networks.footprint import footprint, needs_of, on_meta
 from autoseg.networks.meta import Living
 from autoseg.planners.asked import adapted
@@ -116,6 +116,35 @@ def test_what_a_real_step_allocates_is_what_is_counted(precision):
     del outputs
     logits = sum(2 * 3 * 64 * 96 // 4**scale * (2 if precision == "bfloat16" else 4) for scale in range(5))
     assert abs(real - 2 * 64 * 96 * 4 - made.activations) < 0.05 * real + logits
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_cut_short_gives_what_torch_works_out(monkeypatch, precision, training):
+    class Frozen(nn.Module):
+        """Norms with and without weights, in training or as they are used."""
+
+        def __init__(self, spec, in_channels, heads):
+            super().__init__()
+            self.parts = nn.Sequential(
+                nn.Conv2d(in_channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, heads, 1),
+                nn.BatchNorm2d(heads, affine=False),
+            )  # fmt: skip
+            self.parts[1].bias.requires_grad_(False)
+
+        def forward(self, x, all_scales=False):
+            for norm in (self.parts[1], self.parts[4]):
+                norm.train(training)
+            x = self.parts(x)
+            return [x] if all_scales else x
+
+    monkeypatch.setattr(sys.modules[__name__], "Frozen", Frozen, raising=False)
+    sizes = {"patch": (5, 7), "batch": 3, "precision": precision, **SIZES}
+    spec = replace(OWN, name=f"{__name__}:Frozen")
+    short = footprint(spec, **sizes)
+    assert meta.SHORT
+    monkeypatch.setattr(meta, "SHORT", {})
+    assert footprint(spec, **sizes) == short
 
 
 def test_the_forecast_of_a_plan_is_what_would_be_counted():

@@ -104,6 +104,7 @@ class Step:
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda p: living.count(p.grad, "gradients"))
             for parameter in self.network.parameters()
+            if parameter.requires_grad  # a network of one's own may hold parts that do not learn
         ]
         self.network.zero_grad(set_to_none=True)
         try:
