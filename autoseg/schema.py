@@ -194,20 +194,24 @@ class Request:
     """What was asked of the planner by options; None and empty: nothing. It holds for later plans of the same name."""
 
     preset: str | None = None
+    """Where none ever was asked for: unet."""
     network: str | None = None
+    """In place of the preset's: `name(key=value, ...)` or `package.module:Name`."""
     gpu_memory_gb: float | None = None
     spacing_mm: tuple[float, float, float] | None = None
     context: int | None = None
+    """Slices that 2D networks see."""
     crops: tuple[Crop, ...] = ()
     combine: str | None = None
+    """`rss`: all channels become one, the root of the sum of their squares."""
     thin: tuple[PositiveInt, ...] = ()
     """Voxels that become one, along slices or along each axis (Z, Y, X)."""
     merge: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Class -> the labels that it is made of, each by name or value."""
+    """Class -> the labels that it is made of, each by name or value, see `merging.merge`."""
     like: str | None = None
-    """The path of the model whose plan was taken over."""
+    """The absolute path of the model whose plan is taken over: a file, the folder of a configuration, or of a fold."""
     changes: dict[str, str] = field(default_factory=dict)
-    """Field of the plan -> its value as JSON, as given by --set."""
+    """Field of the plan -> its value as JSON, as given by --set; made by `settings.in_json`."""
 
 
 @record

@@ -4,6 +4,7 @@ Changes of a record are typed and checked as if it had been written so.
 """
 
 import dataclasses
+import json
 import math
 import re
 import tomllib
@@ -34,6 +35,11 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             parsed[path.strip()] = value.strip()
     return parsed
+
+
+def in_json(changes: Mapping[str, Any]) -> dict[str, str]:
+    """Field -> its value as JSON, as a plan remembers what was set."""
+    return {path: json.dumps(value) for path, value in changes.items()}
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:

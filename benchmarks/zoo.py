@@ -17,9 +17,12 @@ from typing import Any
 
 from autoseg.networks import NETWORKS
 from autoseg.networks.footprint import Step
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.records import AutosegError, atomic_write
+from autoseg.schema import Request
+from autoseg.settings import in_json
 from autoseg.workspace import Workspace
 
 HEAD = ("entry", "Dice", "lowest class", "parameters", "GiB a step", "s a step", "patch", "batch", "steps")
@@ -69,10 +72,8 @@ def trained(entry: str, options: argparse.Namespace) -> tuple[str, ...]:
         options.dataset,
         PlanOptions(
             name="default" if network is None else name,
-            network=network,
-            gpu_memory_gb=options.gpu_memory,
+            request=Request(network=network, gpu_memory_gb=options.gpu_memory, changes=in_json(changes)),
             configurations=(options.configuration,),
-            changes=changes,
         ),
     )
     rhythm = {"steps_per_epoch": max(options.steps // 10, 1), "validation_steps": max(options.steps // 100, 1)}

@@ -22,12 +22,14 @@ from autoseg.networks import build
 from autoseg.pipeline import pairs, probabilities
 from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.crossval import held_out
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, choose_model, export, predict
 from autoseg.pipeline.share import export_model
 from autoseg.readers import read_image, read_labels, read_stored, write_labels
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import Fingerprint, Recipe, Run
+from autoseg.schema import Fingerprint, Recipe, Request, Run
+from autoseg.settings import in_json
 from autoseg.splits import read_splits
 from autoseg.store import read_case, stored_key
 from autoseg.workspace import Workspace
@@ -63,7 +65,8 @@ def prepared_workspace(root, **more):
         "configurations.3d_fullres.batch_size": 2,
         "configurations.3d_fullres.network.features": [4, 6, 8],
     }
-    made = plan_and_preprocess(workspace, "7", PlanOptions(changes=small, configurations=("3d_fullres",)))
+    options = PlanOptions(request=Request(changes=in_json(small)), configurations=("3d_fullres",))
+    made = plan_and_preprocess(workspace, "7", options)
     full = made.configuration("3d_fullres")
     made = replace(made, configurations=(full, *(replace(full, name=name) for name in ("left", "old", "right"))))
     save_json(made, workspace.plan_folder(NAME, "default") / "plan.json")

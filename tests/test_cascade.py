@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toys import balls_dataset, write_balls
+from toys import TINY, balls_dataset, write_balls
 
 from autoseg.augment import make_augmentation
 from autoseg.layout import open_dataset
 from autoseg.model import earlier_folds, open_model
 from autoseg.pipeline.cascade import NextStage, find_priors, held_out_by, map_path, maps_folder
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.preparing import preprocess
 from autoseg.pipeline.probabilities import find_probabilities
@@ -42,13 +43,7 @@ def place(tmp_path_factory):
     (raw / "splits_final.json").write_text(
         '[{"train": ["p0_0", "p0_1"], "val": ["p1_0", "p1_1"]}, {"train": ["p1_0", "p1_1"], "val": ["p0_0", "p0_1"]}]'
     )
-    small = {
-        "configurations.3d_fullres.patch": [16, 16, 16],
-        "configurations.3d_fullres.batch_size": 2,
-        "configurations.3d_fullres.network.features": [4, 8, 12],
-    }
-    options = PlanOptions(changes=small, configurations=("3d_fullres",))
-    made = plan_and_preprocess(workspace, "7", options)
+    made = plan_and_preprocess(workspace, "7", PlanOptions(request=TINY, configurations=("3d_fullres",)))
     full = made.configuration("3d_fullres")
     low = replace(full, name="3d_lowres", spacing_mm=(1.9, 1.7, 1.6), patch=(8, 12, 12), prepared="3d_lowres")
     cascade = replace(full, name="3d_cascade_fullres", previous_stage="3d_lowres")

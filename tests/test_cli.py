@@ -14,8 +14,9 @@ from autoseg import __version__
 from autoseg.cli import app
 from autoseg.cli.options import LOSS_HELP, parse_folds, parse_spacing
 from autoseg.losses import LOSSES
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.records import AutosegError, load_json
-from autoseg.schema import Run
+from autoseg.schema import Request, Run
 
 RUNNER = CliRunner()
 
@@ -122,10 +123,11 @@ def test_fit_plans_what_the_verb_that_plans_would(tmp_path, monkeypatch, asked):
     for verb in ("plan_and_preprocess", "fit"):
         RUNNER.invoke(app, [verb, "-d", "7", *asked, "--workspace", str(tmp_path)], catch_exceptions=False)
     planned, fitted = given
-    assert replace(fitted, keep=False) == replace(planned, changes=None)
+    assert replace(fitted, keep=False) == planned
     if asked is PLANNING:
-        unset = {field.name for field in fields(planned) if getattr(planned, field.name) == field.default}
-        assert unset == {"like", "choose", "keep", "configurations"}, "given another value, all others are"
+        pairs = ((planned, PlanOptions()), (planned.request, Request()))
+        unset = {f.name for now, usual in pairs for f in fields(now) if getattr(now, f.name) == getattr(usual, f.name)}
+        assert unset == {"like", "changes", "choose", "keep", "configurations"}, "given another value, all others are"
 
 
 def test_fields_of_recipe_plan_and_source_are_listed(tmp_path):

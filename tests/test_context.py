@@ -21,14 +21,16 @@ from autoseg.labels import UNSEEN
 from autoseg.mirroring import Flips
 from autoseg.model import Model, open_model
 from autoseg.networks import NETWORKS, build
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.planners import PLANNERS, explain, with_context
 from autoseg.planners import plan as make_plan
 from autoseg.preprocess import prepare
 from autoseg.records import AutosegError, load_json, to_json
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream
-from autoseg.schema import Plan
+from autoseg.schema import Plan, Request
+from autoseg.settings import in_json
 from autoseg.store import write_case
 from autoseg.transfer import Source, inputs, transfer
 from autoseg.volume import Volume
@@ -410,7 +412,7 @@ SMALL = {
 def test_from_raw_images_to_predictions_with_neighbours(tmp_path, capsys):
     workspace = Workspace(tmp_path)
     balls_dataset(workspace.raw(NAME))
-    options = PlanOptions(configurations=("2d",), context=3, changes=SMALL)
+    options = PlanOptions(configurations=("2d",), request=Request(context=3, changes=in_json(SMALL)))
     made = plan_and_preprocess(workspace, "7", options)
     assert made.configuration("2d").context == 3
     assert "3 slices, 3 input channels instead of 1" in capsys.readouterr().out
@@ -432,6 +434,7 @@ def test_from_raw_images_to_predictions_with_neighbours(tmp_path, capsys):
 def test_slices_for_what_would_not_be_trained_are_refused_with_the_cure(tmp_path):
     workspace = Workspace(tmp_path)
     balls_dataset(workspace.raw(NAME))
+    options = PlanOptions(request=Request(context=3), choose=lambda made: ("3d_fullres",))
     with pytest.raises(AutosegError, match=r"is for 2d, and only 3d_fullres is asked for; add -c 2d"):
-        plan_and_preprocess(workspace, "7", PlanOptions(context=3, choose=lambda made: ("3d_fullres",)))
+        plan_and_preprocess(workspace, "7", options)
     assert not workspace.prepared(NAME).exists()

@@ -1,11 +1,13 @@
 """A raw dataset that lies outside the workspace: later commands find it by its number."""
 
+from dataclasses import replace
+
 import pytest
 from test_pipeline import NAME, PLAN
 from toys import balls_dataset
 
 from autoseg.pipeline.best import BestOptions, find_best
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.records import AutosegError
 from autoseg.workspace import Workspace
@@ -17,7 +19,7 @@ def test_what_was_planned_by_path_is_found_by_number_and_by_name(tmp_path):
     place = Workspace(tmp_path / "root")
     with pytest.raises(AutosegError, match=rf"run: autoseg plan_and_preprocess -d '{raw}' --plan small$"):
         train_fold(place, str(raw), "3d_fullres", "0", TrainOptions(plan="small"))
-    plan_and_preprocess(place, str(raw), PlanOptions(name="small", configurations=("2d",), changes=PLAN.changes))
+    plan_and_preprocess(place, str(raw), replace(PLAN, name="small", configurations=("2d",)))
     assert place.dataset("7") == (NAME, raw)
     with pytest.raises(AutosegError, match=r"are not prepared .* run: autoseg plan_and_preprocess -d 7 --plan small$"):
         train_fold(place, "7", "3d_fullres", "0", TrainOptions(plan="small"))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toys import BALLS, balls_dataset, configuration, plan, write_balls
+from toys import BALLS, TINY, balls_dataset, configuration, plan, write_balls
 
 from autoseg.bundle import ModelCard
 from autoseg.ensemble import Choice
@@ -14,27 +14,23 @@ from autoseg.layout import open_dataset
 from autoseg.model import in_folders, open_run
 from autoseg.pipeline import fit as module
 from autoseg.pipeline.crossval import all_folds, cross_validate, held_out, validated
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, Spent, Task, find_tasks, fit, fit_table, share, stages
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.readers import read_labels, write_labels
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import Fold, Run
+from autoseg.schema import Fold, Request, Run
+from autoseg.settings import in_json
 from autoseg.splits import Splits
 from autoseg.supervise import JOURNAL
 from autoseg.workspace import Workspace
 
 NAME = "Dataset007_Balls"
 QUICK = {"steps_per_epoch": 6, "validation_steps": 1, "learning_rate": 0.02, "momentum": 0.9}
-PLAN = PlanOptions(
-    changes={
-        "configurations.3d_fullres.patch": [16, 16, 16],
-        "configurations.3d_fullres.batch_size": 2,
-        "configurations.3d_fullres.network.features": [4, 8, 12],
-    }
-)
+PLAN = PlanOptions(request=TINY)
 OPTIONS = FitOptions(plan=PLAN, train=TrainOptions(epochs=3, device="cpu", changes=QUICK))
 
 
@@ -190,7 +186,7 @@ def test_all_configurations_are_trained_compared_and_the_best_is_followed(place,
     (place.raw(NAME) / "splits_final.json").write_text(
         '[{"train": ["p0_0", "p0_1"], "val": ["p1_0"]}, {"train": ["p1_0"], "val": ["p0_0", "p0_1"]}]'
     )
-    planning = replace(PLAN, changes={**(PLAN.changes or {}), **small})
+    planning = PlanOptions(request=Request(changes=TINY.changes | in_json(small)))
     options = FitOptions(plan=planning, train=replace(OPTIONS.train, epochs=1), configurations=("all",))
     cards = fit(place, "7", options)
     assert {card.configuration for card in cards} == {"2d", "3d_fullres"}

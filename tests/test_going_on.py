@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_pipeline import NAME, PLAN, tree
 from test_predict import finished_run
-from toys import balls_dataset, grid
+from toys import TINY, balls_dataset, grid
 
 from autoseg.bundle import ModelCard
 from autoseg.model import CARD, weights_hash
@@ -392,7 +392,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("kill", KILLS)
 def test_preprocessing_that_was_killed_goes_on_from_there(tmp_path, whole, kill, capsys):
     place = make_raw(tmp_path)
-    words = [word for field, value in PLAN.changes.items() for word in ("--set", f"{field}={value}")]
+    words = [word for field, value in TINY.changes.items() for word in ("--set", f"{field}={value}")]
     killed = command(
         f"def change():\n    import autoseg.store as store{KILLS[kill]}",
         *("plan_and_preprocess", "-d", "7", "-c", "3d_fullres", "--workers", "1", "--workspace", tmp_path, *words),

@@ -20,8 +20,9 @@ from autoseg.datasets import IMPORTS, PROFILES
 from autoseg.datasets.folders import by_channel
 from autoseg.datasets.importing import Draft, Entry, common_ending, encode, merge, put, write_draft
 from autoseg.layout import open_dataset
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.importing import import_dataset
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.readers import Stored, read_image, read_labels, read_stored, write_image, write_labels
 from autoseg.records import AutosegError, to_json
 from autoseg.workspace import Workspace

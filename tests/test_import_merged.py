@@ -9,8 +9,9 @@ from toys import ball, grid
 
 from autoseg.datasets.hdf5 import Array, layout_of
 from autoseg.layout import open_dataset
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.importing import import_dataset
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.readers import read_image, read_labels, read_stored, write_image, write_labels
 from autoseg.records import AutosegError
 from autoseg.workspace import Workspace

@@ -279,7 +279,7 @@ def test_the_same_files_both_ways(tmp_path, capsys):
     folds = [{"train": ["c1", "c2"], "val": ["c0"]}, {"train": ["c0"], "val": ["c1", "c2"]}]
     (raw / "splits_final.json").write_text(json.dumps(folds))
     plan_and_preprocess(workspace, NAME, PLAN)
-    asked = replace(PLAN, name="binary", merge={"balls": ("big", "300")})
+    asked = replace(PLAN, name="binary", request=replace(PLAN.request, merge={"balls": ("big", "300")}))
     made = plan_and_preprocess(workspace, NAME, asked)
     printed = capsys.readouterr().out
     assert "labels: balls is one class of the labels 7, 300, and is written as 7" in printed

@@ -21,14 +21,16 @@ from autoseg.inference import Swap, count_views, predict_logits
 from autoseg.labels import UNSEEN, Labels
 from autoseg.mirroring import ALL_AXES, Flips, Mirroring
 from autoseg.model import Model
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions
 from autoseg.pipeline.share import export_model
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.preprocess import prepare
 from autoseg.readers import read_labels, write_image, write_labels
 from autoseg.records import load_json, save_json, to_json
-from autoseg.schema import Fingerprint
+from autoseg.schema import Fingerprint, Request
+from autoseg.settings import in_json
 from autoseg.volume import Volume
 from autoseg.workspace import Workspace
 
@@ -265,9 +267,8 @@ def swapped(raw, predicted) -> float:
 
 def trained(workspace, name, changes):
     """Train the first fold with all mirror images that the plan allows; the labels predicted with them."""
-    plan_and_preprocess(
-        workspace, NAME, PlanOptions(configurations=("3d_fullres",), changes=SMALL | changes, name=name)
-    )
+    request = Request(changes=in_json(SMALL | changes))
+    plan_and_preprocess(workspace, NAME, PlanOptions(configurations=("3d_fullres",), request=request, name=name))
     recipe = {"steps_per_epoch": 50, "validation_steps": 1, "learning_rate": 0.005, "tune": False}
     train_fold(
         workspace, NAME, "3d_fullres", "0", TrainOptions(epochs=2, device="cpu", changes=recipe, plan=name, run=name)
@@ -296,7 +297,7 @@ def test_fingerprints_of_before_get_what_they_lack_and_cases_stay_prepared(tmp_p
     workspace = Workspace(tmp_path)
     raw = workspace.raw(NAME)
     write_phantom(raw)
-    options = PlanOptions(configurations=("3d_fullres",), changes=SMALL)
+    options = PlanOptions(configurations=("3d_fullres",), request=Request(changes=in_json(SMALL)))
     made = plan_and_preprocess(workspace, NAME, options)
     path = workspace.prepared(NAME) / "fingerprint.json"
     new = load_json(Fingerprint, path)

@@ -14,12 +14,14 @@ from autoseg.cli import app
 from autoseg.cli.options import plan_name
 from autoseg.networks import spec_of
 from autoseg.networks.unet import UNet, unet
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.share import export_model
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.records import AutosegError, load_json
-from autoseg.schema import NetworkSpec, Plan, Run
+from autoseg.schema import NetworkSpec, Plan, Request, Run
+from autoseg.settings import in_json
 from autoseg.store import list_cases, load_case, share_case
 from autoseg.workspace import Workspace
 
@@ -29,7 +31,8 @@ FIXED = {
     "configurations.3d_fullres.batch_size": 2,
     "configurations.3d_fullres.network.features": [4, 6, 8],
 }
-ASKED = PlanOptions(name="resenc", network="resenc(stages=3)", configurations=ONLY, changes=FIXED)
+REQUEST = Request(network="resenc(stages=3)", changes=in_json(FIXED))
+ASKED = PlanOptions(name="resenc", request=REQUEST, configurations=ONLY)
 
 
 class Own:
@@ -57,12 +60,12 @@ def test_cases_of_another_plan_are_shared_and_survive_it(place, capsys):
         assert (first / case / "image.b2nd").stat().st_ino == (second / case / "image.b2nd").stat().st_ino
     whole = load_case(first, "p0_0").image
     # The other plan is prepared anew, and then gone: what was shared stays as it was.
-    plan_and_preprocess(place, "7", PlanOptions(configurations=ONLY, spacing_mm=(2.0, 2.0, 2.0)))
+    plan_and_preprocess(place, "7", PlanOptions(configurations=ONLY, request=Request(spacing_mm=(2.0, 2.0, 2.0))))
     assert load_case(first, "p0_0").image.shape != whole.shape
     np.testing.assert_array_equal(load_case(second, "p0_0").image, whole)
     capsys.readouterr()
     # The plan keeps its network, and nothing is made twice.
-    again = plan_and_preprocess(place, "7", replace(ASKED, network=None))
+    again = plan_and_preprocess(place, "7", replace(ASKED, request=replace(REQUEST, network=None)))
     assert again == made
     assert "4 of 4 cases are prepared already" in capsys.readouterr().out
 
@@ -91,7 +94,7 @@ def test_without_hard_links_files_are_copied(place, monkeypatch):
 
 
 def test_cases_that_are_prepared_otherwise_are_not_shared(place, capsys):
-    plan_and_preprocess(place, "7", PlanOptions(configurations=ONLY, spacing_mm=(2.0, 2.0, 2.0)))
+    plan_and_preprocess(place, "7", PlanOptions(configurations=ONLY, request=Request(spacing_mm=(2.0, 2.0, 2.0))))
     plan_and_preprocess(place, "7", ASKED)
     assert "shared" not in capsys.readouterr().out
 
@@ -116,14 +119,16 @@ def test_train_resume_predict_and_export_follow_the_network_of_the_plan(place, t
 
 def test_a_network_of_ones_own_is_planned_by_its_own_bytes(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", Own)
-    made = plan_and_preprocess(place, "7", PlanOptions(name="net", network="mine:net", configurations=ONLY))
+    made = plan_and_preprocess(
+        place, "7", PlanOptions(name="net", request=Request(network="mine:net"), configurations=ONLY)
+    )
     assert {c.network.name for c in made.configurations} == {"mine:net"}
     assert load_json(Plan, place.plan_folder(NAME, "net") / "plan.json") == made
 
 
 def test_an_unknown_network_or_option_is_refused_before_anything_is_written(place):
     with pytest.raises(AutosegError, match="no option 'depth'; it has stages"):
-        plan_and_preprocess(place, "7", replace(ASKED, network="resenc(depth=3)"))
+        plan_and_preprocess(place, "7", replace(ASKED, request=replace(REQUEST, network="resenc(depth=3)")))
     assert not place.prepared(NAME).exists()
 
 
@@ -151,11 +156,11 @@ def test_networks_are_listed_and_described(tmp_path):
 
 def test_a_plan_is_not_silently_made_for_another_member_of_the_family(place):
     plan_and_preprocess(place, "7", ASKED)
-    other = replace(ASKED, network="resenc(stages=2)")
+    other = replace(REQUEST, network="resenc(stages=2)")
     with pytest.raises(AutosegError, match=r"is for resenc.stages=3., and .* --plan NAME"):
-        plan_and_preprocess(place, "7", other)
-    changes = {**FIXED, "configurations.3d_fullres.network.features": [4, 6]}
-    made = plan_and_preprocess(place, "7", replace(other, discard_edits=True, changes=changes))
+        plan_and_preprocess(place, "7", replace(ASKED, request=other))
+    other = replace(other, changes=other.changes | {"configurations.3d_fullres.network.features": "[4, 6]"})
+    made = plan_and_preprocess(place, "7", replace(ASKED, request=other, discard_edits=True))
     assert made.network == "resenc(stages=2)"
 
 

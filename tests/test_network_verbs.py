@@ -27,15 +27,17 @@ from autoseg.model import at, earlier_folds, open_model
 from autoseg.networks import NETWORKS, build
 from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.cascade import find_priors
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, fit
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions
 from autoseg.pipeline.recipe import SHORT
 from autoseg.pipeline.share import export_model
 from autoseg.pipeline.train import PRETRAINED, TrainOptions, make_parts, train_fold
 from autoseg.readers import read_image, read_labels
 from autoseg.records import load_json, save_json
-from autoseg.schema import NetworkSpec, Recipe, Run
+from autoseg.schema import NetworkSpec, Recipe, Request, Run
+from autoseg.settings import in_json
 from autoseg.signals import Requests, Stopped
 from autoseg.splits import read_splits
 from autoseg.training import WEIGHTS, train
@@ -93,8 +95,8 @@ def place(tmp_path_factory):
     fixed = {f"configurations.{name}.patch": patch for name, patch in PATCHES.items()}
     fixed |= {f"configurations.{name}.batch_size": 2 for name in PATCHES}
     fixed |= {f"configurations.{name}.network.features": [4, 6, 8] for name in PATCHES}
-    options = PlanOptions(configurations=(*PATCHES,), changes=fixed, spacing_mm=(1.6, 1.5, 1.4))
-    made = plan_and_preprocess(workspace, "7", options)
+    request = Request(changes=in_json(fixed), spacing_mm=(1.6, 1.5, 1.4))
+    made = plan_and_preprocess(workspace, "7", PlanOptions(configurations=(*PATCHES,), request=request))
     kept = tuple(made.configuration(name) for name in PATCHES)
     first = replace(made.configuration("3d_fullres"), name=FIRST, network=network(3))
     made = replace(made, configurations=(*kept, first))
@@ -316,7 +318,7 @@ def test_a_fit_by_name_plans_trains_and_is_gone_on_with_from_its_model(tmp_path,
     workspace = Workspace(tmp_path)
     balls_dataset(workspace.raw(NAME), cases=3)
     options = FitOptions(
-        plan=PlanOptions(name="own", network=text, configurations=(where,)),
+        plan=PlanOptions(name="own", request=Request(network=text), configurations=(where,)),
         train=TrainOptions(plan="own", run="own", epochs=1, device="cpu", changes=QUICK | {"batch_size": 2}),
         configurations=(where,),
         folds=(0,),

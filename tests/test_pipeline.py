@@ -11,30 +11,25 @@ import pytest
 import SimpleITK as sitk
 import torch
 from safetensors.torch import load_file
-from toys import balls_dataset, write_balls
+from toys import TINY, balls_dataset, write_balls
 
 from autoseg.layout import open_dataset
 from autoseg.pipeline.crossval import cross_validate
-from autoseg.pipeline.data import PlanOptions, check, plan_and_preprocess
+from autoseg.pipeline.data import check, plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.share import export_model
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.planners import plan_like
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import Fingerprint, Run
+from autoseg.schema import Fingerprint, Request, Run
 from autoseg.splits import Splits
 from autoseg.store import list_cases
 from autoseg.workspace import Workspace
 
 NAME = "Dataset007_Balls"
 QUICK = {"steps_per_epoch": 6, "validation_steps": 1, "learning_rate": 0.02}
-PLAN = PlanOptions(
-    changes={
-        "configurations.3d_fullres.patch": [16, 16, 16],
-        "configurations.3d_fullres.batch_size": 2,
-        "configurations.3d_fullres.network.features": [4, 8, 12],
-    }
-)
+PLAN = PlanOptions(request=TINY)
 TRAIN = TrainOptions(epochs=3, device="cpu", changes=QUICK)
 
 
@@ -288,9 +283,8 @@ def test_pretrained_weights_are_where_training_starts(place):
 
 def test_a_model_file_is_planned_like_and_fine_tuned(place, tmp_path, capsys):
     """Other classes, another spacing and a channel more: the plan is that of the file, the known class stays known."""
-    plan_and_preprocess(
-        place, "7", replace(PLAN, changes={**PLAN.changes, "configurations.3d_fullres.spacing_mm": [1.2, 1, 1]})
-    )
+    changes = TINY.changes | {"configurations.3d_fullres.spacing_mm": "[1.2, 1, 1]"}
+    plan_and_preprocess(place, "7", PlanOptions(request=Request(changes=changes)))
     train_fold(place, "7", "3d_fullres", "0", TRAIN)
     export_model(place, tmp_path / "m.autoseg", PredictOptions())
     source = load_json(Run, place.fold(NAME, "default", "3d_fullres", 0) / "run.json").plan
@@ -301,7 +295,7 @@ def test_a_model_file_is_planned_like_and_fine_tuned(place, tmp_path, capsys):
     facts = {"channel_names": {"0": "PD", "1": "MR"}, "labels": labels, "numTraining": 4, "file_ending": ".nii.gz"}
     (other / "dataset.json").write_text(json.dumps(facts))
 
-    options = PlanOptions(like=tmp_path / "m.autoseg", configurations=("3d_fullres",))
+    options = PlanOptions(request=Request(like=str(tmp_path / "m.autoseg")), configurations=("3d_fullres",))
     made = plan_and_preprocess(place, "8", options)
     assert "as in m.autoseg, made for Dataset007_Balls (--like)" in capsys.readouterr().out
     ours, theirs = made.configuration("3d_fullres"), source.configuration("3d_fullres")

@@ -9,10 +9,11 @@ from toys import balls_dataset, configuration, plan
 from typer.testing import CliRunner
 
 from autoseg.cli import app
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.planners import added, difference, edited, explain, keep_edits, stamped
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import ChannelStats, Plan
+from autoseg.schema import ChannelStats, Plan, Request
 from autoseg.workspace import Workspace
 
 RUNNER = CliRunner()
@@ -131,7 +132,9 @@ def test_edits_in_the_file_survive_planning_and_are_shown(tmp_path, capsys):
     path.write_text(json.dumps(content))
     by_hand = load_json(Plan, path)
     capsys.readouterr()
-    plan_and_preprocess(place, "7", replace(only, spacing_mm=(2.0, 1.5, 1.5), configurations=("2d", "small")))
+    plan_and_preprocess(
+        place, "7", replace(only, request=Request(spacing_mm=(2.0, 1.5, 1.5)), configurations=("2d", "small"))
+    )
     said = capsys.readouterr().out
     assert "2d: kept as edited: spacing_mm" in said and "small: kept, added by hand; --discard-edits" in said
     made = load_json(Plan, path)

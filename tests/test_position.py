@@ -17,11 +17,14 @@ from autoseg.augment.policy import NONE
 from autoseg.evaluation import Summary
 from autoseg.inference import predict_logits
 from autoseg.networks import NETWORKS
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.readers import write_image, write_labels
 from autoseg.records import AutosegError, load_json, to_json
 from autoseg.sampling import position_of
+from autoseg.schema import Request
+from autoseg.settings import in_json
 from autoseg.team import Team
 from autoseg.training import batch_loss, train
 from autoseg.volume import Box, relative_place
@@ -256,7 +259,8 @@ def trained(workspace, name, spec, mirror_axes, steps=150):
         "configurations.3d_fullres.network": json.loads(to_json(spec)),
         "configurations.3d_fullres.mirror_axes": mirror_axes,
     }
-    plan_and_preprocess(workspace, NAME, PlanOptions(configurations=("3d_fullres",), changes=changes, name=name))
+    request = Request(changes=in_json(changes))
+    plan_and_preprocess(workspace, NAME, PlanOptions(configurations=("3d_fullres",), request=request, name=name))
     recipe = {"steps_per_epoch": steps, "validation_steps": 1, "learning_rate": 0.01, "tune": False}
     options = TrainOptions(epochs=2, device="cpu", changes=recipe, plan=name, run=name)
     train_fold(workspace, NAME, "3d_fullres", "0", options)

@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toys import balls_dataset, write_balls
+from toys import TINY, balls_dataset, write_balls
 from typer.testing import CliRunner
 
 from autoseg.cli import app
 from autoseg.evaluation import evaluate_folders
 from autoseg.layout import open_dataset
 from autoseg.pipeline.crossval import ModelCard
-from autoseg.pipeline.data import PlanOptions, check, plan_and_preprocess
+from autoseg.pipeline.data import check, plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, fit
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.preprocess import ANNOTATED
@@ -27,14 +28,7 @@ from autoseg.workspace import Workspace
 
 NAME = "Dataset007_Balls"
 REGIONS = {"background": 0, "small": 300, "both": [7, 300]}
-PLAN = PlanOptions(
-    configurations=("3d_fullres",),
-    changes={
-        "configurations.3d_fullres.patch": [16, 16, 16],
-        "configurations.3d_fullres.batch_size": 2,
-        "configurations.3d_fullres.network.features": [4, 8, 12],
-    },
-)
+PLAN = PlanOptions(configurations=("3d_fullres",), request=TINY)
 TRAIN = TrainOptions(
     epochs=1,
     device="cpu",

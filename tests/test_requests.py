@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from autoseg.cli import app
 from autoseg.crops import CropTo, Margins
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.planners import asks, difference, joined, kept, refuse_other_network, request_of, words
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Plan, Request
@@ -40,7 +41,7 @@ def test_a_request_is_said_as_it_is_typed(tmp_path, monkeypatch):
         "--thin 1,1,2 --merge both=big,300"
     )
     given = []
-    monkeypatch.setattr("autoseg.pipeline.data.plan_and_preprocess", lambda *line: given.append(line[-1].request()))
+    monkeypatch.setattr("autoseg.pipeline.data.plan_and_preprocess", lambda *line: given.append(line[-1].request))
     for request in (ALL, Request(like=str(tmp_path / "a model.autoseg"))):
         line = ["plan_and_preprocess", "-d", "7", *shlex.split(words(request)), "--workspace", str(tmp_path)]
         CliRunner().invoke(app, line, catch_exceptions=False)
@@ -91,15 +92,14 @@ def place(tmp_path):
 
 
 def test_the_same_verb_again_without_options_plans_the_same(place, capsys):
-    asked = replace(
-        FLAT,
+    asked = Request(
         crops=CROPS,
         context=3,
         gpu_memory_gb=4.0,
         spacing_mm=(2.0, 1.5, 1.5),
-        changes={"configurations.2d.batch_size": 3},
+        changes={"configurations.2d.batch_size": "3"},
     )
-    first = plan_and_preprocess(place, "7", asked)
+    first = plan_and_preprocess(place, "7", replace(FLAT, request=asked))
     assert "As asked for before" not in capsys.readouterr().out
     path = place.plan_folder(NAME, "default") / "plan.json"
     assert load_json(Plan, path) == first
@@ -120,7 +120,7 @@ def test_the_same_verb_again_without_options_plans_the_same(place, capsys):
     assert renamed.request == first.request and renamed.preparation == first.preparation
     assert renamed.configuration("2d") == first.configuration("2d")
     # One option changes one thing.
-    single = plan_and_preprocess(place, "7", replace(FLAT, keep=True, context=1))
+    single = plan_and_preprocess(place, "7", replace(FLAT, keep=True, request=Request(context=1)))
     assert single.request == replace(first.request, context=1)
     assert single.configuration("2d") == replace(first.configuration("2d"), context=1)
     path.unlink()
@@ -130,7 +130,7 @@ def test_the_same_verb_again_without_options_plans_the_same(place, capsys):
 
 def test_edits_by_hand_are_later_than_what_was_set_before_and_earlier_than_what_is_set_now(place):
     def sized(batch):
-        return replace(FLAT, changes={"configurations.2d.batch_size": batch})
+        return replace(FLAT, request=Request(changes={"configurations.2d.batch_size": str(batch)}))
 
     plan_and_preprocess(place, "7", sized(3))
     path = place.plan_folder(NAME, "default") / "plan.json"
@@ -148,7 +148,7 @@ def test_what_cannot_be_asked_for_together_is_refused_before_a_case_is_read(plac
     for case in (place.raw(NAME) / "imagesTr").iterdir():
         case.write_bytes(b"")
     with pytest.raises(AutosegError, match=r"--like takes over .* leave out --spacing, or make a plan of another name"):
-        plan_and_preprocess(place, "7", replace(FLAT, like=place.root / "m.autoseg"))
+        plan_and_preprocess(place, "7", replace(FLAT, request=Request(like=str(place.root / "m.autoseg"))))
 
 
 def test_a_field_that_was_set_and_is_no_more_is_named_with_the_cure(place):
@@ -160,5 +160,5 @@ def test_a_field_that_was_set_and_is_no_more_is_named_with_the_cure(place):
 
 
 def test_the_memory_of_a_preset_counts_for_a_network_too(place):
-    asked = replace(FLAT, network="resenc(stages=2)", preset="resenc_l", name="mine")
+    asked = replace(FLAT, request=Request(network="resenc(stages=2)", preset="resenc_l"), name="mine")
     assert plan_and_preprocess(place, "7", asked).gpu_memory_gb == 24.0

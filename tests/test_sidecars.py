@@ -10,12 +10,14 @@ from autoseg.evaluation import evaluate_folders, evaluate_pairs
 from autoseg.labels import Labels
 from autoseg.layout import open_dataset
 from autoseg.pipeline.crossval import cross_validate, measure_pairs
-from autoseg.pipeline.data import PlanOptions, check, plan_and_preprocess
+from autoseg.pipeline.data import check, plan_and_preprocess
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.readers import files_of, read_image, read_pair, read_stored, write_image, write_labels
 from autoseg.records import AutosegError, load_json
-from autoseg.schema import Fingerprint
+from autoseg.schema import Fingerprint, Request
+from autoseg.settings import in_json
 from autoseg.volume import Grid
 from autoseg.workspace import Workspace
 
@@ -145,7 +147,7 @@ def test_the_whole_way(tmp_path, place, ending, beside):
     small |= {"encoder_blocks": [1, 1], "decoder_blocks": [1]}
     shrink = {f"configurations.2d.network.{name}": value for name, value in small.items()}
     shrink |= {"configurations.2d.patch": [16, 16], "configurations.2d.batch_size": 2}
-    plan_and_preprocess(here, "3", PlanOptions(configurations=("2d",), changes=shrink))
+    plan_and_preprocess(here, "3", PlanOptions(configurations=("2d",), request=Request(changes=in_json(shrink))))
     facts = load_json(Fingerprint, here.prepared("Dataset003_Bare") / "fingerprint.json")
     assert {case.spacing_mm for case in facts.cases} == {place.spacing_mm}
     quick = {"steps_per_epoch": 2, "validation_steps": 1, "tune": False}

@@ -14,7 +14,7 @@ from autoseg.crops import parse_crop
 from autoseg.labels import Labels
 from autoseg.networks import NETWORKS, build
 from autoseg.networks.unet import UNet
-from autoseg.pipeline.data import plan_at
+from autoseg.pipeline.planning import plan_at
 from autoseg.planners import plan_like
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import CaseFingerprint, Fingerprint, Preparation, Run

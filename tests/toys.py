@@ -7,7 +7,8 @@ import numpy as np
 
 from autoseg.labels import Labels
 from autoseg.readers import write_image, write_labels
-from autoseg.schema import ChannelNorm, Configuration, NetworkSpec, Plan
+from autoseg.schema import ChannelNorm, Configuration, NetworkSpec, Plan, Request
+from autoseg.settings import in_json
 from autoseg.volume import Grid, Triple
 
 LABELS = Labels.from_dataset({"background": 0, "liver": 7, "lesion": 200})
@@ -69,6 +70,16 @@ def ball(shape, centre, radius) -> np.ndarray:
 
 
 BALLS = {"background": 0, "big": 7, "small": 300}
+TINY = Request(
+    changes=in_json(
+        {
+            "configurations.3d_fullres.patch": [16, 16, 16],
+            "configurations.3d_fullres.batch_size": 2,
+            "configurations.3d_fullres.network.features": [4, 8, 12],
+        }
+    )
+)
+"""A 3d_fullres for the balls that trains in a second."""
 
 
 def write_balls(folder: Path, name: str, seed: int, split: str = "Tr", channels: int = 1) -> None:

@@ -11,7 +11,7 @@ import typer
 from autoseg.records import AutosegError
 
 if TYPE_CHECKING:
-    from autoseg.pipeline.data import PlanOptions
+    from autoseg.pipeline.planning import PlanOptions
 
 DatasetOption = Annotated[
     str, typer.Option("-d", "--dataset", help="1, 001, Dataset001_Name, or the path of a raw dataset folder.")
@@ -110,6 +110,7 @@ def plan_options(
     combine: str | None,
     thin: str | None,
     merge: list[str] | None,
+    set_: list[str] | None = None,
     group_by: str | None,
     test_fraction: float,
     discard_edits: bool,
@@ -117,22 +118,28 @@ def plan_options(
     **own: Any,
 ) -> "PlanOptions":
     """The options of planning as the pipeline takes them; own: fields of PlanOptions that the verb has alone."""
+    from autoseg import settings
     from autoseg.crops import parse_crop
     from autoseg.merging import parse_merges
-    from autoseg.pipeline.data import PlanOptions
+    from autoseg.pipeline.planning import PlanOptions
+    from autoseg.schema import Request
 
-    return PlanOptions(
-        name=plan_name(plan, network),
+    request = Request(
         preset=preset,
         network=network,
         gpu_memory_gb=gpu_memory,
         spacing_mm=parse_spacing(spacing),
-        like=like,
+        like=None if like is None else str(like.absolute()),
         context=context,
         crops=tuple(map(parse_crop, crop or ())),
         combine=combine,
         thin=parse_thin(thin),
         merge=parse_merges(merge or ()),
+        changes=settings.in_json(settings.parse(set_ or ())),
+    )
+    return PlanOptions(
+        name=plan_name(plan, network),
+        request=request,
         group_by=group_by,
         test_fraction=test_fraction,
         discard_edits=discard_edits,

@@ -69,8 +69,8 @@ def plan_and_preprocess_verb(
     help_fields: Annotated[bool, typer.Option("--help-fields", help="List the fields that --set takes.")] = False,
 ) -> None:
     """Check, fingerprint, plan and preprocess a dataset; a second run does only what is missing."""
-    from autoseg import settings
-    from autoseg.pipeline.data import describe_plan_fields, plan_and_preprocess
+    from autoseg.pipeline.data import plan_and_preprocess
+    from autoseg.pipeline.planning import describe_plan_fields
 
     place = Workspace.find(workspace)
     if help_fields:
@@ -91,12 +91,12 @@ def plan_and_preprocess_verb(
             combine=combine,
             thin=thin,
             merge=merge,
+            set_=set_,
             group_by=group_by,
             test_fraction=test_fraction,
             discard_edits=discard_edits,
             workers=workers,
             configurations=tuple(configurations or ()),
-            changes=settings.parse(set_ or ()),
         ),
     )
 

@@ -4,61 +4,24 @@ Each file is decoded once: the same decoding serves the check, the fingerprint a
 preprocessing of every configuration. A second run decodes only what is missing or changed.
 """
 
-import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from autoseg import bundle, records, settings
-from autoseg.crops import Crop
+from autoseg import records
 from autoseg.fingerprint import Measured, measure_case, summarise
-from autoseg.labels import Labels
 from autoseg.layout import Bad, Case, Dataset, survey_dataset
 from autoseg.merging import merge, seen_as
-from autoseg.own import own
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
+from autoseg.pipeline.planning import PlanOptions, choose_splits, holds, make_plan, wanted_of
 from autoseg.pipeline.preparing import bytes_needed, plan_in, preprocess
-from autoseg.planners import (
-    PLANNERS,
-    as_prepared,
-    explain,
-    joined,
-    keep_edits,
-    kept,
-    plan,
-    plan_like,
-    refuse_other_network,
-    request_of,
-    says_sides,
-    stamped,
-    thinning,
-    with_context,
-    with_preparation,
-    words,
-)
+from autoseg.planners import explain, joined, kept, refuse_other_network, says_sides, words
 from autoseg.preprocess import Cropped, crop_to_content
 from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case, problem_and_cure
-from autoseg.records import AutosegError, load_json, refuse_unwritable, save_json, sole_writer, to_json
-from autoseg.schema import Fingerprint, Plan, Preparation, Request, Run
-from autoseg.splits import Splits, check_splits, load_splits, make_splits, mended, read_splits
+from autoseg.records import AutosegError, load_json, refuse_unwritable, save_json, sole_writer
+from autoseg.schema import Fingerprint, Plan, Request
 from autoseg.workspace import Workspace
-
-PLAN_OPTIONS = {
-    "name": "--plan",
-    "preset": "--preset",
-    "network": "--network",
-    "gpu_memory_gb": "--gpu-memory",
-    "planned": "--discard-edits",
-    "request": "that says it",
-    "configurations.2d.context": "--context",
-    "preparation.combined": "--combine",
-    "preparation.crops": "--crop",
-    "preparation.thin": "--thin",
-    "labels.parts": "--merge",
-}
-"""Plan fields that have an option of their own."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,60 +31,6 @@ class Examined:
     findings: tuple[Finding, ...]
     measured: Measured | None
     cropped: Cropped | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """The options of plan_and_preprocess, which fit has too.
-
-    What is None or empty, down to `changes`, is as it was asked for when a plan of that name was made; see `Request`.
-    """
-
-    name: str = "default"
-    preset: str | None = None
-    """The first time: unet."""
-    network: str | None = None
-    """In place of the preset's: `name(key=value, ...)` or `package.module:Name`."""
-    gpu_memory_gb: float | None = None
-    spacing_mm: tuple[float, float, float] | None = None
-    context: int | None = None
-    """Slices that 2D networks see; the first time: one."""
-    crops: tuple[Crop, ...] = ()
-    combine: str | None = None
-    """`rss`: all channels become one, the root of the sum of their squares."""
-    thin: tuple[int, ...] = ()
-    """So many neighbouring slices become one; or a number of voxels for each axis (Z, Y, X)."""
-    merge: Mapping[str, Sequence[str]] | None = None
-    """Class -> labels that become one, see `merging.merge`."""
-    like: Path | None = None
-    """A model whose plan is taken over: a model file, the folder of a configuration, or of a fold."""
-    changes: Mapping[str, Any] | None = None
-    configurations: tuple[str, ...] = ()
-    """What to preprocess; empty: what `choose` says, or all."""
-    choose: Callable[[Plan], Sequence[str]] | None = None
-    discard_edits: bool = False
-    """Whether what was edited in plan.json by hand gives way to the new plan."""
-    keep: bool = False
-    """Whether a plan of that name stays as it is, if neither the data nor what is asked for have changed since."""
-    group_by: str | None = None
-    test_fraction: float = 0.0
-    workers: int | None = None
-
-    def request(self) -> Request:
-        """What the planner is asked for."""
-        return Request(
-            preset=self.preset,
-            network=self.network,
-            gpu_memory_gb=self.gpu_memory_gb,
-            spacing_mm=self.spacing_mm,
-            context=self.context,
-            crops=self.crops,
-            combine=self.combine,
-            thin=self.thin,
-            merge={name: tuple(parts) for name, parts in (self.merge or {}).items()},
-            like=None if self.like is None else str(self.like.absolute()),
-            changes={field: json.dumps(value) for field, value in (self.changes or {}).items()},
-        )
 
 
 class Kept:
@@ -211,7 +120,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     prepared, planned = workspace.prepared(name), workspace.plan_folder(name, options.name)
     refuse_unwritable(prepared)
     before = plan_in(planned, broken_too=options.discard_edits)
-    earlier, request = Request(), options.request()
+    earlier, request = Request(), options.request
     if before is not None:
         if not options.discard_edits:
             refuse_other_network(before, request)
@@ -268,13 +177,6 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     return made
 
 
-def wanted_of(made: Plan, options: PlanOptions) -> tuple[str, ...]:
-    """The configurations of a plan that are to be prepared."""
-    if options.configurations:
-        return options.configurations
-    return tuple(c.name for c in made.configurations) if options.choose is None else tuple(options.choose(made))
-
-
 def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> Fingerprint | None:
     """The fingerprint at `path` if it belongs to exactly these files; None if anything has changed since."""
     if not path.is_file():
@@ -298,125 +200,3 @@ def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> 
         workers=workers,
     )
     return old if [outcome.value for outcome in outcomes] == [case.content_hash for case in old.cases] else None
-
-
-def holds(plan: Plan, request: Request, fingerprint: Fingerprint, labels: Labels) -> bool:
-    """Whether a plan was made as asked, from these very data and labels."""
-    same = plan.data_hash == fingerprint.data_hash() and plan.labels == labels
-    return same and request_of(plan) == request
-
-
-def make_plan(
-    fingerprint: Fingerprint,
-    labels: Labels,
-    options: PlanOptions,
-    request: Request,
-    earlier: Mapping[str, str],
-    before: Plan | None,
-) -> tuple[Plan, dict[str, str]]:
-    """The plan for a fingerprint with the changes of --set made and validated, and name -> line for each edit kept.
-
-    `labels`: of the plan; the fingerprint counts them so. `earlier`: the changes of `request` that were asked for
-    before. `before`: an earlier plan, whose edits by hand are kept; they are later than `earlier`, and what is asked
-    for now is later than they.
-    """
-    preset = request.preset or "unet"
-    if preset not in PLANNERS:
-        raise AutosegError(f"unknown preset {preset!r}; choose one of {', '.join(PLANNERS)}")
-    source = None if request.like is None else plan_at(Path(request.like))
-    preparation = Preparation(crops=request.crops) if source is None else source.preparation
-    if request.combine not in (None, "rss"):
-        raise AutosegError(f"--combine {request.combine}: channels are combined by rss, the root of the sum of squares")
-    if request.combine is not None:
-        preparation = replace(preparation, combined=fingerprint.channel_names)
-    if request.thin:
-        preparation = replace(preparation, thin=thinning(request.thin, fingerprint))
-    measured = as_prepared(fingerprint, preparation)
-    needs = None
-    if request.network is not None:
-        from autoseg.networks.footprint import needs_of
-
-        needs = needs_of(request.network, len(measured.channel_names), labels.heads)
-    made = plan(
-        measured,
-        labels,
-        PLANNERS[preset],
-        gpu_memory_gb=request.gpu_memory_gb,
-        spacing_mm=request.spacing_mm,
-        name=options.name,
-        needs=needs,
-    )
-    if source is None:
-        made = with_preparation(made, preparation, fingerprint)
-    else:
-        made = plan_like(source, measured, labels, made, Path(request.like or "").name)
-    if request.context is not None:
-        # One of before holds for the 2D configurations, whatever is prepared now.
-        made = with_context(made, request.context, () if options.context is None else wanted_of(made, options))
-    made = replace(made, data_hash=fingerprint.data_hash())
-    fresh = made = settings.change(
-        made,
-        {field: json.loads(value) for field, value in earlier.items()},
-        taken=PLAN_OPTIONS,
-        where="--set (as before; to forget it, delete plan.json)",
-    )
-    edits: dict[str, str] = {}
-    if before is not None:
-        made, edits = keep_edits(before, fresh)
-    made = settings.change(made, options.changes or {}, taken=PLAN_OPTIONS)
-    if made.preparation.function is not None:
-        own(made.preparation.function, "preprocessing")
-    return replace(stamped(made, fresh, edits), request=request), edits
-
-
-def plan_at(path: Path) -> Plan:
-    """The plan of the model at `path`: a model file, or the folder of a fold or of a configuration with folds."""
-    if not path.is_dir():
-        return bundle.read(path).content.plan
-    found = [path / "run.json", *sorted(path.glob("fold_*/run.json"))]
-    for run in found:
-        if run.is_file():
-            return load_json(Run, run).plan
-    raise AutosegError(f"--like {path} holds no run.json; give a model file, or the folder of a fold")
-
-
-def describe_plan_fields(workspace: Workspace, dataset_text: str, plan_name: str) -> None:
-    """Print the fields of a dataset's plan that --set takes, with their present values."""
-    name, _ = workspace.dataset(dataset_text)
-    path = workspace.plan_folder(name, plan_name) / "plan.json"
-    made = load_json(Plan, path)
-    print(
-        "\n".join(
-            f"{field} = {value}" for field, value in settings.fields(replace(made, reasons=()), taken=PLAN_OPTIONS)
-        )
-    )
-
-
-def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOptions) -> Splits:
-    """Folds given with the raw data, else those made before with what has come and gone since, else new ones.
-
-    Raises AutosegError if folds exist and the options ask for others: runs may already rest on them.
-    """
-    cases = [case.id for case in dataset.cases]
-    group_by = options.group_by or dataset.group_by
-    for given in (raw / "splits.json", raw / "splits_final.json", prepared / "splits_final.json"):
-        if given.is_file():
-            if options.test_fraction:
-                raise AutosegError(f"{given} already says which cases are held out; leave out --test-fraction")
-            return read_splits(given, cases, group_by)
-    existing = prepared / "splits.json"
-    if not existing.is_file():
-        return make_splits(cases, group_by=group_by, test_fraction=options.test_fraction)
-    old = load_splits(existing)
-    asked = options.group_by is not None or options.test_fraction > 0 or old.group_by != group_by
-    if asked and (old.group_by, old.test_fraction) != (group_by, options.test_fraction):
-        wanted = make_splits(old.every(), group_by=group_by, test_fraction=options.test_fraction)
-        if to_json(wanted) != to_json(replace(old, test_fraction=wanted.test_fraction)):
-            raise AutosegError(f"{existing} holds other folds, which runs may rest on; delete it to make new ones")
-    splits, changes = mended(old, cases)
-    for line in changes:
-        print(f"Folds: {line}")
-    if changes:
-        print("Folds: what was trained on those before still predicts; train on these under another --run")
-    check_splits(splits, cases, str(existing))
-    return splits

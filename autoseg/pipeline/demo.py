@@ -12,12 +12,15 @@ from autoseg.datasets.levelset import best_threshold_dice
 from autoseg.evaluation import evaluate_folders, save_summary, table
 from autoseg.layout import find_cases, open_dataset, read_description
 from autoseg.pipeline.crossval import cross_validate
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.make import NUMBERS, make_dataset
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.readers import read_image, read_labels
 from autoseg.records import AutosegError
+from autoseg.schema import Request
+from autoseg.settings import in_json
 from autoseg.workspace import Workspace
 
 CASES, TEST_CASES, SEED = 20, 4, 0
@@ -26,11 +29,15 @@ CONFIGURATION = "3d_fullres"
 EPOCHS = 12
 DATA_CHANGES = {"branch_probability": 1.0}
 """One connected tree of vessels a case, so that post-processing by components has something to find."""
-PLAN_CHANGES = {
-    f"configurations.{CONFIGURATION}.patch": [32, 40, 40],
-    f"configurations.{CONFIGURATION}.batch_size": 2,
-    f"configurations.{CONFIGURATION}.network.features": [8, 16, 32, 64],
-}
+SMALL = Request(
+    changes=in_json(
+        {
+            f"configurations.{CONFIGURATION}.patch": [32, 40, 40],
+            f"configurations.{CONFIGURATION}.batch_size": 2,
+            f"configurations.{CONFIGURATION}.network.features": [8, 16, 32, 64],
+        }
+    )
+)
 RECIPE_CHANGES = {"steps_per_epoch": 20, "validation_steps": 2, "learning_rate": 0.02, "momentum": 0.97}
 """A run of 240 steps is too short for the default momentum of 0.99, which averages over a hundred."""
 
@@ -68,7 +75,7 @@ def demo(workspace: Workspace, device: str) -> float:
         make_dataset(workspace, "vessels", None, CASES, TEST_CASES, SEED, DATA_CHANGES)
     dataset = open_dataset(raw)
     say("2 of 6: check, fingerprint, plan, preprocess")
-    plan_and_preprocess(workspace, name, PlanOptions(configurations=(CONFIGURATION,), changes=PLAN_CHANGES))
+    plan_and_preprocess(workspace, name, PlanOptions(configurations=(CONFIGURATION,), request=SMALL))
     for number, fold in enumerate(FOLDS):
         say(f"{3 + number} of 6: train fold {fold}")
         train_fold(

@@ -27,8 +27,9 @@ from autoseg.networks import build
 from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.cascade import refuse_incomplete
 from autoseg.pipeline.crossval import cross_validate, validated
-from autoseg.pipeline.data import PlanOptions, plan_and_preprocess
+from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.folds import Fold, train_side_by_side
+from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.recipe import CHOSEN, CPU_BUDGET_SECONDS, batch_size, states, usual_budget
 from autoseg.pipeline.train import TrainOptions, train_fold
 from autoseg.pipeline.validation import Unvalidated

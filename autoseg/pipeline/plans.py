@@ -1,4 +1,4 @@
-"""plan: show the plans that a dataset has; planning itself is in data."""
+"""plan: show the plans that a dataset has; planning itself is in planning."""
 
 from collections.abc import Sequence
 
