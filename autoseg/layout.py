@@ -1,41 +1,20 @@
-"""nnU-Net's folder layout: dataset.json, imagesTr, labelsTr -> the cases of a raw dataset. Decodes no image.
+"""nnU-Net's folder layout: dataset.json, imagesTr, labelsTr -> a raw dataset. Decodes no image.
 
-A dataset that is not laid out as it should be is refused with a list of all its faults, each with what to do. Faults of
-one case or one file are kept apart (`Bad`): `predict` does without it, and `check` has more to say than that.
+A dataset that is not laid out as it should be is refused with a list of all its faults, each with what to do.
 """
 
 import difflib
 import json
-import os
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from autoseg.cases import Bad, Case, as_faults, endings_in, listed, listed_cases, names, paired_cases
 from autoseg.labels import Labels
 from autoseg.merging import annotated_as
-from autoseg.readers import ENDINGS, reader_for
+from autoseg.readers import reader_for
 from autoseg.records import AutosegError, record
-
-SHOWN = 5
-"""How many names an error lists before it only counts."""
-LINES = 20
-"""The same for faults, a line each."""
-
-Bad = dict[str, str]
-"""Case, or name of a file that belongs to none -> what is wrong with it, after a semicolon what to do."""
-
-
-@record
-class Case:
-    """One case: its image files, one a channel or one for all, and its label file (None where there is none)."""
-
-    id: str
-    images: tuple[str, ...]
-    label: str | None = None
-    annotated: tuple[str, ...] | None = None
-    """The classes that were annotated, where not all were."""
 
 
 @record
@@ -223,163 +202,6 @@ def missing(key: str, content: Mapping[str, Any], example: str) -> str:
     return f'{key}: missing{hint}; add "{key}": {example}'
 
 
-def find_cases(source: Path, channels: int, file_ending: str | None = None) -> tuple[Case, ...]:
-    """The cases of an image folder (or the one of a single file), sorted by id, without labels.
-
-    Images are CASE_0000 + ending, one file a channel, or one file with all channels. `file_ending` None takes the one
-    that most files have. A single file needs no channel number; its other channels are found beside it.
-    Raises AutosegError that lists every fault.
-    """
-    cases, bad = survey_cases(source, channels, file_ending)
-    if bad:
-        raise AutosegError(listed(f"{source} cannot be read as a set of cases", as_faults(bad)))
-    return cases
-
-
-def survey_cases(
-    source: Path, channels: int, file_ending: str | None = None, ours: Collection[str] = ()
-) -> tuple[tuple[Case, ...], Bad]:
-    """As `find_cases`, but what is wrong with single cases or files is returned, and they are left out.
-
-    ours: names of files in the folder that are no images to read. Files of no image format, and hidden ones, are passed
-    over. Raises AutosegError if no case is left.
-    """
-    faults: list[str] = []
-    bad: Bad = {}
-    if source.is_file():
-        cases = single_case(source, channels, faults)
-    elif source.is_dir():
-        present = endings_in(source, ours)
-        ending = file_ending or (present[0] if present else ".nii.gz")
-        reader_for(source / f"*{ending}")
-        cases = cases_in(source, channels, ending, faults, bad, ours)
-        for other in present if file_ending is None else ():
-            if other.lower() != ending.lower():
-                reason = f"of another kind ({other}) than most images there ({ending}); put it into another folder"
-                # .nii.gz ends in no other known ending, and no other ends in it.
-                bad |= {file.name: reason for file in files_with(source, other, ours)}
-    else:
-        raise AutosegError(f"{source} does not exist; give a folder of images or one image file")
-    if faults or not cases:
-        raise AutosegError(listed(f"{source} cannot be read as a set of cases", [*faults, *as_faults(bad)]))
-    return cases, bad
-
-
-def single_case(path: Path, channels: int, faults: list[str]) -> tuple[Case, ...]:
-    """The case that `path` is the first or only file of."""
-    ending = ending_of(path)
-    stem = path.name[: -len(ending)]
-    if not stem.endswith("_0000"):
-        return (Case(id=stem, images=(str(path),)),)
-    case = stem.removesuffix("_0000")
-    files = [path.with_name(f"{case}_{n:04}{ending}") for n in range(channels)]
-    found = [file for file in files if file.is_file()]
-    if len(found) not in (1, channels):
-        faults.append(f"{case}: {names(file.name for file in files if file not in found)} missing beside {path.name}")
-    return (Case(id=case, images=tuple(map(str, found))),)
-
-
-def cases_in(
-    folder: Path, channels: int, ending: str, faults: list[str], bad: Bad, ours: Collection[str] = ()
-) -> tuple[Case, ...]:
-    """The good cases of a folder of images CASE_0000 + ending; the others come into `bad`."""
-    files = files_with(folder, ending, ours)
-    if not files:
-        present = endings_in(folder)
-        found = f"it holds {', '.join(present)}; correct file_ending" if present else "it holds no images"
-        faults.append(f"{folder.name}: no file ends in {ending}; {found}")
-        return ()
-    pattern = re.compile(r"(.+)_(\d{4})")
-    by_case: dict[str, dict[int, Path]] = {}
-    for file in files:
-        if match := pattern.fullmatch(file.name[: -len(ending)]):
-            by_case.setdefault(match[1], {})[int(match[2])] = file
-        else:
-            better = file.name[: -len(ending)] + "_0000" + file.name[-len(ending) :]
-            bad[file.name] = f"no channel number in its name, in {folder.name}; rename it to {better}, or remove it"
-    # One file a case may hold all channels. Where any case has more, each must have all.
-    together = all(set(numbers) == {0} for numbers in by_case.values())
-    for case, numbers in by_case.items():
-        lacking = [] if together else [n for n in range(channels) if n not in numbers]
-        extra = [number for number in numbers if number >= channels]
-        if lacking:
-            bad[case] = f"missing {names(f'{case}_{n:04}{ending}' for n in lacking)} in {folder.name}"
-        if extra:
-            more = f"{names(numbers[n].name for n in extra)} in {folder.name}, but channel_names has {channels} entries"
-            bad[case] = f"{bad[case]}, and {more}" if case in bad else more
-        if case in bad:
-            bad[case] += "; correct the numbers or channel_names, or remove the case"
-    good = sorted(by_case.keys() - bad.keys())
-    return tuple(Case(id=c, images=tuple(str(by_case[c][n]) for n in sorted(by_case[c]))) for c in good)
-
-
-def paired_cases(folder: Path, channels: int, ending: str, faults: list[str], bad: Bad) -> tuple[Case, ...]:
-    """The cases of imagesTr with their labels of labelsTr."""
-    images, labels = folder / "imagesTr", folder / "labelsTr"
-    for part in (images, labels):
-        if not part.is_dir():
-            near = [p.name for p in folder.iterdir() if p.is_dir() and p.name.lower().startswith(part.name[:5].lower())]
-            faults.append(
-                f"{part.name}: no such folder"
-                + (f"; rename {near[0]}?" if near else f"; put the {part.name[:-2]} there")
-            )
-    if faults:
-        return ()
-    cases = cases_in(images, channels, ending, faults, bad)
-    by_case = {file.name[: -len(ending)]: file for file in files_with(labels, ending)}
-    if cases and not by_case:
-        found = ", ".join(endings_in(labels)) or "nothing"
-        faults.append(
-            f"labelsTr: no file ends in {ending}, found is {found}; labels must be CASE{ending}, like the images"
-        )
-    known = {case.id for case in cases} | bad.keys()
-    # An image without a number is named above; its label is no second fault.
-    known |= {name[: -len(ending)] for name in bad if name.endswith(ending)}
-    for name in sorted(by_case.keys() - known) if cases or bad else ():
-        if re.sub(r"_\d{4}$", "", name) in known:
-            bad[f"{name}{ending}"] = (
-                f"a label with a channel number, in labelsTr; labels are CASE{ending}, without _0000"
-            )
-        else:
-            bad[name] = f"label without image in imagesTr; add {name}_0000{ending} or remove the label"
-    return tuple(
-        Case(id=case.id, images=case.images, label=str(by_case[case.id]) if case.id in by_case else None)
-        for case in cases
-    )
-
-
-def listed_cases(entries: Any, folder: Path, channels: int, faults: list[str], bad: Bad) -> tuple[Case, ...]:
-    """The good cases of the entry `dataset` of dataset.json: {case: {"images": [...], "label": ...}}.
-
-    Paths are absolute or relative to the dataset folder; $NAMES of the environment are filled in.
-    """
-    if not isinstance(entries, dict) or not entries:
-        faults.append('dataset: must be like {"case_1": {"images": ["a.nii.gz"], "label": "b.nii.gz"}}')
-        return ()
-    cases = []
-    for case, entry in sorted(entries.items()):
-        images = entry.get("images") if isinstance(entry, dict) else None
-        label = entry.get("label") if isinstance(entry, dict) else None
-        if not isinstance(images, list) or not all(isinstance(p, str) for p in (*images, label or "")):
-            bad[case] = 'its entry in `dataset` must be like {"images": ["a.nii.gz"], "label": "b.nii.gz"}'
-            continue
-        wrong = []
-        if Path(case).name != case:
-            wrong.append("its name in `dataset` cannot be that of a file; leave out slashes")
-        if len(images) not in (1, channels):
-            wrong.append(f"its entry in `dataset` lists {len(images)} images for {channels} channel_names")
-        paths = [folder / os.path.expandvars(p) for p in (*images, *([label] if label else []))]
-        absent = [str(path) for path in paths if not path.is_file()]
-        if absent:
-            wrong.append(f"its entry in `dataset` lists {names(absent)}, which do not exist")
-        if wrong:
-            bad[case] = ", and ".join(wrong)
-            continue
-        files = [str(path) for path in paths]
-        cases.append(Case(id=case, images=tuple(files[: len(images)]), label=files[-1] if label else None))
-    return tuple(cases)
-
-
 def with_annotated(
     cases: tuple[Case, ...], entries: Any, labels: Labels, faults: list[str], bad: Bad
 ) -> tuple[Case, ...]:
@@ -408,48 +230,3 @@ def read_annotated(entries: Any, labels: Labels, faults: list[str]) -> dict[str,
         elif set(entry) != set(classes):
             listing[case] = tuple(name for name in classes if name in entry)
     return listing
-
-
-def files_with(folder: Path, ending: str, ours: Collection[str] = ()) -> list[Path]:
-    """Files of a folder with an ending in whatever case, sorted; hidden files and those called `ours` are left out."""
-    return sorted(f for f in visible(folder) if f.name.lower().endswith(ending.lower()) and f.name not in ours)
-
-
-def endings_in(folder: Path, ours: Collection[str] = ()) -> list[str]:
-    """Known endings (and JPEG's) of the files in a folder that are not `ours`, most frequent first."""
-    if not folder.is_dir():
-        return []
-    known = (*ENDINGS, ".jpg", ".jpeg", ".dcm")
-    files = [file.name.lower() for file in visible(folder) if file.name not in ours]
-    found = [next((e for e in known if file.endswith(e)), "") for file in files]
-    return sorted({ending for ending in found if ending}, key=lambda ending: (-found.count(ending), ending))
-
-
-def visible(folder: Path) -> list[Path]:
-    """The files of a folder that are not hidden."""
-    return [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-
-
-def ending_of(path: Path) -> str:
-    """The ending of a file as it is written, with the dots of endings like .nii.gz."""
-    reader_for(path)
-    known = next(ending for ending in ENDINGS if path.name.lower().endswith(ending))
-    return path.name[-len(known) :]
-
-
-def names(items: Iterable[str]) -> str:
-    """The first few items, and how many more there are."""
-    items = list(items)
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
-
-
-def as_faults(bad: Bad) -> list[str]:
-    """A line a case or file, in order."""
-    return [f"{name}: {bad[name]}" for name in sorted(bad)]
-
-
-def listed(what: str, faults: Sequence[str]) -> str:
-    """A heading and a line a fault; of very many the first, and how many more there are."""
-    more = [f"and {len(faults) - LINES} more"] if len(faults) > LINES else []
-    return f"{what}:\n" + "\n".join(f"  {fault}" for fault in [*faults[:LINES], *more])

@@ -1,4 +1,4 @@
-"""Raw datasets: open one, decode a case, and say what is wrong with it.
+"""Raw cases: decode one, and say what is wrong with it.
 
 Faults of the layout are raised when a dataset is opened. Faults of a case are Findings: they come with the decoded
 case, so that one decoding serves the check, the fingerprint and the preprocessing.
@@ -17,25 +17,12 @@ from typing import Literal
 
 import numpy as np
 
+from autoseg.cases import Case, names
 from autoseg.labels import Labels
-from autoseg.layout import Case, Dataset, find_cases, names, open_dataset
+from autoseg.layout import Dataset
 from autoseg.readers import Stored, expected_in_file, files_of, join, on_grid_of, read_stored, whole_labels
 from autoseg.records import AutosegError, hash_text, record
 from autoseg.volume import Grid, Volume, mismatch
-
-__all__ = [
-    "Case",
-    "Dataset",
-    "Finding",
-    "LoadedCase",
-    "check_case",
-    "check_dataset",
-    "find_cases",
-    "findings_table",
-    "hash_case",
-    "load_case",
-    "open_dataset",
-]
 
 READ_VERSION = 1
 """Goes up when the same files are decoded differently than before; part of every content hash."""

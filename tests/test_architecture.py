@@ -30,7 +30,7 @@ ROWS = [
         "supervise",
     },
     {"volume", "resample", "readers"},
-    {"layout", "raw", "preprocess", "fingerprint", "store", "splits"},
+    {"cases", "layout", "raw", "preprocess", "fingerprint", "store", "splits"},
     {"networks", "losses", "augment", "placement", "devices", "schedule", "rates", "history", "team"},
     {
         "sampling",
@@ -66,6 +66,7 @@ OUTSIDE = {"planners": 1, "datasets": 2}
 """Folder -> how many of the rows it may import from."""
 
 WITHOUT_TORCH = {
+    "cases",
     "layout",
     "raw",
     "readers",

@@ -8,17 +8,10 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
+from autoseg.cases import Case, find_cases
 from autoseg.labels import Labels
-from autoseg.raw import (
-    Case,
-    check_case,
-    check_dataset,
-    find_cases,
-    findings_table,
-    hash_case,
-    load_case,
-    open_dataset,
-)
+from autoseg.layout import open_dataset
+from autoseg.raw import check_case, check_dataset, findings_table, hash_case, load_case
 from autoseg.records import AutosegError
 from autoseg.volume import Grid, Volume
 

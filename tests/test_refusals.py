@@ -10,9 +10,9 @@ from toys import balls_dataset, grid
 from typer.testing import CliRunner
 
 from autoseg import cli
+from autoseg.cases import Case
 from autoseg.cli.failures import in_words
 from autoseg.cli.options import split_folds
-from autoseg.layout import Case
 from autoseg.pipeline import predict as predicting
 from autoseg.pipeline.recipe import TrainOptions, refuse_without_effect
 from autoseg.readers import itk, write_image, write_labels

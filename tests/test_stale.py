@@ -6,8 +6,9 @@ import pytest
 from toys import configuration, plan
 
 from autoseg.bundle import ModelCard
+from autoseg.cases import Case
 from autoseg.ensemble import Candidate, Choice, Member, open_choice
-from autoseg.layout import Case, Dataset
+from autoseg.layout import Dataset
 from autoseg.model import in_folders
 from autoseg.pipeline.cascade import NextStage, map_path
 from autoseg.pipeline.crossval import all_folds, held_out, refuse_mixture

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy import ndimage
 
+from autoseg.cases import ending_of
 from autoseg.evaluation.folders import as_predicted, files_by_case, find_labels
 from autoseg.labels import Labels
-from autoseg.layout import ending_of
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.readers import Stored, on_grid_of, read_stored, whole_labels
 from autoseg.records import AutosegError, atomic_write, refuse_unwritable

@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from autoseg.cases import listed
 from autoseg.labels import Labels
-from autoseg.layout import listed, read_channels
+from autoseg.layout import read_channels
 from autoseg.networks.unet import check_spec
 from autoseg.records import AutosegError, problems
 from autoseg.schema import (

@@ -13,10 +13,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from autoseg.cases import names
 from autoseg.ensemble import mean_of
 from autoseg.evaluation.folders import as_predicted, find_labels, note_merged
 from autoseg.labels import Labels
-from autoseg.layout import names
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.pipeline.predict import probabilities_of
 from autoseg.readers import ENDINGS, read_image, read_labels, write_labels

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoseg import records
+from autoseg.cases import Bad, Case
 from autoseg.fingerprint import Measured, measure_case, summarise
-from autoseg.layout import Bad, Case, Dataset, survey_dataset
+from autoseg.layout import Dataset, survey_dataset
 from autoseg.merging import merge, seen_as
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
 from autoseg.pipeline.planning import PlanOptions, choose_splits, holds, make_plan, wanted_of

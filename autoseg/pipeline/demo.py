@@ -8,9 +8,10 @@ import shutil
 import time
 from pathlib import Path
 
+from autoseg.cases import find_cases
 from autoseg.datasets.levelset import best_threshold_dice
 from autoseg.evaluation import evaluate_folders, save_summary, table
-from autoseg.layout import find_cases, open_dataset, read_description
+from autoseg.layout import open_dataset, read_description
 from autoseg.pipeline.crossval import cross_validate
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.make import NUMBERS, make_dataset

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from autoseg.bundle import printable
+from autoseg.cases import Bad, Case, ending_of, names, survey_cases
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
 from autoseg.evaluation.folders import PROBABILITIES, note_merged
-from autoseg.layout import Bad, Case, ending_of, names, survey_cases
 from autoseg.model import Model, Trained, at, is_finished, other_dimension
 from autoseg.parallel import Outcome, map_cases, raise_failures
 from autoseg.pipeline.status import NAME, Row, Status, read

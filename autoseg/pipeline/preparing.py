@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from autoseg import store
-from autoseg.layout import Case, Dataset
+from autoseg.cases import Case
+from autoseg.layout import Dataset
 from autoseg.merging import renumber
 from autoseg.own import own
 from autoseg.parallel import map_cases, raise_failures
