@@ -14,8 +14,9 @@ import torch
 
 from autoseg.model import CARD, Model, Trained, at
 from autoseg.postprocess import PostProcessing, apply
-from autoseg.preprocess import PreparedCase, Trace
+from autoseg.preprocess import PreparedCase
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record
+from autoseg.restore import Trace
 from autoseg.schema import Configuration, Plan
 from autoseg.volume import Grid, Volume, canonical_grid
 

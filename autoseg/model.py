@@ -23,8 +23,9 @@ from autoseg.inference import Swap, predict_logits
 from autoseg.mirroring import Flips
 from autoseg.networks import NETWORKS, build
 from autoseg.postprocess import PostProcessing, apply
-from autoseg.preprocess import PreparedCase, Trace, prepare, project, restore, restore_probabilities
+from autoseg.preprocess import PreparedCase, prepare
 from autoseg.records import AutosegError, load_json, to_json
+from autoseg.restore import Trace, project, restore, restore_probabilities
 from autoseg.schema import Configuration, Plan, Run
 from autoseg.training import WEIGHTS
 from autoseg.volume import Grid, Volume, canonical_grid

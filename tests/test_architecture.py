@@ -30,7 +30,7 @@ ROWS = [
         "supervise",
     },
     {"volume", "resample", "readers"},
-    {"cases", "layout", "raw", "preprocess", "fingerprint", "store", "splits"},
+    {"cases", "layout", "raw", "preprocess", "restore", "fingerprint", "store", "splits"},
     {"networks", "losses", "augment", "placement", "devices", "schedule", "rates", "history", "team"},
     {
         "sampling",
@@ -73,6 +73,7 @@ WITHOUT_TORCH = {
     "volume",
     "resample",
     "preprocess",
+    "restore",
     "fingerprint",
     "store",
     "splits",

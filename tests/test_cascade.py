@@ -18,9 +18,9 @@ from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.preparing import preprocess
 from autoseg.pipeline.probabilities import find_probabilities
 from autoseg.pipeline.train import TrainOptions, train_fold
-from autoseg.preprocess import project
 from autoseg.readers import read_labels
 from autoseg.records import AutosegError, load_json, save_json
+from autoseg.restore import project
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream
 from autoseg.schema import Fingerprint, Fold
 from autoseg.splits import Splits, read_splits

@@ -28,9 +28,10 @@ from autoseg.pipeline.preparing import case_key
 from autoseg.pipeline.train import weigh_classes
 from autoseg.planners import PLANNERS, as_prepared, edited, explain, keep_edits, stamped, with_preparation
 from autoseg.planners import plan as make_plan
-from autoseg.preprocess import normalise_channel, prepare, restore, restore_probabilities
+from autoseg.preprocess import normalise_channel, prepare
 from autoseg.readers import read_image, read_labels
 from autoseg.records import AutosegError, from_json, load_json, to_json
+from autoseg.restore import restore, restore_probabilities
 from autoseg.schema import CaseFingerprint, ChannelNorm, Fingerprint, Fold, Plan, Preparation, Recipe, Run
 from autoseg.store import write_case
 from autoseg.volume import Grid, Volume, canonical_grid

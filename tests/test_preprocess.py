@@ -11,17 +11,8 @@ from scipy import ndimage
 from toys import LABELS, OBLIQUE, ball, configuration, grid, plan
 
 from autoseg.labels import UNSEEN, Labels
-from autoseg.preprocess import (
-    content_mask,
-    crop_to_content,
-    find_locations,
-    normalise_channel,
-    prepare,
-    prepare_each,
-    project,
-    restore,
-    restore_probabilities,
-)
+from autoseg.preprocess import content_mask, crop_to_content, find_locations, normalise_channel, prepare, prepare_each
+from autoseg.restore import project, restore, restore_probabilities
 from autoseg.schema import ChannelNorm, ChannelStats
 from autoseg.volume import Grid, Volume, canonical_grid
 

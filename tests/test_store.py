@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from autoseg.preprocess import PreparedCase, Trace
+from autoseg.preprocess import PreparedCase
 from autoseg.records import AutosegError
+from autoseg.restore import Trace
 from autoseg.store import layout, list_cases, load_case, read_case, stored_key, write_case
 from autoseg.volume import Box, Grid
 

@@ -20,8 +20,9 @@ from autoseg.labels import UNSEEN, Labels
 from autoseg.pipeline.preparing import case_key
 from autoseg.planners import PLANNERS, as_prepared, explain, thinning, with_preparation
 from autoseg.planners import plan as make_plan
-from autoseg.preprocess import prepare, project, restore, restore_probabilities
+from autoseg.preprocess import prepare
 from autoseg.records import AutosegError, load_json, to_json
+from autoseg.restore import project, restore, restore_probabilities
 from autoseg.schema import Plan, Preparation
 from autoseg.store import read_case
 from autoseg.volume import Grid, Volume, canonical_grid

@@ -16,9 +16,9 @@ import torch
 
 from autoseg.model import Model, is_finished, open_model, open_run, weights_hash
 from autoseg.pipeline.preparing import unprepared
-from autoseg.preprocess import Trace, project
 from autoseg.progress import Progress
 from autoseg.records import AutosegError, hash_text, load_json
+from autoseg.restore import Trace, project
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan
 from autoseg.splits import Splits
 from autoseg.store import read_case, stored_key, write_map

@@ -20,9 +20,9 @@ from autoseg.model import Trained, earlier_folds, in_folders, is_finished, open_
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.pipeline.crossval import SUMMARY, HeldOut, all_folds, cross_validate, validated
 from autoseg.pipeline.probabilities import find_probabilities, read
-from autoseg.preprocess import restore_probabilities
 from autoseg.readers import write_labels
 from autoseg.records import AutosegError, hash_text, load_json, remove_leftovers
+from autoseg.restore import restore_probabilities
 from autoseg.schema import Fingerprint
 from autoseg.splits import Splits
 from autoseg.store import read_case

@@ -22,11 +22,12 @@ from autoseg.model import Model, Trained, at, is_finished, other_dimension
 from autoseg.parallel import Outcome, map_cases, raise_failures
 from autoseg.pipeline.status import NAME, Row, Status, read
 from autoseg.postprocess import PostProcessing, out_of_reach
-from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase, Trace
+from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase
 from autoseg.progress import Progress
 from autoseg.raw import hash_files, refuse_not_finite
 from autoseg.readers import read_image, says_size, write_image, write_labels
 from autoseg.records import AutosegError, hash_text, remove_leftovers, sole_writer
+from autoseg.restore import Trace
 from autoseg.supervise import JOURNAL
 from autoseg.volume import canonical_grid
 from autoseg.workspace import Workspace, plain
