@@ -11,8 +11,8 @@ from toys import configuration, plan
 
 from autoseg.augment import FixedCopies, make_augmentation
 from autoseg.augment.policy import NONE
+from autoseg.pipeline.parts import make_parts
 from autoseg.pipeline.recipe import TrainOptions, make_recipe
-from autoseg.pipeline.train import make_parts
 from autoseg.sampling import Sampler
 from autoseg.schema import Fold, Recipe, Run
 from autoseg.store import write_case

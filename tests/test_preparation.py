@@ -24,8 +24,8 @@ from autoseg.bundle import ModelFile, Stage, unsound
 from autoseg.cli import app
 from autoseg.crops import centre_of_mass, describe, parse_crop
 from autoseg.labels import UNSEEN, Labels
+from autoseg.pipeline.parts import weigh_classes
 from autoseg.pipeline.preparing import case_key
-from autoseg.pipeline.train import weigh_classes
 from autoseg.planners import PLANNERS, as_prepared, edited, explain, keep_edits, stamped, with_preparation
 from autoseg.planners import plan as make_plan
 from autoseg.preprocess import normalise_channel, prepare

@@ -16,7 +16,7 @@ from autoseg.history import read_metrics
 from autoseg.labels import Labels
 from autoseg.networks import NETWORKS, build, output_scales
 from autoseg.parameter_groups import RATE_FACTOR, hold_encoder
-from autoseg.pipeline.train import PRETRAINED, begin_with
+from autoseg.pipeline.parts import PRETRAINED, begin_with
 from autoseg.published import ADDRESS
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import NetworkSpec, Recipe, Run

@@ -9,8 +9,9 @@ from autoseg.computing import settle
 from autoseg.devices import choose_device
 from autoseg.pipeline.cascade import next_stages
 from autoseg.pipeline.orders import Order
+from autoseg.pipeline.parts import make_parts
 from autoseg.pipeline.recipe import TrainOptions
-from autoseg.pipeline.train import make_parts, train_fold
+from autoseg.pipeline.train import train_fold
 from autoseg.pipeline.validation import predict_held_out
 from autoseg.records import from_json
 from autoseg.signals import heeded
