@@ -294,8 +294,9 @@ def test_the_same_files_both_ways(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert again.labels == made.labels and "3 of 3 cases are prepared already" in printed
     assert "As asked for before: --merge balls=big,300" in printed
+    unknown = replace(PLAN, name="other", request=replace(PLAN.request, merge={"balls": ("7", "5")}))
     with pytest.raises(AutosegError, match="no label 5"):
-        plan_and_preprocess(workspace, NAME, replace(asked, name="other", merge={"balls": ("7", "5")}))
+        plan_and_preprocess(workspace, NAME, unknown)
 
     train = replace(TRAIN, plan="binary", run="binary", loss="weighted_ce+dice")
     summary = train_fold(workspace, NAME, "3d_fullres", "0", train)

@@ -351,7 +351,8 @@ def test_cases_in_no_fold_are_named(place, capsys):
 
 def test_cases_prepared_for_another_plan_are_not_trained_on(place):
     plan_and_preprocess(place, "7", PLAN)
-    plan_and_preprocess(place, "7", replace(PLAN, spacing_mm=(2.0, 1.9, 1.8), configurations=("2d",)))
+    coarser = PlanOptions(request=replace(TINY, spacing_mm=(2.0, 1.9, 1.8)), configurations=("2d",))
+    plan_and_preprocess(place, "7", coarser)
     with pytest.raises(AutosegError, match=r"not prepared in .* as the plan says"):
         train_fold(place, "7", "3d_fullres", "0", TRAIN)
 
@@ -366,7 +367,7 @@ def test_validating_again_needs_the_plan_of_the_run(place, monkeypatch):
     train_fold(place, "7", "3d_fullres", "0", TrainOptions(device="cpu", validate_only=True))
     assert tree(folder / "validation") == before
     assert load_json(Run, folder / "run.json").validation_seconds == 0, "the record of the first validation is gone"
-    plan_and_preprocess(place, "7", replace(PLAN, spacing_mm=(2.0, 1.9, 1.8)))
+    plan_and_preprocess(place, "7", PlanOptions(request=replace(TINY, spacing_mm=(2.0, 1.9, 1.8))))
     with pytest.raises(AutosegError, match="another plan"):
         train_fold(place, "7", "3d_fullres", "0", TrainOptions(device="cpu", validate_only=True))
     assert tree(folder / "validation") == before

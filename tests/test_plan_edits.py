@@ -151,7 +151,7 @@ def test_edits_in_the_file_survive_planning_and_are_shown(tmp_path, capsys):
     assert planned_anew.configuration("3d_fullres") == made.configuration("3d_fullres"), "what was asked for holds"
     path.unlink()
     assert plan_and_preprocess(place, "7", only) == first
-    plan_and_preprocess(place, "7", replace(only, name="big", gpu_memory_gb=2.5))
+    plan_and_preprocess(place, "7", replace(only, name="big", request=Request(gpu_memory_gb=2.5)))
     compared = RUNNER.invoke(app, [*line, "--diff", "default", "big"], catch_exceptions=False).output
     assert compared.splitlines()[0].split() == ["field", "default", "big"]
     assert "gpu_memory_gb  8.0      2.5" in compared
