@@ -7,202 +7,38 @@ Under a budget the decay follows the time instead, at every step. Other optimize
 between two steps or two validation batches; what is saved there goes on as if nothing had happened.
 """
 
-import math
 import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from itertools import count
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from autoseg.agreement import Workload
 from autoseg.bad_steps import record_bad_step, refuse_many
 from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, save_weights
-from autoseg.computing import apply, autocast, scaler
+from autoseg.computing import apply, scaler
 from autoseg.history import Epoch, append_metrics, forget_metrics_from, in_words, read_metrics, rolling
 from autoseg.kept import average, second_network, take_over
-from autoseg.labels import Labels
-from autoseg.losses import Loss, Part, deep_supervision, scale_targets
-from autoseg.optimizers import OPTIMIZERS
-from autoseg.parameter_groups import groups, hold_encoder, set_rate
+from autoseg.parameter_groups import hold_encoder, set_rate
 from autoseg.progress import Progress
 from autoseg.rates import by_validation_loss, early_stop, learning_rate, lowest, next_leg, reduced
-from autoseg.sampling import Batch, Sampler, Stream, generator, prefetch
+from autoseg.sampling import Batch, Stream, generator
 from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, progress
-from autoseg.schema import Recipe, Tuning
+from autoseg.schema import Recipe
 from autoseg.settings import say_duration
 from autoseg.signals import Requests, Stopped
-from autoseg.team import ALONE, Team
+from autoseg.step import Parts, batches, make_optimizer, training_step, validate
 from autoseg.watchdog import count_shown, watch
 
 WEIGHTS = "weights.safetensors"
 RECENT_STEPS = 8
 """Steps whose durations tell how long the next one takes."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Parts:
-    """Everything that one fold's training is made of."""
-
-    network: nn.Module
-    training: Sampler
-    validation: Sampler
-    recipe: Recipe
-    labels: Labels
-    scales: tuple[tuple[int, ...], ...]
-    """By how much each output of the network is smaller than the patch, for the targets of deep supervision."""
-    output_weights: tuple[float, ...] = ()
-    """How much each of them counts there; (): see `losses.scale_weights`."""
-    loss: Loss
-    """Of logits and target, and by keyword `annotated` and `part`; see `losses.make_loss`."""
-    device: torch.device
-    folder: Path
-    tuning: Tuning
-    """How it computes; the process is settled for it, the network not yet."""
-    team: Team = ALONE
-    """The processes that share each batch."""
-
-
-def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all parameters; see `parameter_groups` for an encoder that is set apart."""
-    return OPTIMIZERS[recipe.optimizer](groups(network, recipe), recipe)
-
-
-def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(loss, logits at full resolution) of one batch; of the loss what this process's samples contribute to it."""
-    loss = partial(
-        parts.loss,
-        annotated=batch.annotated,
-        part=Part(share=len(batch.image) / len(batch.patches), total=parts.team.total),
-    )
-    where = {} if batch.position is None else {"position": batch.position}
-    with autocast(parts.tuning, parts.device):
-        if not parts.recipe.deep_supervision:
-            logits = parts.network(batch.image, **where)
-            return loss(logits, batch.labels), logits
-        scales = parts.network(batch.image, all_scales=True, **where)
-        targets = scale_targets(batch.labels, parts.scales)
-        return deep_supervision(loss, scales, targets, parts.output_weights), scales[0]
-
-
-def training_step(
-    parts: Parts,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batch: Batch,
-    gathered: Callable[[], None] = lambda: None,
-) -> float | None:
-    """One optimizer step; its loss, or None if loss or gradient was not finite and the step was skipped.
-
-    gathered: waits for the gradients of other processes, see `Team.share`.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    # Norms take a batch into their running statistics before anybody knows that it is a bad one.
-    before = [buffer.clone() for buffer in parts.network.buffers()]
-    loss, _ = batch_loss(parts, batch)
-    value = parts.team.total(loss.detach()).item()
-    if not math.isfinite(value):
-        for buffer, old in zip(parts.network.buffers(), before):
-            buffer.copy_(old)
-        return None
-    scaler.scale(loss).backward()
-    gathered()
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(parts.network.parameters(), parts.recipe.clip_norm or math.inf)
-    # A scale that was too large is no bad batch: the scaler leaves the step out and tries a smaller one.
-    if not scaler.is_enabled() and not torch.isfinite(norm):
-        optimizer.zero_grad(set_to_none=True)
-        return None
-    scaler.step(optimizer)
-    scaler.update()
-    return value
-
-
-def workload(parts: Parts, fresh: Callable[[], nn.Module]) -> Workload:
-    """What tuning probes: the step of this run on its first batch, with networks of its own from `fresh`."""
-    batch = parts.training.assemble(parts.training.sources(0), parts.device)
-
-    def step_of(network: nn.Module, setting: Tuning) -> Callable[[], object]:
-        own = replace(parts, network=network.train(), tuning=setting, team=ALONE)
-        optimizer, loss_scaler = make_optimizer(network, parts.recipe), scaler(setting, parts.device)
-        return lambda: training_step(own, optimizer, loss_scaler, batch)
-
-    return Workload(
-        make_network=fresh,
-        step_of=step_of,
-        patch=parts.training.patch,
-        batch_size=len(batch.image),
-        channels=batch.image.shape[1],
-        device=parts.device,
-        all_scales=parts.recipe.deep_supervision,
-    )
-
-
-def batches(sampler: Sampler, steps: Iterable[int], threads: int, device: torch.device) -> Iterator[Batch]:
-    """The batches of `steps`, read ahead by threads, transformed on the device."""
-    for sources in prefetch(sampler.sources, steps, threads):
-        yield sampler.assemble(sources, device)
-
-
-def validate(
-    parts: Parts, epoch: int, steps: int, between: Callable[[], None]
-) -> tuple[float | None, dict[str, float | None]]:
-    """(mean loss, pseudo-Dice of each class) over `steps` batches of random validation patches.
-
-    They are others in each epoch, so that the curve tells of all held-out cases; but the same ones in every epoch where
-    the recipe goes by these losses (`rates.by_validation_loss`), since losses of different patches differ by more than
-    the weights improve. Counts are pooled over all patches, without ignored voxels and without the classes that were
-    not annotated in a patch's case; a class that is neither present nor predicted is None. `between` is called before
-    each batch.
-    """
-    first = 0 if by_validation_loss(parts.recipe) else epoch * parts.recipe.validation_steps
-    losses: list[float] = []
-    counts = torch.zeros(3, parts.labels.count - 1, dtype=torch.float64)
-    parts.network.eval()
-    with torch.inference_mode():
-        for batch in batches(parts.validation, range(first, first + steps), parts.recipe.loader_threads, parts.device):
-            between()
-            loss, logits = batch_loss(parts, batch)
-            losses.append(parts.team.total(loss).item())
-            found = class_counts(logits, batch.labels, parts.labels)
-            if batch.annotated is not None:
-                found *= batch.annotated
-            counts += found.sum(1).cpu()
-    parts.network.train()
-    counts = parts.team.total(counts)
-    dice = {
-        name: (2 * counts[0, i] / (counts[1, i] + counts[2, i])).item() if counts[1:, i].sum() > 0 else None
-        for i, name in enumerate(parts.labels.names[1:])
-    }
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return (sum(finite) / len(finite) if finite else None), dice
-
-
-def class_counts(logits: Tensor, target: Tensor, labels: Labels) -> Tensor:
-    """Voxels of each class in each sample that were hit, predicted and true: (3, B, classes without background).
-
-    logits (B, K, *s), target (B, *s) a label map; ignored voxels count nowhere.
-    """
-    if not labels.exclusive:
-        inside, rows = logits.flatten(2) > 0, target.flatten(1)
-        true = torch.stack([torch.isin(rows, rows.new_tensor(members)) for members in labels.members], 1)
-        if labels.ignored is not None:
-            inside &= (rows != labels.ignored)[:, None]
-        return torch.stack([part.sum(2) for part in (inside & true, inside, true)])
-    samples, heads, indices = len(target), labels.heads, len(labels.known)
-    sample = torch.arange(samples, device=target.device).reshape(-1, *[1] * (target.ndim - 1))
-    places = (sample * indices + target) * heads + logits.argmax(1)
-    joint = torch.bincount(places.flatten(), minlength=samples * indices * heads).reshape(samples, indices, heads)
-    joint = joint[:, :heads]  # the index of ignored voxels is the last
-    return torch.stack([joint.diagonal(dim1=1, dim2=2), joint.sum(1), joint.sum(2)])[..., 1:]
 
 
 def train(

@@ -138,7 +138,7 @@ def _step(case: dict[str, Any], device: str, precision: Any, optimizer: Any) -> 
     from autoseg.networks import build, output_scales, output_weights
     from autoseg.sampling import Batch
     from autoseg.schema import Recipe
-    from autoseg.training import Parts, make_optimizer, training_step
+    from autoseg.step import Parts, make_optimizer, training_step
 
     spec, heads, unused = spec_of(case), case["heads"], None
     place = torch.device(device)

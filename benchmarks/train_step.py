@@ -32,7 +32,7 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
     from autoseg.networks import build, output_scales, output_weights
     from autoseg.sampling import Batch
     from autoseg.schema import NetworkSpec, Recipe
-    from autoseg.training import Parts, make_optimizer, training_step
+    from autoseg.step import Parts, make_optimizer, training_step
 
     spec = NetworkSpec(**configuration["network"])
     unused: Any = None

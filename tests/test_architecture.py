@@ -46,6 +46,7 @@ ROWS = [
         "agreement",
     },
     {
+        "step",
         "training",
         "tuning",
         "postprocess",
@@ -146,7 +147,7 @@ def test_what_starts_fast_does_not_import_torch(room, path):
 
 def test_training_never_imports_inference():
     for room, path in sources():
-        if room == "training":
+        if room in ("training", "step"):
             assert not rooms(path) & NOT_BY_TRAINING
 
 

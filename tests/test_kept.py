@@ -14,7 +14,8 @@ from autoseg.history import read_metrics
 from autoseg.kept import average
 from autoseg.rates import lowest
 from autoseg.records import AutosegError
-from autoseg.training import WEIGHTS, train, validate
+from autoseg.step import validate
+from autoseg.training import WEIGHTS, train
 
 FOUR = {"epochs": 4, "steps_per_epoch": 3, "validation_steps": 1}
 

@@ -25,8 +25,9 @@ from autoseg.records import AutosegError, load_json, to_json
 from autoseg.sampling import position_of
 from autoseg.schema import Request
 from autoseg.settings import in_json
+from autoseg.step import batch_loss
 from autoseg.team import Team
-from autoseg.training import batch_loss, train
+from autoseg.training import train
 from autoseg.volume import Box, relative_place
 from autoseg.workspace import Workspace
 

@@ -22,9 +22,10 @@ from autoseg.preprocess import prepare
 from autoseg.records import AutosegError
 from autoseg.sampling import PreparedCases, Sampler, Stream
 from autoseg.schema import Recipe
+from autoseg.step import Parts
 from autoseg.store import stored_classes, write_case
 from autoseg.team import Team
-from autoseg.training import Parts, train
+from autoseg.training import train
 from autoseg.volume import Volume
 
 SHAPE, PATCH = (9, 21, 34), (4, 6, 8)

@@ -21,7 +21,8 @@ from autoseg.published import ADDRESS
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import NetworkSpec, Recipe, Run
 from autoseg.signals import Requests, Stopped
-from autoseg.training import make_optimizer, train, training_step
+from autoseg.step import make_optimizer, training_step
+from autoseg.training import train
 from autoseg.transfer import open_source, transfer
 
 

@@ -18,7 +18,8 @@ from autoseg.optimizers import OPTIMIZERS
 from autoseg.rates import SCHEDULES, Leg, Moment, early_stop, learning_rate, lowest, next_leg, reductions
 from autoseg.records import AutosegError
 from autoseg.schema import Recipe
-from autoseg.training import make_optimizer, train
+from autoseg.step import make_optimizer
+from autoseg.training import train
 
 
 @pytest.fixture(scope="module")

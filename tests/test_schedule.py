@@ -13,7 +13,8 @@ from autoseg.rates import Moment, learning_rate
 from autoseg.schedule import choose_rhythm, is_over, progress
 from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
-from autoseg.training import make_optimizer, train
+from autoseg.step import make_optimizer
+from autoseg.training import train
 
 TIMED = {"epochs": 1000, "steps_per_epoch": 250, "validation_steps": 50, "augmentation": "none"}
 

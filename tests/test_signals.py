@@ -19,7 +19,8 @@ from test_training import parts, weights, write_cases
 from autoseg.checkpoint import checkpoints, load_checkpoint, load_weights, read_progress
 from autoseg.history import read_metrics
 from autoseg.signals import Requests, Stopped, heeded
-from autoseg.training import make_optimizer, train
+from autoseg.step import make_optimizer
+from autoseg.training import train
 
 SEEDS = (0, 1, 2)
 RECIPE = {"epochs": 4, "steps_per_epoch": 5, "validation_steps": 2, "loader_threads": 2}

@@ -25,9 +25,10 @@ from autoseg.records import AutosegError
 from autoseg.sampling import PreparedCases, Sampler, Stream
 from autoseg.schema import Recipe
 from autoseg.signals import Requests, Stopped
+from autoseg.step import Parts, class_counts, make_optimizer, training_step
 from autoseg.store import write_case
 from autoseg.team import ALONE
-from autoseg.training import Parts, class_counts, make_optimizer, train, training_step
+from autoseg.training import train
 from autoseg.volume import Volume
 
 SHAPE, PATCH = (9, 13, 15), (8, 12, 12)

@@ -22,9 +22,9 @@ from autoseg.placement import USUAL, Placement
 from autoseg.records import AutosegError, atomic_write
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
 from autoseg.schema import Configuration, Fingerprint, Run, Tuning
+from autoseg.step import Parts, workload
 from autoseg.store import StoredArray, read_case
 from autoseg.team import ALONE, Team
-from autoseg.training import Parts, workload
 from autoseg.transfer import differences, open_source, tensor_table, transfer
 from autoseg.tuning import tune
 

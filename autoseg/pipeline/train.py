@@ -47,9 +47,10 @@ from autoseg.schedule import is_over
 from autoseg.schema import Configuration, Fingerprint, Fold, Plan, Run
 from autoseg.signals import Stopped, heeded
 from autoseg.splits import read_splits
+from autoseg.step import Parts
 from autoseg.supervise import JOURNAL
 from autoseg.team import ALONE, Team
-from autoseg.training import Parts, train
+from autoseg.training import train
 from autoseg.tuning import time_step
 from autoseg.workspace import Workspace, given
 
