@@ -24,9 +24,8 @@ import blosc2
 import numpy as np
 
 from autoseg.preprocess import PreparedCase
-from autoseg.records import AutosegError, load_json, record, sync, to_json
+from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, sync, to_json
 from autoseg.restore import Trace
-from autoseg.schema import SCHEMA_VERSION
 
 IMAGE, LABELS, LOCATIONS, CARD = "image.b2nd", "labels.b2nd", "locations.npz", "case.json"
 

@@ -19,7 +19,8 @@ from autoseg.networks import NETWORKS
 from autoseg.networks.footprint import Step
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.planning import PlanOptions
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.records import AutosegError, atomic_write
 from autoseg.schema import Request
 from autoseg.settings import in_json

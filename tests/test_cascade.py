@@ -17,7 +17,8 @@ from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.preparing import preprocess
 from autoseg.pipeline.probabilities import find_probabilities
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.readers import read_labels
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.restore import project

@@ -23,7 +23,8 @@ from autoseg.model import Model, open_model
 from autoseg.networks import NETWORKS, build
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.planning import PlanOptions
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.planners import PLANNERS, explain, with_context
 from autoseg.planners import plan as make_plan
 from autoseg.preprocess import prepare

@@ -8,7 +8,8 @@ from toys import balls_dataset
 
 from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.data import plan_and_preprocess
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.records import AutosegError
 from autoseg.workspace import Workspace
 

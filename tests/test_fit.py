@@ -18,7 +18,8 @@ from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, Spent, Task, find_tasks, fit, fit_table, share, stages
 from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.readers import read_labels, write_labels
 from autoseg.records import AutosegError, load_json, save_json

@@ -24,8 +24,9 @@ from autoseg.model import Model
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions
+from autoseg.pipeline.recipe import TrainOptions
 from autoseg.pipeline.share import export_model
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.train import train_fold
 from autoseg.preprocess import prepare
 from autoseg.readers import read_labels, write_image, write_labels
 from autoseg.records import load_json, save_json, to_json

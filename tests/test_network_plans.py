@@ -17,8 +17,9 @@ from autoseg.networks.unet import UNet, unet
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
+from autoseg.pipeline.recipe import TrainOptions
 from autoseg.pipeline.share import export_model
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.train import train_fold
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import NetworkSpec, Plan, Request, Run
 from autoseg.settings import in_json

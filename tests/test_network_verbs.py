@@ -32,9 +32,9 @@ from autoseg.pipeline.fit import FitOptions, fit
 from autoseg.pipeline.parts import PRETRAINED, make_parts
 from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions
-from autoseg.pipeline.recipe import SHORT
+from autoseg.pipeline.recipe import SHORT, TrainOptions
 from autoseg.pipeline.share import export_model
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.train import train_fold
 from autoseg.readers import read_image, read_labels
 from autoseg.records import load_json, save_json
 from autoseg.schema import NetworkSpec, Recipe, Request, Run

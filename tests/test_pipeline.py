@@ -18,8 +18,9 @@ from autoseg.pipeline.crossval import cross_validate
 from autoseg.pipeline.data import check, plan_and_preprocess
 from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
+from autoseg.pipeline.recipe import TrainOptions
 from autoseg.pipeline.share import export_model
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.train import train_fold
 from autoseg.planners import plan_like
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import Fingerprint, Request, Run

@@ -19,7 +19,8 @@ from autoseg.inference import predict_logits
 from autoseg.networks import NETWORKS
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.planning import PlanOptions
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.readers import write_image, write_labels
 from autoseg.records import AutosegError, load_json, to_json
 from autoseg.sampling import position_of

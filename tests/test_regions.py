@@ -9,15 +9,16 @@ import pytest
 from toys import TINY, balls_dataset, write_balls
 from typer.testing import CliRunner
 
+from autoseg.bundle import ModelCard
 from autoseg.cli import app
 from autoseg.evaluation import evaluate_folders
 from autoseg.layout import open_dataset
-from autoseg.pipeline.crossval import ModelCard
 from autoseg.pipeline.data import check, plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, fit
 from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.preprocess import ANNOTATED
 from autoseg.readers import read_image, read_labels, write_labels
 from autoseg.records import AutosegError, load_json

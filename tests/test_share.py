@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 import autoseg
 from autoseg.bundle import ModelCard, Stage, read, write
 from autoseg.cli import app
-from autoseg.fingerprint import Fingerprint
 from autoseg.model import weights_hash
 from autoseg.networks import build
 from autoseg.pipeline.postprocess import postprocess
@@ -27,7 +26,7 @@ from autoseg.pipeline.share import export_model, info
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.readers import read_labels, write_image
 from autoseg.records import AutosegError, load_json, save_json
-from autoseg.schema import CaseFingerprint, Request, Run
+from autoseg.schema import CaseFingerprint, Fingerprint, Request, Run
 from autoseg.workspace import Workspace
 
 RUNNER = CliRunner()

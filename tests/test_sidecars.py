@@ -9,11 +9,13 @@ from toys import grid
 from autoseg.evaluation import evaluate_folders, evaluate_pairs
 from autoseg.labels import Labels
 from autoseg.layout import open_dataset
-from autoseg.pipeline.crossval import cross_validate, measure_pairs
+from autoseg.pipeline.crossval import cross_validate
 from autoseg.pipeline.data import check, plan_and_preprocess
 from autoseg.pipeline.planning import PlanOptions
+from autoseg.pipeline.postprocess import measure_pairs
 from autoseg.pipeline.predict import PredictOptions, predict
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.readers import files_of, read_image, read_pair, read_stored, write_image, write_labels
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import Fingerprint, Request

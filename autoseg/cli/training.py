@@ -147,7 +147,7 @@ def fit_verb(
     """Everything: plan, preprocess, train all folds, cross-validate, fit post-processing. Again: goes on."""
     from autoseg import settings
     from autoseg.pipeline.fit import FitOptions, fit
-    from autoseg.pipeline.train import TrainOptions
+    from autoseg.pipeline.recipe import TrainOptions
 
     if budget is not None and epochs is not None:
         raise AutosegError("give --budget or --epochs, not both: one of them ends the training")

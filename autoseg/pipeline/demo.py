@@ -17,7 +17,8 @@ from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.make import NUMBERS, make_dataset
 from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import TrainOptions
+from autoseg.pipeline.train import train_fold
 from autoseg.readers import read_image, read_labels
 from autoseg.records import AutosegError
 from autoseg.schema import Request

@@ -30,8 +30,8 @@ from autoseg.pipeline.crossval import cross_validate, validated
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.folds import Fold, train_side_by_side
 from autoseg.pipeline.planning import PlanOptions
-from autoseg.pipeline.recipe import CHOSEN, CPU_BUDGET_SECONDS, batch_size, states, usual_budget
-from autoseg.pipeline.train import TrainOptions, train_fold
+from autoseg.pipeline.recipe import CHOSEN, CPU_BUDGET_SECONDS, TrainOptions, batch_size, states, usual_budget
+from autoseg.pipeline.train import train_fold
 from autoseg.pipeline.validation import Unvalidated
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, refuse_unwritable, save_json
 from autoseg.schema import Configuration, Plan, Run

@@ -12,9 +12,10 @@ from autoseg.augment.policy import POLICIES, certain, used
 from autoseg.augment.words import describe
 from autoseg.evaluation.samples import Tile, draw_page
 from autoseg.pipeline.plans import plan_called
+from autoseg.placement import choose_patch
 from autoseg.preprocess import ANNOTATED, PreparedCase
 from autoseg.records import AutosegError
-from autoseg.sampling import choose_patch, cut_sources, grow
+from autoseg.sampling import cut_sources, grow
 from autoseg.schema import Configuration, Plan
 from autoseg.store import list_cases, read_case
 from autoseg.volume import Box
