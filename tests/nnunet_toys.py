@@ -63,6 +63,7 @@ def altered_checkpoint(path: Path, change: Callable[[dict[str, Any]], object]) -
 
 def agreement(labels: np.ndarray, other: np.ndarray) -> tuple[float, dict[int, float]]:
     """Share of equal voxels, and the Dice of each value that `other` has in more than 1000 voxels."""
+    assert labels.shape == other.shape
     large = [int(value) for value in np.unique(other) if value and (other == value).sum() > 1000]
     dice = {
         value: float(

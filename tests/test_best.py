@@ -311,8 +311,10 @@ def test_a_configuration_without_all_folds_is_named_and_left_out(place, tmp_path
     assert "default/right, 2 of 2 folds are trained, 1 validated" in printed
     assert "default/old, it was trained on other data" in printed
     shutil.rmtree(workspace.fold(NAME, "default", "left", 0).parent)
-    with pytest.raises(AutosegError, match="was trained on other data than there are now, so their scores"):
-        find_best(workspace, "7", QUICK)
+    elsewhere = replace(workspace, option=" --workspace 'my data'")
+    cure = "autoseg fit -d Dataset007_Balls -c all --run NAME --workspace 'my data'"
+    with pytest.raises(AutosegError, match=f"was trained on other data than there are now, so their scores.*: {cure}"):
+        find_best(elsewhere, "7", QUICK)
 
 
 def test_what_cannot_be_merged_or_has_other_labels_is_named_and_left_out(place, capsys):

@@ -5,8 +5,11 @@ import pytest
 import SimpleITK as sitk
 from toys import OBLIQUE, grid
 
+from autoseg.evaluation.folders import MERGED, note_merged
 from autoseg.labels import Labels
-from autoseg.pipeline.combine import combine
+from autoseg.merging import merge
+from autoseg.pipeline.combine import NAME, combine
+from autoseg.pipeline.status import Status
 from autoseg.readers import read_labels, write_image, write_labels
 from autoseg.records import AutosegError
 from autoseg.volume import canonical_grid
@@ -85,16 +88,23 @@ def test_missing_cases_and_other_grids_are_named_and_the_rest_is_done(tmp_path):
     for name in ("x", "y"):
         for case in "abc":
             write(tmp_path / name, uniform(0.1, 0.9), case=case)
+    combine([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 4, "three cases and the list of them"
     (tmp_path / "y" / "b_probabilities.nii.gz").unlink()
     write(tmp_path / "y", uniform(0.1, 0.9), stored=grid(), case="c")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "b.nii.gz").write_bytes(b"of an earlier command")
     with pytest.raises(AutosegError) as failed:
         combine([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
     assert "2 of 3 cases" in str(failed.value)
     assert f"b: there is no probability map in {tmp_path / 'y'}" in str(failed.value)
     assert "c: " in str(failed.value) and "another grid" in str(failed.value)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", NAME], "what failed is gone"
+    rows = Status(tmp_path / "out", NAME).rows
+    assert [(row.case, row.status, row.file) for row in rows.values()] == [
+        ("a", "done", "a.nii.gz"),
+        ("b", "failed", ""),
+        ("c", "failed", ""),
+    ]
+    assert "no probability map" in rows["b"].reason
     with pytest.raises(AutosegError, match="2 channels, and 3 are needed"):
         combine([tmp_path / "x", tmp_path / "x"], tmp_path / "out", LABELS)
     with pytest.raises(AutosegError, match="would be overwritten"):
@@ -103,3 +113,43 @@ def test_missing_cases_and_other_grids_are_named_and_the_rest_is_done(tmp_path):
         combine([tmp_path / "x"], tmp_path / "out")
     with pytest.raises(AutosegError, match="no folder with predictions"):
         combine([tmp_path / "x", tmp_path / "nowhere"], tmp_path / "out")
+
+
+def test_files_that_the_ensemble_did_not_make_are_left_alone(tmp_path):
+    for name in ("x", "y"):
+        for case in "ab":
+            write(tmp_path / name, uniform(0.1, 0.9), case=case)
+    out = tmp_path / "out"
+    out.mkdir()
+    others = {"b.nii.gz": b"by hand", "a_probabilities.nii.gz": b"of a model", "c.nii.gz": b"in nobody's way"}
+    for name, content in others.items():
+        (out / name).write_bytes(content)
+    with pytest.raises(
+        AutosegError, match=r"holds 1 files .*ensemble\.csv does not name.*: b\.nii\.gz; give another -o"
+    ):
+        combine([tmp_path / "x", tmp_path / "y"], out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == others
+    (out / "b.nii.gz").rename(tmp_path / "b.nii.gz")
+    del others["b.nii.gz"]
+    for _ in range(2):
+        combine([tmp_path / "x", tmp_path / "y"], out)
+        assert {name: (out / name).read_bytes() for name in others} == others
+        assert Status(out, NAME).rows["b"].status == "done"
+    # What this verb made is its own to replace, what another made is not.
+    (out / NAME).rename(out / "postprocess.csv")
+    with pytest.raises(AutosegError, match="holds 2 files"):
+        combine([tmp_path / "x", tmp_path / "y"], out)
+
+
+def test_what_is_said_of_merged_labels_of_other_files_is_kept(tmp_path):
+    merged = merge(LABELS, {"organ": (3, 7)})
+    for name in ("x", "y"):
+        write_labels(np.full(SHAPE, 7, np.int16), STORED, tmp_path / name / "a.nii.gz")
+    write_labels(np.full(SHAPE, 3, np.int16), STORED, tmp_path / "out" / "b.nii.gz")
+    note_merged(merged, tmp_path / "out")
+    with pytest.raises(AutosegError, match=r"merged_labels\.json says which labels are merged in b\.nii\.gz"):
+        combine([tmp_path / "x", tmp_path / "y"], tmp_path / "out", LABELS)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.nii.gz", MERGED]
+    (tmp_path / "out" / "b.nii.gz").unlink()
+    combine([tmp_path / "x", tmp_path / "y"], tmp_path / "out", LABELS)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", NAME]

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from autoseg.bundle import ModelCard
 from autoseg.cli import app
 from autoseg.ensemble import Candidate, Choice, Member
-from autoseg.pipeline.postprocess import NAME, RuleFile, postprocess
+from autoseg.labels import Labels
+from autoseg.pipeline.postprocess import NAME, STATUS, RuleFile, postprocess
+from autoseg.pipeline.status import Status, begin
 from autoseg.postprocess import PostProcessing, Step
 from autoseg.readers import read_labels, read_stored, write_labels
 from autoseg.records import AutosegError, load_json, save_json
@@ -142,7 +144,8 @@ def test_a_bad_case_harms_only_itself(folders, capsys):
     wrong[0, 0, 0] = 3
     write_labels(wrong, GRID, folders / "pred" / "case3.nii.gz")
     (folders / "out").mkdir()
-    (folders / "out" / "case1.nii.gz").write_bytes(b"of before")
+    begin(Status(folders / "out", STATUS), {"case1": "case1.nii.gz"})
+    (folders / "out" / "case1.nii.gz").write_bytes(b"of a command that was killed")
     with pytest.raises(AutosegError) as raised:
         run(folders, truth=folders / "truth")
     said = str(raised.value)
@@ -151,6 +154,32 @@ def test_a_bad_case_harms_only_itself(folders, capsys):
     written = sorted(path.name for path in (folders / "out").glob("*.nii.gz"))
     assert written == [f"case{number}.nii.gz" for number in (0, 10, 2, 4, 5, 6, 7, 8, 9)], "nothing of before is left"
     assert load_json(RuleFile, folders / "out" / NAME).postprocessing.cases == 7
+    rows = Status(folders / "out", STATUS).rows
+    assert [case for case, row in rows.items() if row.status == "failed"] == ["case1", "case3"]
+
+
+def test_files_that_the_verb_did_not_make_are_left_alone(folders, capsys):
+    keep = RuleFile(
+        labels=Labels.from_dataset(DATASET["labels"]),
+        postprocessing=PostProcessing(cases=8, steps=(Step(kind="largest", members=(1, 2)),)),
+    )
+    save_json(keep, folders / "rule.json")
+    out = folders / "out"
+    out.mkdir()
+    (out / "case9.nii.gz").write_bytes(b"by hand")
+    with pytest.raises(AutosegError, match=r"holds 1 files .*postprocess\.csv does not name.*: case9\.nii\.gz; give"):
+        run(folders, truth=folders / "truth")
+    assert "measure components" not in "".join(capsys.readouterr()), "refused before the search"
+    (out / "case9.nii.gz").rename(out / "case9_by_hand.nii.gz")
+    (out / NAME).write_text("{}")
+    with pytest.raises(AutosegError, match=r"postprocessing\.json would be overwritten and is none of ours"):
+        run(folders, rule=folders / "rule.json")
+    assert sorted(path.name for path in out.iterdir()) == ["case9_by_hand.nii.gz", NAME]
+    (out / NAME).unlink()
+    for _ in range(2):
+        run(folders, rule=folders / "rule.json")
+        assert (out / "case9_by_hand.nii.gz").read_bytes() == b"by hand"
+        assert len(list(out.iterdir())) == 11 + 3, "the cases, the one by hand, the rule and the list"
 
 
 def test_what_cannot_be_meant_is_refused(folders):

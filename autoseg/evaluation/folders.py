@@ -1,6 +1,6 @@
 """Evaluate label files: find the pairs of truth and prediction, refuse what cannot be compared, score in threads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -162,12 +162,24 @@ def find_labels(*folders: Path) -> Meaning | None:
     return None
 
 
-def note_merged(labels: Labels | None, folder: Path) -> None:
-    """Say in a folder of predictions that `labels` are merged in them; or take back what was said of earlier ones."""
-    if labels is not None and labels.merges:
-        save_json(labels, folder / MERGED)
+def note_merged(labels: Labels | None, folder: Path, written: Collection[str] | None = None) -> None:
+    """Say in a folder of predictions that `labels` are merged in them; or take back what was said of earlier ones.
+
+    written: names of the files that are made there, and of those that hold no labels; None: there are no others.
+    Raises AutosegError if something else was said, and other label files stay, of which that holds.
+    """
+    place, merged = folder / MERGED, labels if labels is not None and labels.merges else None
+    if written is not None and place.is_file() and load_json(Labels, place) != merged:
+        there = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(tuple(ENDINGS)))
+        if others := [name for name in there if not name.startswith(".") and name not in written]:
+            raise AutosegError(
+                f"{place} says which labels are merged in {_few(others)}, and is not true of what would be written "
+                "beside them; give another -o, or move them away with that file"
+            )
+    if merged is not None:
+        save_json(merged, place)
     else:
-        (folder / MERGED).unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
 
 
 def as_predicted(meaning: Meaning | None, *folders: Path, merges: Merges | None = None) -> Meaning | None:

@@ -59,7 +59,8 @@ def find_best(workspace: Workspace, dataset_text: str, options: BestOptions) -> 
     place = folders[0].parent if len({folder.parent for folder in folders}) == 1 else folders[0].parent.parent
     with sole_writer(place):
         facts = load_json(Fingerprint, workspace.prepared(name) / "fingerprint.json")
-        entries = comparable(open_entries(workspace, folders, place, dataset, splits, options.workers), facts, dataset)
+        opened = open_entries(workspace, folders, place, dataset, splits, options.workers)
+        entries = comparable(workspace, opened, facts, dataset)
         cases = sorted({score.case for score in entries[0].summary.scores})
         pairs = [make_pair(place, *two) for two in combinations(entries, 2)]
         summaries: dict[tuple[Member, ...], Summary] = {(entry.member,): entry.summary for entry in entries}

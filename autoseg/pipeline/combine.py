@@ -4,6 +4,8 @@ Where every folder has probabilities, their mean decides, and a case of which on
 has none at all, the labels are voted on. Probabilities are what `predict --save-probabilities` writes,
 CASE_probabilities.nii.gz, or nnU-Net's CASE.npz, which has no geometry: that is read from the label file beside it. The
 .pkl that lies there too is never opened, since opening one runs what it says.
+
+ensemble.csv beside the results says what became of every case, and which files there are ours: others are left alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +21,13 @@ from autoseg.evaluation.folders import as_predicted, find_labels, note_merged
 from autoseg.labels import Labels
 from autoseg.parallel import map_cases, raise_failures
 from autoseg.pipeline.predict import probabilities_of
+from autoseg.pipeline.status import Status, begin, end, refuse_foreign
 from autoseg.readers import ENDINGS, read_image, read_labels, write_labels
-from autoseg.records import AutosegError, refuse_unwritable
+from autoseg.records import AutosegError, refuse_unwritable, remove_leftovers, sole_writer
 from autoseg.volume import Grid, canonical_grid, mismatch, to_canonical
 
+NAME = "ensemble.csv"
+"""The list of cases beside the results, see autoseg/pipeline/status.py."""
 KEYS = ("probabilities", "softmax")
 """What nnU-Net calls the array in its .npz, version 2 and 1."""
 TOLERANCE = 0.05
@@ -68,7 +73,7 @@ def combine(folders: Sequence[Path], target: Path, labels: Labels | None = None,
 
     labels: what the channels mean; by default those of a dataset.json in or above a folder, and without one channel n
     is the value n. Cases that a folder lacks, and those of different grids, are named at the end by AutosegError, when
-    the others are done.
+    the others are done; files in `target` that are not ours before anything is done.
     """
     if len(folders) < 2:
         raise AutosegError("give two folders or more; the predictions of one need no ensemble")
@@ -83,26 +88,33 @@ def combine(folders: Sequence[Path], target: Path, labels: Labels | None = None,
         print(f"Majority vote of labels: {names(str(folder.path) for folder in without)} has no probabilities")
     else:
         print(f"Mean of the probabilities of {len(found)} folders", flush=True)
-    target.mkdir(parents=True, exist_ok=True)
     labels = meaning[0] if meaning else None
-    note_merged(labels, target)
     one: Callable[[Sequence[Folder], str, Labels | None], tuple[np.ndarray, Grid]] = vote if without else average
+    files = {case: name_in(found, case) for case in cases}
 
     def write(case: str) -> Path:
         kind = "labels" if without else "maps"
-        beside = next((folder.labels[case] for folder in found if case in folder.labels), None)
-        path = target / (f"{case}.nii.gz" if beside is None else beside.name)
-        # What an earlier command made of this case must not stand beside a failure.
-        path.unlink(missing_ok=True)
         if missing := [str(folder.path) for folder in found if case not in getattr(folder, kind)]:
             raise AutosegError(f"there is no {'label file' if without else 'probability map'} in {names(missing)}")
         values, stored = one(found, case, labels)
-        write_labels(values, stored, path)
-        return path
+        write_labels(values, stored, target / files[case])
+        return target / files[case]
 
-    outcomes = map_cases(write, cases, name=lambda case: case, what="ensemble", workers=workers)
+    with sole_writer(target):
+        remove_leftovers(target, (NAME, *files.values()))
+        status = Status(target, NAME)
+        refuse_foreign(status, {case: [file] for case, file in files.items()})
+        note_merged(labels, target, files.values())
+        begin(status, files)
+        outcomes = map_cases(write, cases, name=lambda case: case, what="ensemble", workers=workers)
+        end(status, outcomes)
     print(f"Written: {sum(outcome.error is None for outcome in outcomes)} of {len(cases)} cases in {target}")
     raise_failures(outcomes, "ensemble")
+
+
+def name_in(folders: Sequence[Folder], case: str) -> str:
+    """What the result of a case is called: like the first label file of it, if there is one."""
+    return next((folder.labels[case].name for folder in folders if case in folder.labels), f"{case}.nii.gz")
 
 
 def average(folders: Sequence[Folder], case: str, labels: Labels | None) -> tuple[np.ndarray, Grid]:

@@ -5,7 +5,6 @@ files like those of a validation, stay only for as long as they are needed. So a
 one that is repeated with another configuration does only what is new.
 """
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,7 +161,7 @@ def seconds_a_case(folds: Sequence[Path]) -> float | None:
     return seconds / cases if seconds > 0 and cases else None
 
 
-def comparable(entries: Sequence[Entry], facts: Fingerprint, dataset: Dataset) -> list[Entry]:
+def comparable(workspace: Workspace, entries: Sequence[Entry], facts: Fingerprint, dataset: Dataset) -> list[Entry]:
     """Those trained on the data as they are now, all on the same held-out cases and classes; others are named.
 
     Raises AutosegError if there is none.
@@ -177,8 +176,8 @@ def comparable(entries: Sequence[Entry], facts: Fingerprint, dataset: Dataset) -
     if not found:
         raise AutosegError(
             f"every configuration of {facts.dataset} was trained on other data than there are now, so their scores do "
-            f"not compare; train them again under another name: autoseg fit -d {shlex.quote(facts.dataset)} -c all "
-            "--run NAME"
+            "not compare; train them again under another name: "
+            + workspace.command("fit", "-d", facts.dataset, "-c", "all", "--run", "NAME")
         )
     return found
 

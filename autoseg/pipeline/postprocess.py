@@ -1,6 +1,7 @@
 """postprocess: search for post-processing of label files that any program predicted, or apply a rule that is there.
 
-Beside the processed files stands `postprocessing.json`: the rule, what was tried, and what its classes are.
+Beside the processed files stands `postprocessing.json`: the rule, what was tried, and what its classes are; and
+postprocess.csv: what became of every case, and which files there are ours. Others are left alone.
 """
 
 import json
@@ -15,6 +16,7 @@ from autoseg.evaluation.folders import Meaning, Pair, as_predicted, files_by_cas
 from autoseg.labels import Labels
 from autoseg.layout import labels_in
 from autoseg.parallel import Outcome, map_cases, raise_failures
+from autoseg.pipeline.status import Status, begin, end, refuse_foreign
 from autoseg.postprocess import Case, PostProcessing, apply, before_and_after, choose, measure, out_of_reach, trials
 from autoseg.readers import read_labels, read_pair, write_labels
 from autoseg.records import (
@@ -32,6 +34,8 @@ from autoseg.volume import mismatch
 from autoseg.workspace import Workspace
 
 NAME = "postprocessing.json"
+STATUS = "postprocess.csv"
+"""The list of cases, see autoseg/pipeline/status.py."""
 
 R = TypeVar("R")
 
@@ -61,7 +65,8 @@ def postprocess(
     model.json or a model file to take them from. dataset: whose labels the files hold; by default a dataset.json in or
     above the folders says, else every value is a class.
 
-    A case that fails is named with its reason and the others are done; then AutosegError is raised.
+    A case that fails is named with its reason and the others are done; then AutosegError is raised; before anything is
+    done, for files in `target` that are not ours.
     """
     if (truth is None) == (rule is None):
         raise AutosegError("give --truth FOLDER to search for post-processing, or --rule FILE to apply one")
@@ -69,6 +74,7 @@ def postprocess(
         raise AutosegError(f"-o {target} holds the files to be read; give another folder for the processed ones")
     refuse_unwritable(target)
     files = files_by_case(source)
+    claim(target, files)
     told: Meaning | None = None if dataset is None else labels_in(workspace.dataset(dataset)[1])
     failed: list[Outcome[Any]] = []
     if truth is not None:
@@ -81,10 +87,14 @@ def postprocess(
         chosen, labels = load_rule(rule, told[0] if told else None)
         print(f"Post-processing: {chosen.describe(labels)}", flush=True)
     with sole_writer(target):
-        remove_leftovers(target, (NAME, *(path.name for path in files.values())))
+        named = {case: path.name for case, path in files.items()}
+        remove_leftovers(target, (NAME, STATUS, *named.values()))
+        status = claim(target, files)  # again: the search takes time
+        note_merged(labels, target, named.values())
+        begin(status, named)
         save_json(RuleFile(labels=labels, postprocessing=chosen), target / NAME)
-        note_merged(labels, target)
         outcomes = write_processed(files, target, chosen, labels, workers)
+        end(status, outcomes)
     changed = sum(outcome.value is True for outcome in outcomes)
     done = sum(outcome.error is None for outcome in outcomes)
     print(f"Processed: {done} of {len(files)} cases in {target}, {changed} of them changed. Rule: {target / NAME}")
@@ -92,6 +102,19 @@ def postprocess(
     written = {outcome.case for outcome in outcomes if outcome.error is not None}
     raise_failures([*outcomes, *(outcome for outcome in failed if outcome.case not in written)], "postprocess")
     return chosen
+
+
+def claim(target: Path, files: Mapping[str, Path]) -> Status:
+    """The list of cases in `target`. Raises AutosegError for what would be written over there and is not ours."""
+    status = Status(target, STATUS)
+    refuse_foreign(status, {case: [path.name] for case, path in files.items()})
+    place = target / NAME
+    if place.exists() and not status.rows:
+        raise AutosegError(
+            f"{place} would be overwritten and is none of ours ({STATUS} is not there); give another -o, or move it "
+            "away"
+        )
+    return status
 
 
 def search_folder(
@@ -153,16 +176,13 @@ def write_processed(
     """Write each label file after `rule` to `target`, on its grid, with its values; whether any voxel has changed."""
 
     def process(item: tuple[str, Path]) -> bool:
-        place = target / item[1].name
-        # What an earlier command made of this case must not stand beside a failure.
-        place.unlink(missing_ok=True)
         volume, stored = read_labels(item[1])
         before = _indices(volume.array[0], labels)
         spacing = volume.grid.spacing_mm
         for step in out_of_reach(rule.steps, spacing, before.shape[0] == 1):
             print(f"{item[0]}: {step.describe(labels)} is left out: its voxels are too fine for that", flush=True)
         after = apply(before, rule, spacing)
-        write_labels(labels.to_values(after), stored, place)
+        write_labels(labels.to_values(after), stored, target / item[1].name)
         return after is not before
 
     return map_cases(process, list(files.items()), name=lambda item: item[0], what="postprocess", workers=workers)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from autoseg.bundle import printable
-from autoseg.cases import Bad, Case, ending_of, names, survey_cases
+from autoseg.cases import Bad, Case, ending_of, survey_cases
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
 from autoseg.evaluation.folders import PROBABILITIES, note_merged
 from autoseg.model import Model, Trained, at, is_finished, other_dimension
 from autoseg.parallel import Outcome, map_cases, raise_failures
-from autoseg.pipeline.status import NAME, Row, Status, read
+from autoseg.pipeline.status import NAME, Row, Status, begin, refuse_foreign, take_back
 from autoseg.postprocess import PostProcessing, out_of_reach
 from autoseg.preprocess import PREPROCESS_VERSION, PreparedCase
 from autoseg.progress import Progress
@@ -181,11 +181,14 @@ def predict(
     cases, bad = gather_cases(sources, len(trained.plan.sources), target)
     refuse_overwriting(cases, target)
     with sole_writer(target):
-        written = [path for case in cases for path in (labels_of(target, case), probabilities_of(target, case.id))]
-        remove_leftovers(target, (NAME, *(path.name for path in written)))
+        written = {case.id: (labels_of(target, case).name, probabilities_of(target, case.id).name) for case in cases}
+        made = [name for files in written.values() for name in files]
+        remove_leftovers(target, (NAME, *made))
         status = Status(target)
-        refuse_foreign(cases, status, options)
-        note_merged(trained.plan.labels, target)
+        refuse_foreign(status, {case: files[: 1 + options.save_probabilities] for case, files in written.items()})
+        # Images may lie there too.
+        images = [Path(image).name for case in cases for image in case.images]
+        note_merged(trained.plan.labels, target, (*made, *images))
         for place, unread in bad.items():
             note_bad(unread, status, place)
         outcomes = settled_before(cases, status, key, options)
@@ -240,27 +243,8 @@ def made_before(source: Path, target: Path) -> set[str]:
     """Names of files in `source` that were predicted into it: they are no images."""
     if source.resolve() != target.resolve() or not (target / NAME).is_file():
         return set()
-    return {name for row in read(target / NAME).values() for name in made_for(row)}
-
-
-def made_for(row: Row | None) -> set[str]:
-    """Names of the files that were made for a line, or begun."""
-    return set() if row is None or not row.file else {row.file, probabilities_of(Path(), row.case).name}
-
-
-def refuse_foreign(cases: Sequence[Case], status: Status, options: PredictOptions) -> None:
-    """AutosegError that names the files which would be written over and of which no line says that we made them."""
-    foreign = []
-    for case in cases:
-        wanted = [labels_of(status.folder, case)]
-        wanted += [probabilities_of(status.folder, case.id)] if options.save_probabilities else []
-        ours = made_for(status.rows.get(case.id))
-        foreign += [path.name for path in wanted if path.exists() and path.name not in ours]
-    if foreign:
-        raise AutosegError(
-            f"{status.folder} holds {len(foreign)} files that would be overwritten and are none of our predictions "
-            f"({status.path.name} does not name them): {names(foreign)}; give another -o, or move them away"
-        )
+    before = Status(target)
+    return {name for case in before.rows for name in before.made(case)}
 
 
 def note_bad(bad: Bad, status: Status, source: Path) -> None:
@@ -342,7 +326,7 @@ def predict_cases(
     def prepared_of(case: Case) -> Any:
         with step(case, "reading"):
             keys[case.id] = case_key(case, key)
-            begin(case, status)
+            begin(status, {case.id: labels_of(status.folder, case).name})
             image, stored = read_image([Path(p) for p in case.images], channels=len(model.plan.sources))
             refuse_not_finite(image, model.plan.sources)
             if odd := other_dimension(stored, model.plan, model.configurations):
@@ -404,20 +388,3 @@ def predict_cases(
         if writing is not None:
             writing.result()
     return outcomes
-
-
-def begin(case: Case, status: Status) -> None:
-    """Take back what was made of a case that is done anew, and note which file will be ours, whatever ends us now."""
-    take_back(status, case.id)
-    file = labels_of(status.folder, case).name
-    status.put(Row(case=case.id, status="begun", reason="", seconds="", file=file, key=""))
-
-
-def take_back(status: Status, case: str) -> None:
-    """Remove what was made for the line of a case, and the line.
-
-    So no label file ever stands beside a line that speaks of another one, also when the case fails or is killed now.
-    """
-    for name in made_for(status.rows.get(case)):
-        (status.folder / Path(name).name).unlink(missing_ok=True)
-    status.drop(case)

@@ -2,11 +2,13 @@
 
     python peer.py train RAW WORK --network plain|residual --configurations 2d,3d_fullres,... --folds 0,1 \
         --spacing 2,1.5,1.5 --patch 16,32,32 --features 8,16,24 --steps 40
-    python peer.py predict MODEL INPUT OUTPUT --folds 0,1 --mirror 1 [--earlier FOLDER]
+    python peer.py predict MODEL INPUT OUTPUT --folds 0,1 --mirror 1 [--earlier FOLDER] [--float32]
     python peer.py toys WORK
 
 `train` fingerprints and plans the dataset folder RAW as nnU-Net does, makes the networks small, takes a few steps on
 random patches and lets the trainer save its checkpoint, so that every file is one that nnU-Net wrote.
+nnU-Net adds up the logits of tiles in float16. With --float32, what it predicts where it adds them up in float32, and
+does nothing else otherwise, stands in OUTPUT/float32, made from the labels in FOLDER/float32.
 `toys` makes what the tests beside it read: see README.md.
 """
 
@@ -14,8 +16,11 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -42,7 +47,10 @@ def make_plans(raw: Path, work: Path, args: argparse.Namespace) -> dict:
     if link.resolve() != raw.resolve():
         link.unlink(missing_ok=True)
         link.symlink_to(raw)
-    DatasetFingerprintExtractor(raw.name, num_processes=1).run(overwrite_existing=False)
+    extractor = DatasetFingerprintExtractor(raw.name, num_processes=1)
+    # Its 100 million draws take minutes, and a few cases have fewer voxels.
+    extractor.num_foreground_voxels_for_intensitystats = 1e5
+    extractor.run(overwrite_existing=False)
     planner = (ExperimentPlanner if args.network == "plain" else ResEncUNetPlanner)(raw.name)
     plans = planner.plan_experiment()
     shutil.copy(raw / "dataset.json", work / "preprocessed" / raw.name / "dataset.json")
@@ -298,11 +306,43 @@ def predict(model: Path, source: Path, target: Path, args: argparse.Namespace) -
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     torch.set_num_threads(1)
-    target.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(use_mirroring=bool(args.mirror), device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), tuple(args.folds))
-    earlier = str(args.earlier) if args.earlier else None
-    predictor.predict_from_files_sequential(str(source), str(target), folder_with_segs_from_prev_stage=earlier)
+
+    def run(target: Path, earlier: Path | None) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        before = str(earlier) if earlier else None
+        predictor.predict_from_files_sequential(str(source), str(target), folder_with_segs_from_prev_stage=before)
+
+    run(target, args.earlier)
+    if args.float32:
+        with in_float32(predictor):
+            run(target / "float32", args.earlier / "float32" if args.earlier else None)
+
+
+@contextmanager
+def in_float32(predictor) -> Iterator[None]:
+    """Let the predictor add up logits and their weights in float32; AssertionError if it does not."""
+    import nnunetv2.inference.predict_from_raw_data as module
+    import torch
+
+    weights, logits = module.compute_gaussian, predictor.predict_logits_from_preprocessed_data
+
+    def wide(*args, **options):
+        return weights(*args, **{**options, "dtype": torch.float32})
+
+    def checked(*args, **options):
+        found = logits(*args, **options)
+        assert found.dtype == torch.float32, f"nnU-Net added up in {found.dtype}, though told otherwise"
+        return found
+
+    wide.cache_clear = weights.cache_clear
+    with (
+        patch.object(torch, "half", torch.float32),
+        patch.object(module, "compute_gaussian", wide),
+        patch.object(predictor, "predict_logits_from_preprocessed_data", checked),
+    ):
+        yield
 
 
 def numbers(text: str) -> list[float]:
@@ -338,6 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--folds", type=integers, default=[0])
     verb.add_argument("--mirror", type=int, default=1)
     verb.add_argument("--earlier", type=Path)
+    verb.add_argument("--float32", action="store_true")
     verb.add_argument("--work")
     verbs.add_parser("toys").add_argument("work", type=Path)
     args = parser.parse_args(arguments)
