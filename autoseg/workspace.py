@@ -126,7 +126,10 @@ class Workspace:
             if hits:
                 raise AutosegError(f"dataset {text} is ambiguous: {', '.join(hits)}; use the whole name")
         if path.is_dir():
-            raise AutosegError(f"{path} holds no dataset.json, so it is no raw dataset folder")
+            raise AutosegError(
+                f"{path} holds no dataset.json, so it is no raw dataset folder; `autoseg dataset import -h` says how "
+                "one is made of images and masks as they come"
+            )
         listed = ", ".join(known) or "none yet"
         raise AutosegError(
             f"no dataset {text!r} in {self.root} (known: {listed}); put it at {self.raw('Dataset001_Name')}, "

@@ -5,6 +5,7 @@ patch sees too little of an image. Source: nnU-Net (Isensee et al., Nature Metho
 """
 
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,8 @@ SCHEMES: dict[str, Scheme] = {
     "rgb_to_0_1": "rgb",
 }
 """Normalisation by channel name in lower case; every other name is z-score."""
+NEARLY_CT = re.compile(r"(?<![a-z0-9])(cb)?ct(?![a-z])|hounsfield")
+"""In names in lower case that people give to CT, and that mean z-score as they stand."""
 
 
 def plan(
@@ -129,6 +132,9 @@ def _normalisation(fingerprint: Fingerprint, rules: Rules) -> tuple[tuple[Channe
                 "case has foreground; check the label files, or name the channel 'zscore' in dataset.json"
             )
         masked = scheme == "zscore" and crop_ratio < rules.masked_below
+        outcome = f"{scheme}, inside the non-zero region only" if masked else scheme
+        if channel.lower() not in SCHEMES and NEARLY_CT.search(channel.lower()):
+            outcome += "; if its values are Hounsfield units, call it 'CT' in dataset.json"
         channels.append(ChannelNorm(channel=channel, scheme=scheme, masked=masked, stats=stats))
         reasons.append(
             Reason(
@@ -136,7 +142,7 @@ def _normalisation(fingerprint: Fingerprint, rules: Rules) -> tuple[tuple[Channe
                 rule=f"by the channel's name ({', '.join(SCHEMES)}, else zscore); zscore inside the non-zero region "
                 f"only where cropping leaves less than {rules.masked_below:.0%} of an image",
                 inputs=f"channel {channel!r}, cropping leaves {crop_ratio:.0%} (median)",
-                outcome=f"{scheme}, inside the non-zero region only" if masked else scheme,
+                outcome=outcome,
             )
         )
     return tuple(channels), tuple(reasons)

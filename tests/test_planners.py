@@ -282,6 +282,16 @@ def test_channels_are_normalised_by_name_and_masked_where_much_is_cropped():
         assert all(c.stats == STATS for c in channels)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("CT scan", True), ("abdomen_ct", True), ("CBCT", True), ("CT", False), ("T1ct", False)]
+)
+def test_a_name_that_is_nearly_ct_is_pointed_at(name, said):
+    made = plan(fingerprint((3, (20, 30, 40), (1, 1, 1)), channels=(name,), stats=STATS), labels(2), PLANNERS["unet"])
+    (reason,) = (one for one in made.reasons if one.decision == f"normalisation of {name}")
+    assert ("call it 'CT'" in reason.outcome) == said
+    assert made.channels[0].scheme == ("ct" if name == "CT" else "zscore")
+
+
 def test_without_foreground_only_ct_cannot_be_planned():
     group = (3, (20, 30, 40), (1, 1, 1))
     assert plan(fingerprint(group), labels(2), PLANNERS["unet"]).channels[0].stats is None
