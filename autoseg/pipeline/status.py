@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from autoseg.cases import names
 from autoseg.evaluation.folders import PROBABILITIES
-from autoseg.layout import names
 from autoseg.parallel import Outcome
 from autoseg.records import AutosegError, atomic_write
 
