@@ -163,6 +163,8 @@ def compare(peer, raw: Path, folder: Path, configurations: list[str], options: l
             loaded = autoseg.load(folder / "m.autoseg", device="cpu")
             for case in cases:
                 found = loaded.predict(list(case.images), mirror=bool(mirror), postprocess=False).labels
+                # A picture has no Z here, and Z = 1 as it is read.
+                found = found.reshape((1,) * (3 - found.ndim) + found.shape)
                 in_float32, as_it_is = (labels_in(place / files[case.id]) for place in (target / "float32", target))
                 what = f"{configuration} folds {','.join(used)} mirrored {mirror} {case.id}"
                 equal, dice = measured(f"{what}, float32", found, in_float32)
