@@ -79,6 +79,13 @@ def combine(folders: Sequence[Path], target: Path, labels: Labels | None = None,
         raise AutosegError("give two folders or more; the predictions of one need no ensemble")
     if target.resolve() in [folder.resolve() for folder in folders]:
         raise AutosegError(f"-o {target} is one of the folders, whose files would be overwritten; give another -o")
+    given: dict[Path, Path] = {}
+    for folder in folders:
+        if (place := folder.resolve()) in given:
+            raise AutosegError(
+                f"{given[place]} and {folder} are one folder, whose predictions would count twice; give it once"
+            )
+        given[place] = folder
     refuse_unwritable(target)
     found = [look_into(folder) for folder in folders]
     cases = sorted(set().union(*(folder.maps.keys() | folder.labels.keys() for folder in found)))
