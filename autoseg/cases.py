@@ -220,6 +220,14 @@ def ending_of(path: Path) -> str:
 def names(items: Iterable[str]) -> str:
     """The first few items, and how many more there are."""
     items = list(items)
+def result_name(case: str, like: Path) -> str:
+    """What a result is called that is written in the format of `like`: its ending in small letters, whatever its own.
+
+    Files are read whatever the case of their ending, but written by programs that know the small ones only.
+    """
+    return f"{case}{ending_of(like).lower()}"
+
+
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
 

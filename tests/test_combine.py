@@ -79,6 +79,8 @@ def test_labels_are_voted_on_where_a_folder_has_no_probabilities(tmp_path, capsy
         values = np.zeros(SHAPE, np.int16)
         values[0, 0, :4] = row
         write_labels(values, STORED, tmp_path / name / "a.nii.gz")
+    # Another program may have written the ending in capitals; ours is in small letters.
+    (tmp_path / "x" / "a.nii.gz").rename(tmp_path / "x" / "a.NII.GZ")
     combine([tmp_path / name for name in "xyz"], tmp_path / "out")
     assert read_labels(tmp_path / "out" / "a.nii.gz")[0].array[0, 0, 0, :5].tolist() == [0, 3, 3, 3, 0]
     assert "Majority vote" in capsys.readouterr().out

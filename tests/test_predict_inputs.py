@@ -129,6 +129,14 @@ def test_a_folder_in_which_nothing_matches_is_refused_with_the_reason(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_results_take_the_ending_of_their_image_in_small_letters(tmp_path):
+    finished_run(tmp_path / "m" / "fold_0")
+    write_input(tmp_path, "c0", 0)
+    (tmp_path / "in" / "c0_0000.nii.gz").rename(tmp_path / "in" / "c0_0000.NII.GZ")
+    again(tmp_path)
+    assert list(labels(tmp_path / "out")) == ["c0.nii.gz"] == [status(tmp_path)["c0"]["file"]]
+
+
 def test_predictions_beside_their_images_are_no_images(tmp_path):
     finished_run(tmp_path / "m" / "fold_0")
     write_input(tmp_path, "c0", 0)

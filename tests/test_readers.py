@@ -451,6 +451,25 @@ def test_files_are_compressed(tmp_path):
 
 
 # Broken files and headers.
+@pytest.mark.parametrize("name", ["a.MHD", "a.MHA", "a.NII.GZ", "a.NRRD", "a.GIPL.GZ"])
+def test_a_writer_that_writes_another_name_or_nothing_is_not_believed(tmp_path, name):
+    """Some writers know their endings in small letters only, and one of them makes a.mhd in the place of a.MHD."""
+    try:
+        write_labels(np.ones(SHAPE, int), grid(), tmp_path / name)
+    except AutosegError as error:
+        assert name in str(error)
+        assert not list(tmp_path.iterdir())
+    else:
+        assert read_labels(tmp_path / name)[0].array.all()
+
+
+def test_a_writer_that_writes_nothing_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sitk, "WriteImage", lambda image, name, **options: None)
+    with pytest.raises(AutosegError, match=r"a\.nrrd was not written, but nothing; give its ending in small letters"):
+        write_labels(np.ones(SHAPE, int), grid(), tmp_path / "a.nrrd")
+    assert not list(tmp_path.iterdir())
+
+
 
 
 def patch(path, offset, form, *values):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autoseg.bundle import printable
-from autoseg.cases import Bad, Case, ending_of, survey_cases
+from autoseg.cases import Bad, Case, result_name, survey_cases
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
 from autoseg.evaluation.folders import PROBABILITIES, note_merged
@@ -134,7 +134,7 @@ def export(
 
 def labels_of(folder: Path, case: Case) -> Path:
     """Where the labels of a case stand: in a file of the kind of its image."""
-    return folder / f"{case.id}{ending_of(Path(case.images[0]))}"
+    return folder / result_name(case.id, Path(case.images[0]))
 
 
 def probabilities_of(folder: Path, case: str) -> Path:
