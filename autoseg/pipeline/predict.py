@@ -103,6 +103,11 @@ def choose_model(
     found = candidates(workspace, options)
     if not found:
         asked = f" for {options.dataset}" if options.dataset else ""
+        asked += f" of the configuration {options.configuration}" if options.configuration else ""
+        asked += f" of the run {options.run}" if options.run is not None else ""
+        if there := candidates(workspace, replace(options, configuration=None, run=None)):
+            lines = "\n".join("  " + workspace.command(*verb, *options_for(folder)) for folder in there)
+            raise AutosegError(f"there is no finished model{asked}, only:\n{lines}")
         raise AutosegError(
             f"no finished model{asked} in {workspace.root / 'runs'}; train one with `autoseg train`, choose another "
             "root with --workspace, or name a run folder or a model file with -m"
