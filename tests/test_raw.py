@@ -194,7 +194,10 @@ def test_a_description_that_is_no_json_object(folder, text, said):
         ({"file_ending": ".jpg"}, "JPEG alters the image"),
         ({"file_ending": ".npz"}, "no reader for this ending; known are .nii.gz"),
         ({"file_ending": ".nii"}, "imagesTr: no file ends in .nii; it holds .nii.gz; correct file_ending"),
-        ({"channel_names": {"0": "T1"}}, "a: a_0001.nii.gz in imagesTr, but channel_names has 1 entries"),
+        (
+            {"channel_names": {"0": "T1"}},
+            "a: a_0001.nii.gz in imagesTr, but there are 1 channels; correct the numbers or channel_names",
+        ),
     ],
 )
 def test_faults_of_the_description(folder, changes, said):
