@@ -47,12 +47,12 @@ def find_cases(source: Path, channels: int, file_ending: str | None = None) -> t
 
 
 def survey_cases(
-    source: Path, channels: int, file_ending: str | None = None, ours: Collection[str] = ()
+    source: Path, channels: int, file_ending: str | None = None, ours: Collection[str] = (), cure: str = ""
 ) -> tuple[tuple[Case, ...], Bad]:
     """As `find_cases`, but what is wrong with single cases or files is returned, and they are left out.
 
     ours: names of files in the folder that are no images to read. Files of no image format, and hidden ones, are passed
-    over. Raises AutosegError if no case is left.
+    over. cure: as in `cases_in`. Raises AutosegError if no case is left.
     """
     faults: list[str] = []
     bad: Bad = {}
@@ -62,7 +62,7 @@ def survey_cases(
         present = endings_in(source, ours)
         ending = file_ending or (present[0] if present else ".nii.gz")
         reader_for(source / f"*{ending}")
-        cases = cases_in(source, channels, ending, faults, bad, ours)
+        cases = cases_in(source, channels, ending, faults, bad, ours, cure)
         for other in present if file_ending is None else ():
             if other.lower() != ending.lower():
                 reason = f"of another kind ({other}) than most images there ({ending}); put it into another folder"
@@ -90,9 +90,12 @@ def single_case(path: Path, channels: int, faults: list[str]) -> tuple[Case, ...
 
 
 def cases_in(
-    folder: Path, channels: int, ending: str, faults: list[str], bad: Bad, ours: Collection[str] = ()
+    folder: Path, channels: int, ending: str, faults: list[str], bad: Bad, ours: Collection[str] = (), cure: str = ""
 ) -> tuple[Case, ...]:
-    """The good cases of a folder of images CASE_0000 + ending; the others come into `bad`."""
+    """The good cases of a folder of images CASE_0000 + ending; the others come into `bad`.
+
+    cure: what to do about another number of channels; without one, what helps where dataset.json says it.
+    """
     files = files_with(folder, ending, ours)
     if not files:
         present = endings_in(folder)
@@ -115,10 +118,10 @@ def cases_in(
         if lacking:
             bad[case] = f"missing {names(f'{case}_{n:04}{ending}' for n in lacking)} in {folder.name}"
         if extra:
-            more = f"{names(numbers[n].name for n in extra)} in {folder.name}, but channel_names has {channels} entries"
+            more = f"{names(numbers[n].name for n in extra)} in {folder.name}, but there are {channels} channels"
             bad[case] = f"{bad[case]}, and {more}" if case in bad else more
         if case in bad:
-            bad[case] += "; correct the numbers or channel_names, or remove the case"
+            bad[case] += f"; {cure or 'correct the numbers or channel_names, or remove the case'}"
     good = sorted(by_case.keys() - bad.keys())
     return tuple(Case(id=c, images=tuple(str(by_case[c][n]) for n in sorted(by_case[c]))) for c in good)
 
@@ -215,6 +218,14 @@ def ending_of(path: Path) -> str:
     reader_for(path)
     known = next(ending for ending in ENDINGS if path.name.lower().endswith(ending))
     return path.name[-len(known) :]
+
+
+def result_name(case: str, like: Path) -> str:
+    """What a result is called that is written in the format of `like`: its ending in small letters, whatever its own.
+
+    Files are read whatever the case of their ending, but written by programs that know the small ones only.
+    """
+    return f"{case}{ending_of(like).lower()}"
 
 
 def names(items: Iterable[str]) -> str:

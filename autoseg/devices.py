@@ -8,6 +8,9 @@ import torch
 from autoseg.parallel import cores
 from autoseg.records import AutosegError
 
+SHOWN = 200
+"""Characters of torch's own words about a device that does not work."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
@@ -15,7 +18,7 @@ def choose_device(name: str) -> torch.device:
     """`auto` (CUDA, then Apple's MPS, then the CPU), `cuda`, `cuda:1`, `mps` or `cpu`.
 
     Whoever computes comes by here, so torch is held to the cores of this process too, see `usable_threads`.
-    Raises AutosegError if the device is not there.
+    Raises AutosegError that lists the devices there are, if it is not one of them.
     """
     if torch.get_num_threads() > usable_threads():
         torch.set_num_threads(usable_threads())
@@ -23,12 +26,21 @@ def choose_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = None
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise AutosegError(f"--device {name} does not work here ({error}); try --device auto") from None
+        # torch answers an unknown name with the list of all devices that it was ever written for.
+        why = "" if device is None else f" ({' '.join(str(error).split())[:SHOWN]})"
+        raise AutosegError(f"--device {name} does not work here{why}; there are: {', '.join(present())}") from None
     return device
+
+
+def present() -> list[str]:
+    """The devices that `choose_device` would take here."""
+    cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["auto", *cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
 def usable_threads() -> int:

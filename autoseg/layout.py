@@ -177,7 +177,7 @@ def labels_in(folder: Path) -> tuple[Labels, dict[str, tuple[str, ...]]]:
 
 
 def read_ending(content: Mapping[str, Any], folder: Path, faults: list[str]) -> str:
-    """The file ending of dataset.json, or a fault that names the endings found."""
+    """The file ending of dataset.json in small letters, in which results are written, or a fault with those found."""
     ending = content.get("file_ending")
     if ending is None:
         present = endings_in(folder / "imagesTr")
@@ -191,7 +191,7 @@ def read_ending(content: Mapping[str, Any], folder: Path, faults: list[str]) -> 
             reader_for(Path(f"x{ending}"))
         except AutosegError as error:
             faults.append(f"file_ending {ending!r}{str(error).removeprefix(f'x{ending}')}")
-        return ending
+        return ending.lower()
     return ""
 
 

@@ -363,6 +363,11 @@ def earlier_folds(folder: Path) -> tuple[Path, ...]:
     return found
 
 
+def channels_wanted(plan: Plan) -> str:
+    """What to do about an image of another number of channels than a model reads."""
+    return f"the model reads {', '.join(plan.sources)}, a file each or all in one; give just these"
+
+
 def other_dimension(stored: Grid, plan: Plan, configurations: Iterable[Configuration]) -> str | None:
     """What to say of an image that has another dimension than those of training, where that can be meant; else None.
 

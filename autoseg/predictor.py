@@ -18,7 +18,7 @@ import SimpleITK as sitk
 
 from autoseg.devices import choose_device
 from autoseg.ensemble import Chosen, Ensemble, chosen_at
-from autoseg.model import Model, Trained, other_dimension
+from autoseg.model import Model, Trained, channels_wanted, other_dimension
 from autoseg.postprocess import PostProcessing, out_of_reach
 from autoseg.raw import refuse_not_finite
 from autoseg.readers import Stored, expected_in_file, join, read_stored
@@ -85,7 +85,7 @@ class Predictor:
         seconds: dict[str, float] = {}
         with _timed(seconds, "read"):
             parts, names = _decoded(image, spacing, self.model.plan)
-            volume, stored = join(parts, names, len(self.channels))
+            volume, stored = join(parts, names, len(self.channels), channels_wanted(self.model.plan))
             refuse_not_finite(volume, self.channels)
             if odd := other_dimension(stored, self.model.plan, self.model.configurations):
                 warnings.warn(f"{names[0].name} {odd}", stacklevel=2)
@@ -128,7 +128,7 @@ def _decoded(image: Any, spacing: Sequence[float] | None, plan: Plan) -> tuple[l
     decoded = []
     for part, name in zip(parts, names):
         if isinstance(part, str | Path):
-            decoded.append(read_stored(name, channels=expected))
+            decoded.append(read_stored(name, channels=expected, cure=channels_wanted(plan)))
         elif isinstance(part, sitk.Image):
             decoded.append(stored_of(part, name))
         else:

@@ -151,8 +151,8 @@ class Configuration:
     dimension: Dimension
     spacing_mm: tuple[float, ...]
     median_shape: tuple[float, ...]
-    patch: tuple[int, ...]
-    batch_size: int
+    patch: tuple[PositiveInt, ...]
+    batch_size: PositiveInt
     batch_dice: bool
     network: NetworkSpec
     resampling: Resampling = Resampling()
@@ -170,6 +170,8 @@ class Configuration:
     """The configuration whose prepared cases are read; its own name unless data are shared."""
 
     def __post_init__(self) -> None:
+        if len(self.patch) != self.dimension:
+            raise ValueError(f"the patch of {self.name} has {self.dimension} edges, found {len(self.patch)}")
         if self.context % 2 == 0 or self.context > MOST_CONTEXT:
             raise ValueError(f"context is an odd number of slices up to {MOST_CONTEXT}, found {self.context}")
         if self.context > 1 and self.dimension == 3:

@@ -206,7 +206,12 @@ def name_values(found: set[int], given: dict[str, int]) -> dict[str, int]:
 def channels_of(images: Sequence[Path], request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names for the channels of a case, and what a person should know about them."""
     image, given = images[0], request.channels
-    stored = read_stored(image, channels=(1 if len(images) > 1 else len(given)) or None)
+    single = "give --channels a name for each, with commas: R,G,B"
+    stored = (
+        read_stored(image, channels=1, cure="give files of one channel each")
+        if len(images) > 1
+        else read_stored(image, channels=len(given) or None, cure=single)
+    )
     count = len(stored.array)
     if given:
         return given, ()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autoseg.datasets.folders import by_channel, channels_of, names_of
+from autoseg.datasets.folders import by_channel, channels_of, names_of, without
 from autoseg.datasets.importing import (
     Draft,
     Entry,
@@ -26,7 +26,7 @@ from autoseg.datasets.importing import (
     put,
     whole_order,
 )
-from autoseg.datasets.pairing import Pairs, case_names, pair, within, words
+from autoseg.datasets.pairing import Key, Pairs, case_names, pair, within, words
 from autoseg.readers import on_grid_of, read_stored, whole_labels, write_labels
 from autoseg.records import AutosegError
 from autoseg.volume import canonical_grid, mismatch
@@ -101,8 +101,9 @@ def by_part(masks: Mapping[str, Path], at: int) -> ByCase:
 
 
 def by_name(masks: Mapping[str, Path], structures: Sequence[str]) -> ByCase:
-    """Structure: the longest of `structures` that the name holds; case: the other words."""
+    """Structure: the longest of `structures` that the name holds; case: the other words, as in the first such name."""
     groups: ByCase = defaultdict(dict)
+    called: dict[Key, str] = {}
     for name, path in masks.items():
         found = words(name)
         fitting = [structure for structure in structures if within(words(structure), found)]
@@ -112,7 +113,10 @@ def by_name(masks: Mapping[str, Path], structures: Sequence[str]) -> ByCase:
         inner = words(structure)
         # From the end: the structure is what the file is, the words before it where it lies.
         at = max(at for at in range(len(found)) if found[at : at + len(inner)] == inner)
-        case = " ".join(found[:at] + found[at + len(inner) :])
+        rest = found[:at] + found[at + len(inner) :]
+        # As it is written, where nothing but the structure can be cut out of it.
+        written = without(name, structure)
+        case = called.setdefault(rest, written if words(written) == rest else " ".join(rest))
         if structure in groups[case]:
             raise AutosegError(f"two masks of {structure} for one case: {groups[case][structure]} and {path}")
         groups[case][structure] = path

@@ -6,7 +6,7 @@ a preset of your own is `dataclasses.replace(PLANNERS["resenc_l"], name="mine", 
 
 from autoseg.planners.context import with_context
 from autoseg.planners.default import plan
-from autoseg.planners.edits import added, difference, edited, keep_edits, stamped
+from autoseg.planners.edits import added, difference, edited, keep_edits, overruled, stamped
 from autoseg.planners.explain import explain
 from autoseg.planners.like import plan_like
 from autoseg.planners.prepared import as_prepared, thinning, with_preparation
@@ -27,6 +27,7 @@ __all__ = [
     "joined",
     "keep_edits",
     "kept",
+    "overruled",
     "plan",
     "plan_like",
     "refuse_other_network",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from autoseg.needs import NetworkNeeds
-from autoseg.planners.fit import network_of, start, start_size, step_down
+from autoseg.planners.fit import network_of, patches, start, start_size, step_down
 from autoseg.planners.grid import by
 from autoseg.planners.rules import Rules
 from autoseg.planners.topology import to_halve, topology
@@ -119,7 +119,7 @@ def fit_asked(
             rule=f"what memory allows, at most {rules.coverage:.0%} of the voxels of the dataset, "
             f"at least {rules.min_batch}",
             inputs=f"memory allows {by_memory}{' or more' if by_memory == most else ''}, "
-            f"{rules.coverage:.0%} of the dataset is {by_coverage} patches",
+            f"{rules.coverage:.0%} of the dataset is {patches(by_coverage)}",
             outcome=f"{batch_size}, with which a step needs {counted}",
         ),
         *((places,) if told_place else ()),

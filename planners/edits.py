@@ -3,16 +3,18 @@
 A plan keeps a hash of each configuration as the planner (and --set) made it. A configuration that no longer has that
 hash was edited, one without a hash was added; both stay when the dataset is planned again, unless told otherwise. So
 do the schemes of the normalisation. An edit of anything else cannot outlive a new plan, which is then refused.
+
+The planner gives its reasons before --set and edits change anything; `overruled` makes them say so.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from autoseg.records import AutosegError, hash_text
-from autoseg.schema import ChannelNorm, Configuration, Plan, Request
+from autoseg.schema import ChannelNorm, Configuration, Plan, Reason, Request
 from autoseg.settings import fields
 
 CHANNELS = "channels"
@@ -21,6 +23,19 @@ REST = "plan"
 """Key of everything else."""
 NAMES = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """What planners call their configurations; all else in a plan without hashes was added by hand."""
+
+DECISIONS = {
+    "patch": ("{}: patch", "{}"),
+    "batch_size": ("{}: batch size", "{}"),
+    "network": ("{}: network", "{}"),
+    "spacing_mm": ("{}", "target spacing"),
+    "mirror_axes": ("{}: mirror images",),
+    "batch_dice": ("batch Dice",),
+    "axis_order": ("axis order",),
+    "mirroring": ("left and right",),
+}
+"""Field of a configuration, or of the plan -> the decisions that give it, the first that has a reason; {} is the
+configuration. Any other field is a decision of its own."""
 
 Row = tuple[str, str, str]
 """Field, value in one plan, value in the other; "-" where there is none."""
@@ -113,6 +128,47 @@ def _said(mine: Configuration, made: Configuration | None, own: bool) -> str:
         return f"{mine.name}: kept, {'added by hand' if own else 'the planner would not make it any more'}"
     rows = [f"{field} {value} (planned: {planned})" for field, value, planned in differing(mine, made)]
     return f"{mine.name}: kept as edited: {', '.join(rows) or 'equal to what is planned now'}"
+
+
+def overruled(plan: Plan, ruled: Plan) -> Plan:
+    """`plan` with the reasons of `ruled`, which say what was asked for instead where the two differ.
+
+    ruled: the same plan as its rules give it, before --set and edits. What was added by hand has no reason.
+    """
+    known = {reason.decision for reason in ruled.reasons}
+    instead: dict[str, list[tuple[str, str]]] = {}
+
+    def note(name: str, rows: Sequence[Row]) -> None:
+        for field, now, given in rows:
+            part, _, inner = field.partition(".")
+            places = [place.format(name) for place in DECISIONS.get(part, (f"{name}: {part}" if name else part,))]
+            decision = next((place for place in places if place in known), places[0])
+            called = inner if decision.startswith(f"{name}: ") else field if decision == name else f"{name} {field}"
+            instead.setdefault(decision, []).append((f"{called} {now}".strip(), f"{called} {given}".strip()))
+
+    by_rule = {configuration.name: configuration for configuration in ruled.configurations}
+    for configuration in plan.configurations:
+        if configuration.name in by_rule:
+            note(configuration.name, differing(configuration, by_rule[configuration.name]))
+    for channel, norm in zip(plan.channels, ruled.channels):
+        if rows := differing(channel, norm):
+            decision = f"normalisation of {channel.channel}"
+            instead[decision] = [(f"{field} {now}", f"{field} {given}") for field, now, given in rows]
+    note("", differing(_bare(plan), _bare(ruled)))
+
+    def said(reason: Reason) -> Reason:
+        if reason.decision not in instead:
+            return reason
+        now = ", ".join(value for value, _ in instead[reason.decision])
+        rule = f"--set or an edit of plan.json, on which no other decision rests; without it: {reason.rule}"
+        return replace(reason, rule=rule, outcome=f"{now}, as asked for; the rule gives {reason.outcome}")
+
+    unsaid = (
+        Reason(decision=decision, rule="as planned", inputs="", outcome=", ".join(given for _, given in rows))
+        for decision, rows in instead.items()
+        if decision not in known
+    )
+    return replace(plan, reasons=tuple(map(said, (*ruled.reasons, *unsaid))))
 
 
 def differing(first: Any, second: Any) -> list[Row]:

@@ -25,6 +25,8 @@ def explain(plan: Plan) -> str:
         mark = by_hand.get(configuration.name, "")
         slices = f"  (sees {configuration.context} slices)" if configuration.context > 1 else ""
         lines.append(f"{configuration.name:20}{patch:18}{configuration.batch_size:6}  {spacing}{slices}{mark}")
+    if by_hand:
+        lines += ["", f"By hand: {', '.join(sorted(by_hand))}; where a reason below says otherwise, plan.json holds"]
     for reason in plan.reasons:
         lines += ["", f"{reason.decision}: {reason.outcome}", *_indented("rule", reason.rule)]
         if reason.inputs:

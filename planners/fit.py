@@ -86,7 +86,7 @@ def fit(
             rule=f"what memory allows, at most {rules.coverage:.0%} of the voxels of the dataset, "
             f"at least {rules.min_batch}",
             inputs=f"memory allows {by_memory} ({needed:,} activations a sample), "
-            f"{rules.coverage:.0%} of the dataset is {by_coverage} patches",
+            f"{rules.coverage:.0%} of the dataset is {patches(by_coverage)}",
             outcome=str(batch_size),
         ),
     )
@@ -102,6 +102,11 @@ def fit(
         prepared=name,
     )
     return configuration, reasons
+
+
+def patches(count: int) -> str:
+    """A number of patches in words; none is what is left of a share of a small dataset when it is rounded."""
+    return "less than 1 patch" if count < 1 else "1 patch" if count == 1 else f"{count} patches"
 
 
 def _list(stages: tuple[tuple[int, ...], ...]) -> str:

@@ -79,6 +79,8 @@ def test_labels_are_voted_on_where_a_folder_has_no_probabilities(tmp_path, capsy
         values = np.zeros(SHAPE, np.int16)
         values[0, 0, :4] = row
         write_labels(values, STORED, tmp_path / name / "a.nii.gz")
+    # Another program may have written the ending in capitals; ours is in small letters.
+    (tmp_path / "x" / "a.nii.gz").rename(tmp_path / "x" / "a.NII.GZ")
     combine([tmp_path / name for name in "xyz"], tmp_path / "out")
     assert read_labels(tmp_path / "out" / "a.nii.gz")[0].array[0, 0, 0, :5].tolist() == [0, 3, 3, 3, 0]
     assert "Majority vote" in capsys.readouterr().out
@@ -106,13 +108,24 @@ def test_missing_cases_and_other_grids_are_named_and_the_rest_is_done(tmp_path):
     ]
     assert "no probability map" in rows["b"].reason
     with pytest.raises(AutosegError, match="2 channels, and 3 are needed"):
-        combine([tmp_path / "x", tmp_path / "x"], tmp_path / "out", LABELS)
+        combine([tmp_path / "x", tmp_path / "y"], tmp_path / "out", LABELS)
     with pytest.raises(AutosegError, match="would be overwritten"):
         combine([tmp_path / "x", tmp_path / "y"], tmp_path / "y")
     with pytest.raises(AutosegError, match="two folders or more"):
         combine([tmp_path / "x"], tmp_path / "out")
     with pytest.raises(AutosegError, match="no folder with predictions"):
         combine([tmp_path / "x", tmp_path / "nowhere"], tmp_path / "out")
+
+
+def test_a_folder_counts_once_whatever_it_is_called(tmp_path):
+    for name in ("x", "y"):
+        write(tmp_path / name, uniform(0.1, 0.9))
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    first = tmp_path / "x"
+    for again in (first, tmp_path / "y" / ".." / "x", tmp_path / "link"):
+        with pytest.raises(AutosegError, match=r"x and .* are one folder, .*; give it once"):
+            combine([first, tmp_path / "y", again], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_the_ensemble_did_not_make_are_left_alone(tmp_path):

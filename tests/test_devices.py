@@ -8,17 +8,23 @@ import pytest
 import torch
 
 from autoseg import devices
-from autoseg.devices import choose_device, keep_freed_memory, return_freed_memory, usable_threads
+from autoseg.devices import choose_device, keep_freed_memory, present, return_freed_memory, usable_threads
 from autoseg.records import AutosegError
 
 
 def test_devices_by_name():
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(AutosegError, match="--device auto"):
+    with pytest.raises(AutosegError, match=r"cuda:99 does not work here \(.*there are: auto, .*cpu$"):
         choose_device("cuda:99")
-    with pytest.raises(AutosegError, match="abacus"):
-        choose_device("abacus")
+
+
+@pytest.mark.parametrize("name", ["gpu", "abacus", ""])
+def test_an_unknown_device_is_answered_with_those_that_are_here(name):
+    with pytest.raises(AutosegError) as refused:
+        choose_device(name)
+    assert str(refused.value) == f"--device {name} does not work here; there are: {', '.join(present())}"
+    assert all(choose_device(there) for there in present())
 
 
 @pytest.mark.parametrize(("cores", "threads", "expected"), [(2, 5, 2), (5, 2, 2), (3, 3, 3)])

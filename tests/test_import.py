@@ -248,6 +248,15 @@ def test_values_like_those_of_ct_ask_for_the_name(place, tmp_path, capsys):
     assert "if this is CT, give --channels CT" in capsys.readouterr().out
 
 
+def test_channels_without_a_name_ask_for_one_each(place, tmp_path):
+    write_image(noise(channels=3), grid(), tmp_path / "i" / "1.nii.gz")
+    write_labels(some_labels(), grid(), tmp_path / "m" / "1.nii.gz")
+    with pytest.raises(AutosegError, match=r"holds 3 channels .*, expected are 1; give --channels a name for each"):
+        import_dataset(
+            place, "folders", str(tmp_path / "i"), str(tmp_path / "m"), name=NAME, channels=("RGB",), yes=True
+        )
+
+
 def test_requests_that_cannot_be_met_say_what_to_do(place, tmp_path):
     for words_said, kind, rest in (
         ("choose one of:\n  msd", "msdd", {}),

@@ -8,6 +8,7 @@ from test_import import NAME, SHAPE, noise, some_labels, tree
 from toys import ball, grid
 
 from autoseg.datasets.hdf5 import Array, layout_of
+from autoseg.datasets.masks import by_name
 from autoseg.layout import open_dataset
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.importing import import_dataset
@@ -49,6 +50,20 @@ def test_binary_masks_are_merged_in_the_order_given(place, tmp_path, layout, cap
     assert names.names == ("background", "tibia", "femur")
     assert (labels == 2).sum() == ball(SHAPE, (2, 3, 3), 2.5).sum()
     assert set(np.unique(read_labels(made / "labelsTr" / "leg_2.nii.gz")[0].array)) == {0, 2}
+
+
+def test_masks_told_apart_by_name_are_shown_as_they_are_written():
+    names = ["leg_01/femur", "leg_01/tibia", "Knee-2_Femur_mask", "tibia/Leg 3", "left tibia"]
+    groups = by_name({name: Path(name) for name in names}, ("femur", "tibia"))
+    assert {case: sorted(group) for case, group in groups.items()} == {
+        "leg_01": ["femur", "tibia"],
+        "Knee-2_mask": ["femur"],
+        "Leg 3": ["tibia"],
+        "left": ["tibia"],
+    }
+    # One case, however its files are written; where the name runs together with others, its words are shown.
+    assert list(by_name({"a_1_femur": Path("x"), "tibia A01": Path("y")}, ("femur", "tibia"))) == ["a_1"]
+    assert list(by_name({"leg7femur2": Path("x")}, ("femur",))) == ["leg 7 2"]
 
 
 def test_overlaps_without_an_order_are_refused(place, tmp_path):

@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 from test_pipeline import NAME
+from test_planners import fingerprint, labels
 from toys import balls_dataset, configuration, plan
 from typer.testing import CliRunner
 
 from autoseg.cli import app
 from autoseg.pipeline.data import plan_and_preprocess
-from autoseg.pipeline.planning import PlanOptions
+from autoseg.pipeline.planning import PlanOptions, make_plan
 from autoseg.planners import added, difference, edited, explain, keep_edits, stamped
 from autoseg.records import AutosegError, load_json, save_json
 from autoseg.schema import ChannelStats, Plan, Request
+from autoseg.settings import change, in_json
 from autoseg.workspace import Workspace
 
 RUNNER = CliRunner()
@@ -117,6 +119,67 @@ def test_differences_name_each_field_once():
     third = with_batch(first, "2d", 3)
     assert difference(first, third) == [("2d.batch_size", "2", "3")]
     assert difference(first, plan(FULL, FLAT, scheme="ct")) == [("MR.scheme", "'zscore'", "'ct'")]
+
+
+def reasons_of(made):
+    return {reason.decision: reason for reason in made.reasons}
+
+
+def test_reasons_say_what_was_asked_for_and_what_the_rule_gives():
+    facts, classes = fingerprint((20, (36, 50, 35), (1, 1, 1))), labels(3)
+    ruled, _ = make_plan(facts, classes, PlanOptions(), Request(), {}, None)
+    asked = {
+        "configurations.3d_fullres.patch": [7, 8, 9],
+        "configurations.3d_fullres.network.features": [4, 8, 12],
+        "configurations.3d_fullres.batch_dice": True,
+        "configurations.0.resampling.image_order": 1,
+        "channels.0.scheme": "rescale",
+        "mirroring.forbidden": [0],
+    }
+    request = Request(changes=in_json(asked))
+    made, _ = make_plan(facts, classes, PlanOptions(request=request), request, {}, None)
+    said, given = reasons_of(made), reasons_of(ruled)
+    assert {decision for decision in said if said[decision] != given.get(decision)} == {
+        *("3d_fullres: patch", "3d_fullres: network", "batch Dice", "normalisation of T1"),
+        *("2d: resampling", "left and right"),
+    }
+    patch = said["3d_fullres: patch"]
+    assert patch.outcome == f"(7, 8, 9), as asked for; the rule gives {given['3d_fullres: patch'].outcome}"
+    assert patch.rule.endswith(f"without it: {given['3d_fullres: patch'].rule}")
+    assert said["3d_fullres: network"].outcome.startswith("features (4, 8, 12), as asked for; the rule gives ")
+    assert said["batch Dice"].outcome.startswith("3d_fullres batch_dice True, as asked for; the rule gives pooled in")
+    assert said["2d: resampling"].outcome == "image_order 1, as asked for; the rule gives image_order 3"
+    assert said["normalisation of T1"].outcome == "scheme 'rescale', as asked for; the rule gives zscore"
+    # Made again without options, and edited by hand since.
+    again, _ = make_plan(facts, classes, PlanOptions(), request, request.changes, made)
+    assert again == made
+    mine = with_batch(made, "2d", 3)
+    edit, _ = make_plan(facts, classes, PlanOptions(), request, request.changes, mine)
+    batch = given["2d: batch size"].outcome
+    assert reasons_of(edit)["2d: batch size"].outcome == f"3, as asked for; the rule gives {batch}"
+    assert reasons_of(edit)["3d_fullres: patch"] == patch
+    note = "By hand: 2d; where a reason below says otherwise, plan.json holds"
+    assert note in explain(mine) and note not in explain(made)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("batch_size", 0, "greater than 0"),
+        ("patch", [0, 6, 8], "greater than 0"),
+        ("patch", [6, 8], "the patch of 3d_fullres has 3 edges, found 2"),
+    ],
+)
+def test_a_plan_without_a_patch_or_a_batch_is_refused_by_option_and_in_a_file(tmp_path, field, value, said):
+    with pytest.raises(AutosegError, match=said):
+        change(plan(), {f"configurations.3d_fullres.{field}": value})
+    path = tmp_path / "plan.json"
+    save_json(plan(), path)
+    content = json.loads(path.read_text())
+    content["configurations"][0][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(AutosegError, match=rf"(?s)configurations\.0.*{said}"):
+        load_json(Plan, path)
 
 
 def test_edits_in_the_file_survive_planning_and_are_shown(tmp_path, capsys):

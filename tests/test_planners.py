@@ -459,6 +459,14 @@ def test_what_is_not_planned_has_a_reason_too(group, decision, outcome):
     assert outcome in reason.outcome
 
 
+@pytest.mark.parametrize(("cases", "said"), [(2, "less than 1 patch"), (18, "1 patch"), (60, "2 patches")])
+def test_a_share_of_a_small_dataset_is_said_in_words(cases, said):
+    """Images of 36 x 50 x 35 voxels and patches of 40 x 56 x 40: of 18 cases, 5 % of the voxels are 0.63 patches."""
+    made = plan(fingerprint((cases, (36, 50, 35), (1, 1, 1))), labels(3), PLANNERS["unet"])
+    (reason,) = (reason for reason in made.reasons if reason.decision == "3d_fullres: batch size")
+    assert reason.inputs.endswith(f", 5% of the dataset is {said}")
+
+
 def test_explain_tells_every_decision_in_readable_lines():
     group, classes = EXAMPLES["liver"]
     made = plan(fingerprint(group), labels(classes), PLANNERS["resenc_l"], name="mine")

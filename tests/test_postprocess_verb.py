@@ -69,6 +69,7 @@ def test_a_rule_is_found_written_and_applied_to_every_file(folders, capsys):
 
 def test_a_stored_rule_does_the_same_without_truth(folders):
     run(folders, truth=folders / "truth")
+    (folders / "pred" / "case3.nii.gz").rename(folders / "pred" / "case3.NII.GZ")
     postprocess(Workspace(folders), folders / "pred", folders / "again", rule=folders / "out" / NAME, workers=1)
     for number in range(11):
         name = f"case{number}.nii.gz"

@@ -11,7 +11,7 @@ from toys import LABELS, OBLIQUE, configuration, grid, plan
 import autoseg
 from autoseg.checkpoint import save_weights
 from autoseg.networks import build
-from autoseg.pipeline.predict import PredictOptions, predict
+from autoseg.pipeline.predict import PredictOptions, choose_model, predict
 from autoseg.readers import read_labels, write_image
 from autoseg.records import AutosegError, save_json
 from autoseg.schema import Fold, Recipe, Run
@@ -126,6 +126,30 @@ def test_2d_pictures_come_back_as_pictures(tmp_path):
     labels = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "cell.png")))
     assert labels.shape == (17, 23)
     assert set(np.unique(labels)) <= {0, 7, 200}
+
+
+def test_where_no_model_is_as_asked_for_those_that_are_there_are_listed(tmp_path):
+    runs, place = tmp_path / "runs" / "Dataset001_Toy", Workspace(tmp_path, " --workspace w")
+    finished_run(runs / "default" / "3d_fullres" / "fold_0")
+    finished_run(runs / "big" / "3d_fullres" / "fold_2")
+    finished_run(runs / "big" / "2d" / "fold_0", finished=None)
+
+    def refusal(**asked):
+        with pytest.raises(AutosegError) as refused:
+            choose_model(place, PredictOptions(**asked))
+        return str(refused.value).splitlines()
+
+    listed = [
+        f"  autoseg predict -i IN -o OUT -d Dataset001_Toy -c 3d_fullres --run {run} --workspace w"
+        for run in ("big", "default")
+    ]
+    assert refusal(dataset="1", configuration="2d") == [
+        "there is no finished model for 1 of the configuration 2d, only:",
+        *listed,
+    ]
+    said = "there is no finished model of the configuration 2d of the run big, only:"
+    assert refusal(configuration="2d", run="big") == [said, *listed]
+    assert refusal(dataset="1", run="small") == ["there is no finished model for 1 of the run small, only:", *listed]
 
 
 def test_an_unfinished_or_different_fold_is_refused(tmp_path):

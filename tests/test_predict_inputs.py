@@ -97,7 +97,7 @@ def test_bad_files_harm_only_themselves(tmp_path, capsys):
     assert str(caught.value).splitlines() == [
         "predict failed for 3 of 5 cases:",
         "  c0_0000.png: of another kind (.png) than most images there (.nii.gz); put it into another folder",
-        "  c1: missing c1_0001.nii.gz in in; correct the numbers or channel_names, or remove the case",
+        "  c1: missing c1_0001.nii.gz in in; the model reads T1, T2, a file each or all in one; give just these",
         "  notes.nii.gz: no channel number in its name, in in; rename it to notes_0000.nii.gz, or remove it",
     ]
     assert "Predicted: 2 of 5 cases" in capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_bad_files_harm_only_themselves(tmp_path, capsys):
         "c2": "done",
         "notes.nii.gz": "failed",
     }
-    assert rows["c1"]["reason"].startswith("missing c1_0001.nii.gz in in; correct")
+    assert rows["c1"]["reason"].startswith("missing c1_0001.nii.gz in in; the model reads T1, T2")
     before = stamps(tmp_path / "out")
     # What is mended is predicted, and a file that is gone leaves no line.
     lost.rename(tmp_path / "in" / "c1_0001.nii.gz")
@@ -127,6 +127,24 @@ def test_a_folder_in_which_nothing_matches_is_refused_with_the_reason(tmp_path):
     with pytest.raises(AutosegError, match=r"set of cases:\n  scan\.nii\.gz: no channel number in its name"):
         again(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_other_channels_are_told_what_the_model_reads(tmp_path):
+    made = finished_run(tmp_path / "m" / "fold_0")
+    write_image(np.ones((3, 7, 9, 11), np.float32), grid((7, 9, 11)), tmp_path / "in" / "c0_0000.nii.gz")
+    said = "3 channels or time points, expected are 1; the model reads MR, a file each or all in one; give just these"
+    with pytest.raises(AutosegError, match=said):
+        again(tmp_path)
+    with pytest.raises(AutosegError, match=said):
+        autoseg.load(made, device="cpu").predict(tmp_path / "in" / "c0_0000.nii.gz")
+
+
+def test_results_take_the_ending_of_their_image_in_small_letters(tmp_path):
+    finished_run(tmp_path / "m" / "fold_0")
+    write_input(tmp_path, "c0", 0)
+    (tmp_path / "in" / "c0_0000.nii.gz").rename(tmp_path / "in" / "c0_0000.NII.GZ")
+    again(tmp_path)
+    assert list(labels(tmp_path / "out")) == ["c0.nii.gz"] == [status(tmp_path)["c0"]["file"]]
 
 
 def test_predictions_beside_their_images_are_no_images(tmp_path):

@@ -66,6 +66,15 @@ def findings_of(folder, case="a"):
 # Good layouts.
 
 
+def test_an_ending_in_capitals_is_that_of_the_files_and_results_have_small_letters(folder):
+    for file in [*folder.glob("*Tr/a*.gz"), *folder.glob("*Tr/b*.gz")]:
+        file.rename(file.with_name(file.name.replace(".nii.gz", ".NII.GZ")))
+    describe(folder, file_ending=".NII.GZ")
+    dataset = open_dataset(folder)
+    assert dataset.file_ending == ".nii.gz"
+    assert [(len(case.images), bool(case.label)) for case in dataset.cases] == [(2, True)] * 3
+
+
 def test_a_good_dataset_opens(folder):
     dataset = open_dataset(folder)
     assert (dataset.name, dataset.file_ending) == ("Dataset007_Toy", ".nii.gz")
@@ -185,7 +194,10 @@ def test_a_description_that_is_no_json_object(folder, text, said):
         ({"file_ending": ".jpg"}, "JPEG alters the image"),
         ({"file_ending": ".npz"}, "no reader for this ending; known are .nii.gz"),
         ({"file_ending": ".nii"}, "imagesTr: no file ends in .nii; it holds .nii.gz; correct file_ending"),
-        ({"channel_names": {"0": "T1"}}, "a: a_0001.nii.gz in imagesTr, but channel_names has 1 entries"),
+        (
+            {"channel_names": {"0": "T1"}},
+            "a: a_0001.nii.gz in imagesTr, but there are 1 channels; correct the numbers or channel_names",
+        ),
     ],
 )
 def test_faults_of_the_description(folder, changes, said):

@@ -208,8 +208,14 @@ def test_a_wrong_number_of_channels_is_refused(tmp_path):
     path = save(tmp_path / "a_0000.nii.gz", VOXELS)
     with pytest.raises(AutosegError, match="holds 1 channels, expected are 2"):
         read_image([path], channels=2)
-    with pytest.raises(AutosegError, match="2 channels in 2 files, expected are 3"):
+    with pytest.raises(AutosegError, match="2 channels in 2 files, expected are 3; correct channel_names"):
         read_image([path, path], channels=3)
+    save(tmp_path / "series.nii.gz", np.stack([VOXELS] * 3), (0.5, 1.5, 3.0, 1.0), (0.0, 0.0, 0.0, 0.0))
+    with pytest.raises(AutosegError, match=r"3 channels or time points, expected are 1; name each in channel_names"):
+        read_image([tmp_path / "series.nii.gz"], channels=1)
+    for files, channels in (([path], 2), ([path, path], 3)):
+        with pytest.raises(AutosegError, match=rf"expected are {channels}; send it back$"):
+            read_image(files, channels=channels, cure="send it back")
 
 
 def test_channels_in_another_orientation_are_joined_and_on_another_grid_refused(tmp_path):
@@ -443,6 +449,25 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_labels(np.zeros(SHAPE, int), grid(), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["a.MHD", "a.MHA", "a.NII.GZ", "a.NRRD", "a.GIPL.GZ"])
+def test_a_writer_that_writes_another_name_or_nothing_is_not_believed(tmp_path, name):
+    """Some writers know their endings in small letters only, and one of them makes a.mhd in the place of a.MHD."""
+    try:
+        write_labels(np.ones(SHAPE, int), grid(), tmp_path / name)
+    except AutosegError as error:
+        assert name in str(error)
+        assert not list(tmp_path.iterdir())
+    else:
+        assert read_labels(tmp_path / name)[0].array.all()
+
+
+def test_a_writer_that_writes_nothing_is_found_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sitk, "WriteImage", lambda image, name, **options: None)
+    with pytest.raises(AutosegError, match=r"a\.nrrd was not written, but nothing; give its ending in small letters"):
+        write_labels(np.ones(SHAPE, int), grid(), tmp_path / "a.nrrd")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_compressed(tmp_path):

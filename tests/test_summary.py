@@ -202,6 +202,17 @@ def test_missing_predictions_are_listed(folders):
         evaluate_folders(truth, prediction / "nowhere", quiet=True)
 
 
+@pytest.mark.parametrize("partial", [False, True])
+def test_where_no_name_agrees_a_file_and_the_pattern_are_named(folders, partial):
+    truth, prediction = folders
+    for case in "ab":
+        (prediction / f"{case}.nii.gz").rename(prediction / f"{case}_0000.nii.gz")
+    with pytest.raises(
+        AutosegError, match=r"which holds a_0000\.nii\.gz; that of a\.nii\.gz is called a\.nii\.gz .*without _0000$"
+    ):
+        evaluate_folders(truth, prediction, partial=partial, quiet=True)
+
+
 def test_other_grids_are_refused_by_case(folders):
     truth, prediction = folders
     save(liver_and_lesion()[:, :, 1:], prediction / "a.nii.gz")

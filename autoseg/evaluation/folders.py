@@ -53,15 +53,19 @@ def evaluate_folders(
     grids differ, or that hold values which no label has.
     """
     truths, predictions = files_by_case(truth), files_by_case(prediction)
+    pairs = [(case, truths[case], predictions[case]) for case in sorted(set(truths) & set(predictions))]
+    if not pairs:
+        case, other = min(truths), predictions[min(predictions)].name
+        raise AutosegError(
+            f"no case of {truth} has a prediction in {prediction}, which holds {other}; that of {truths[case].name} is "
+            f"called {case}.nii.gz there, or with another known ending: predictions are CASE.nii.gz, without _0000"
+        )
     missing = sorted(set(truths) - set(predictions))
     if missing and not partial:
         raise AutosegError(
             f"{prediction} has no prediction for {len(missing)} of {len(truths)} cases of {truth}: {_few(missing)}; "
             "predict them, or score only those that are there with --partial"
         )
-    pairs = [(case, truths[case], predictions[case]) for case in sorted(set(truths) & set(predictions))]
-    if not pairs:
-        raise AutosegError(f"no case of {truth} has a prediction in {prediction}; files of one case share one name")
     told = (labels, annotated or {}) if labels is not None else find_labels(truth, prediction)
     if told is None and (merges or not (prediction / MERGED).is_file()):
         told = _labels_in(pairs, workers, quiet), annotated or {}

@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from autoseg.cases import names
+from autoseg.cases import names, result_name
 from autoseg.ensemble import mean_of
 from autoseg.evaluation.folders import as_predicted, find_labels, note_merged
 from autoseg.labels import Labels
@@ -79,6 +79,13 @@ def combine(folders: Sequence[Path], target: Path, labels: Labels | None = None,
         raise AutosegError("give two folders or more; the predictions of one need no ensemble")
     if target.resolve() in [folder.resolve() for folder in folders]:
         raise AutosegError(f"-o {target} is one of the folders, whose files would be overwritten; give another -o")
+    given: dict[Path, Path] = {}
+    for folder in folders:
+        if (place := folder.resolve()) in given:
+            raise AutosegError(
+                f"{given[place]} and {folder} are one folder, whose predictions would count twice; give it once"
+            )
+        given[place] = folder
     refuse_unwritable(target)
     found = [look_into(folder) for folder in folders]
     cases = sorted(set().union(*(folder.maps.keys() | folder.labels.keys() for folder in found)))
@@ -113,8 +120,9 @@ def combine(folders: Sequence[Path], target: Path, labels: Labels | None = None,
 
 
 def name_in(folders: Sequence[Folder], case: str) -> str:
-    """What the result of a case is called: like the first label file of it, if there is one."""
-    return next((folder.labels[case].name for folder in folders if case in folder.labels), f"{case}.nii.gz")
+    """What the result of a case is called: as in the format of the first label file of it, if there is one."""
+    found = (result_name(case, folder.labels[case]) for folder in folders if case in folder.labels)
+    return next(found, f"{case}.nii.gz")
 
 
 def average(folders: Sequence[Folder], case: str, labels: Labels | None) -> tuple[np.ndarray, Grid]:

@@ -16,6 +16,7 @@ from autoseg.planners import (
     PLANNERS,
     as_prepared,
     keep_edits,
+    overruled,
     plan,
     plan_like,
     request_of,
@@ -125,6 +126,7 @@ def make_plan(
         # One of before holds for the 2D configurations, whatever is prepared now.
         made = with_context(made, request.context, () if options.request.context is None else wanted_of(made, options))
     made = replace(made, data_hash=fingerprint.data_hash())
+    ruled = made
     fresh = made = changed(made, earlier, "--set (as before; to forget it, delete plan.json)")
     edits: dict[str, str] = {}
     if before is not None:
@@ -132,7 +134,7 @@ def make_plan(
     made = changed(made, options.request.changes, "--set")
     if made.preparation.function is not None:
         own(made.preparation.function, "preprocessing")
-    return replace(stamped(made, fresh, edits), request=request), edits
+    return replace(stamped(overruled(made, ruled), fresh, edits), request=request), edits
 
 
 def changed(made: Plan, changes: Mapping[str, str], where: str) -> Plan:

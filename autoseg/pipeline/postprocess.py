@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from autoseg.bundle import CARD, ENDING, ModelCard, read
+from autoseg.cases import result_name
 from autoseg.evaluation.folders import Meaning, Pair, as_predicted, files_by_case, find_labels, note_merged
 from autoseg.labels import Labels
 from autoseg.layout import labels_in
@@ -87,7 +88,7 @@ def postprocess(
         chosen, labels = load_rule(rule, told[0] if told else None)
         print(f"Post-processing: {chosen.describe(labels)}", flush=True)
     with sole_writer(target):
-        named = {case: path.name for case, path in files.items()}
+        named = {case: result_name(case, path) for case, path in files.items()}
         remove_leftovers(target, (NAME, STATUS, *named.values()))
         status = claim(target, files)  # again: the search takes time
         note_merged(labels, target, named.values())
@@ -107,7 +108,7 @@ def postprocess(
 def claim(target: Path, files: Mapping[str, Path]) -> Status:
     """The list of cases in `target`. Raises AutosegError for what would be written over there and is not ours."""
     status = Status(target, STATUS)
-    refuse_foreign(status, {case: [path.name] for case, path in files.items()})
+    refuse_foreign(status, {case: [result_name(case, path)] for case, path in files.items()})
     place = target / NAME
     if place.exists() and not status.rows:
         raise AutosegError(
@@ -182,7 +183,7 @@ def write_processed(
         for step in out_of_reach(rule.steps, spacing, before.shape[0] == 1):
             print(f"{item[0]}: {step.describe(labels)} is left out: its voxels are too fine for that", flush=True)
         after = apply(before, rule, spacing)
-        write_labels(labels.to_values(after), stored, target / item[1].name)
+        write_labels(labels.to_values(after), stored, target / result_name(*item))
         return after is not before
 
     return map_cases(process, list(files.items()), name=lambda item: item[0], what="postprocess", workers=workers)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from autoseg.bundle import printable
-from autoseg.cases import Bad, Case, ending_of, survey_cases
+from autoseg.cases import Bad, Case, result_name, survey_cases
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
 from autoseg.evaluation.folders import PROBABILITIES, note_merged
-from autoseg.model import Model, Trained, at, is_finished, other_dimension
+from autoseg.model import Model, Trained, at, channels_wanted, is_finished, other_dimension
 from autoseg.parallel import Outcome, map_cases, raise_failures
 from autoseg.pipeline.status import NAME, Row, Status, begin, refuse_foreign, take_back
 from autoseg.postprocess import PostProcessing, out_of_reach
@@ -103,6 +103,11 @@ def choose_model(
     found = candidates(workspace, options)
     if not found:
         asked = f" for {options.dataset}" if options.dataset else ""
+        asked += f" of the configuration {options.configuration}" if options.configuration else ""
+        asked += f" of the run {options.run}" if options.run is not None else ""
+        if there := candidates(workspace, replace(options, configuration=None, run=None)):
+            lines = "\n".join("  " + workspace.command(*verb, *options_for(folder)) for folder in there)
+            raise AutosegError(f"there is no finished model{asked}, only:\n{lines}")
         raise AutosegError(
             f"no finished model{asked} in {workspace.root / 'runs'}; train one with `autoseg train`, choose another "
             "root with --workspace, or name a run folder or a model file with -m"
@@ -134,7 +139,7 @@ def export(
 
 def labels_of(folder: Path, case: Case) -> Path:
     """Where the labels of a case stand: in a file of the kind of its image."""
-    return folder / f"{case.id}{ending_of(Path(case.images[0]))}"
+    return folder / result_name(case.id, Path(case.images[0]))
 
 
 def probabilities_of(folder: Path, case: str) -> Path:
@@ -178,7 +183,7 @@ def predict(
     model = trained.open(device)
     key = model_key(trained, rule, options)
     sources = [source] if isinstance(source, Path) else source
-    cases, bad = gather_cases(sources, len(trained.plan.sources), target)
+    cases, bad = gather_cases(sources, len(trained.plan.sources), target, channels_wanted(trained.plan))
     refuse_overwriting(cases, target)
     with sole_writer(target):
         written = {case.id: (labels_of(target, case).name, probabilities_of(target, case.id).name) for case in cases}
@@ -211,15 +216,19 @@ def predict(
     return listed
 
 
-def gather_cases(sources: Sequence[Path], channels: int, target: Path) -> tuple[list[Case], dict[Path, Bad]]:
+def gather_cases(
+    sources: Sequence[Path], channels: int, target: Path, cure: str = ""
+) -> tuple[list[Case], dict[Path, Bad]]:
     """The cases of several folders and files, and what cannot be read as such in each of them.
+
+    cure: what to do about another number of channels, see `survey_cases`.
 
     Raises AutosegError for two cases of one name, and as `survey_cases`.
     """
     found: dict[str, Case] = {}
     bad: dict[Path, Bad] = {}
     for source in dict.fromkeys(sources):
-        cases, bad[source] = survey_cases(source, channels, ours=made_before(source, target))
+        cases, bad[source] = survey_cases(source, channels, ours=made_before(source, target), cure=cure)
         for case in cases:
             if case.id in found and found[case.id].images != case.images:
                 raise AutosegError(
@@ -327,7 +336,8 @@ def predict_cases(
         with step(case, "reading"):
             keys[case.id] = case_key(case, key)
             begin(status, {case.id: labels_of(status.folder, case).name})
-            image, stored = read_image([Path(p) for p in case.images], channels=len(model.plan.sources))
+            paths = [Path(path) for path in case.images]
+            image, stored = read_image(paths, channels=len(model.plan.sources), cure=channels_wanted(model.plan))
             refuse_not_finite(image, model.plan.sources)
             if odd := other_dimension(stored, model.plan, model.configurations):
                 bar.say(f"{case.id} {odd}")

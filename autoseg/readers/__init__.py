@@ -95,20 +95,24 @@ def says_size(path: Path) -> bool:
     return reader_for(path) not in (tiff, picture) or len(files_of(path)) > 1
 
 
-def read_stored(path: Path, *, channels: int | None = None, indices: bool = False) -> Stored:
+def read_stored(path: Path, *, channels: int | None = None, indices: bool = False, cure: str = "") -> Stored:
     """One file in its own axis order and type, its channels fitted to the number expected (None: any).
 
-    Raises AutosegError if the file is missing, damaged, or holds another number of channels.
+    Raises AutosegError if the file is missing, damaged, or holds another number of channels. `cure`: what to do about
+    that number; without one, what helps where dataset.json says it.
     """
     reader = reader_for(path)
     if not path.is_file():
         raise AutosegError(f"{path} does not exist")
     stored = fit_channels(reader.read(path, indices=indices), channels, path)
     if channels is not None and len(stored.array) != channels:
-        raise AutosegError(
-            f"{path} holds {len(stored.array)} channels, expected are {channels}; add the files of the others, or "
-            "correct channel_names"
-        )
+        found = len(stored.array)
+        # The fourth axis of a volume may be either.
+        kind = "channels or time points" if found > 1 and not stored.picture else "channels"
+        usual = "add the files of the others, or correct channel_names"
+        if found > channels:
+            usual = "name each in channel_names, or save each time point as an image of its own"
+        raise AutosegError(f"{path} holds {found} {kind}, expected are {channels}; {cure or usual}")
     return stored
 
 
@@ -126,14 +130,14 @@ def fit_channels(stored: Stored, channels: int | None, path: Path) -> Stored:
     return stored if array is stored.array else replace(stored, array=array, alpha=False)
 
 
-def read_image(paths: Sequence[Path], *, channels: int | None = None) -> tuple[Volume, Grid]:
+def read_image(paths: Sequence[Path], *, channels: int | None = None, cure: str = "") -> tuple[Volume, Grid]:
     """All channels of one case, from one file or a file a channel: canonical float32 volume, and the first file's grid.
 
-    `channels` is the number expected, None for any. Raises AutosegError if a file cannot be read, the number differs
-    or the files lie on different grids.
+    `channels` is the number expected, None for any; `cure` is what to do about another number. Raises AutosegError if a
+    file cannot be read, the number differs or the files lie on different grids.
     """
-    parts = [read_stored(path, channels=expected_in_file(len(paths), channels)) for path in paths]
-    return join(parts, paths, channels)
+    parts = [read_stored(path, channels=expected_in_file(len(paths), channels), cure=cure) for path in paths]
+    return join(parts, paths, channels, cure)
 
 
 def expected_in_file(files: int, channels: int | None) -> int | None:
@@ -141,7 +145,7 @@ def expected_in_file(files: int, channels: int | None) -> int | None:
     return channels if files == 1 else 1 if files == channels else None
 
 
-def join(parts: Sequence[Stored], paths: Sequence[Path], channels: int | None) -> tuple[Volume, Grid]:
+def join(parts: Sequence[Stored], paths: Sequence[Path], channels: int | None, cure: str = "") -> tuple[Volume, Grid]:
     """Decoded files of one case -> canonical float32 volume, and the first file's grid; see `read_image`."""
     first = parts[0]
     grids = [canonical_grid(part.grid) for part in parts]
@@ -154,7 +158,8 @@ def join(parts: Sequence[Stored], paths: Sequence[Path], channels: int | None) -
     count = sum(len(part.array) for part in parts)
     if channels is not None and count != channels:
         raise AutosegError(
-            f"{paths[0]}: {count} channels in {len(paths)} files, expected are {channels}; correct channel_names"
+            f"{paths[0]}: {count} channels in {len(paths)} files, expected are {channels}; "
+            + (cure or "correct channel_names")
         )
     array = np.empty((count, *grids[0].shape), np.float32)
     place = 0

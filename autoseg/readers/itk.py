@@ -155,12 +155,16 @@ def staged(path: Path) -> Iterator[Path]:
     """Lend a path of the same name in a new folder beside `path`; what is written there moves to its place at the end.
 
     The name is kept because formats of two files write it into the header; the file called `path` moves last. On an
-    error nothing moves. Missing folders are made.
+    error nothing moves. Missing folders are made. Raises AutosegError if no file of that name was written: some writers
+    change an ending that they know in small letters only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder / path.name
+        if not (folder / path.name).is_file():
+            made = ", ".join(sorted(part.name for part in folder.iterdir())) or "nothing"
+            raise AutosegError(f"{path} was not written, but {made}; give its ending in small letters")
         for part in sorted(folder.iterdir(), key=lambda part: part.name == path.name):
             sync(part)
             os.replace(part, path.parent / part.name)
