@@ -179,7 +179,7 @@ def test_a_description_that_is_no_json_object(folder, text, said):
         ({"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [3, 2]}, "none of its values"),
         ({"labels": {"background": 0, "a": 1, "ignore": 1}}, "ignored and cannot be"),
         ({"labels": {"liver": 1}}, "must name the background"),
-        ({"labels": {"background": 0, "a": 1, "b": 1}}, "unique"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "labels: a = 1 and b = 1: each must have"),
         ({"file_ending": None}, 'file_ending: missing; add "file_ending": ".nii.gz"'),
         ({"file_ending": "nii.gz"}, 'must begin with a dot; write ".nii.gz"'),
         ({"file_ending": ".jpg"}, "JPEG alters the image"),
