@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoseg.readers import ENDINGS, reader_for
+from autoseg.readers import ENDINGS, not_there, reader_for
 from autoseg.records import AutosegError, record
 
 SHOWN = 5
@@ -56,7 +56,7 @@ def survey_cases(
     """
     faults: list[str] = []
     bad: Bad = {}
-    if source.is_file():
+    if is_named(source):
         cases = single_case(source, channels, faults)
     elif source.is_dir():
         present = endings_in(source, ours)
@@ -69,7 +69,7 @@ def survey_cases(
                 # .nii.gz ends in no other known ending, and no other ends in it.
                 bad |= {file.name: reason for file in files_with(source, other, ours)}
     else:
-        raise AutosegError(f"{source} does not exist; give a folder of images or one image file")
+        raise AutosegError(f"{not_there(source)}; give a folder of images or one image file")
     if faults or not cases:
         raise AutosegError(listed(f"{source} cannot be read as a set of cases", [*faults, *as_faults(bad)]))
     return cases, bad
@@ -83,7 +83,7 @@ def single_case(path: Path, channels: int, faults: list[str]) -> tuple[Case, ...
         return (Case(id=stem, images=(str(path),)),)
     case = stem.removesuffix("_0000")
     files = [path.with_name(f"{case}_{n:04}{ending}") for n in range(channels)]
-    found = [file for file in files if file.is_file()]
+    found = [file for file in files if is_named(file)]
     if len(found) not in (1, channels):
         faults.append(f"{case}: {names(file.name for file in files if file not in found)} missing beside {path.name}")
     return (Case(id=case, images=tuple(map(str, found))),)
@@ -148,6 +148,8 @@ def paired_cases(folder: Path, channels: int, ending: str, faults: list[str], ba
     known = {case.id for case in cases} | bad.keys()
     # An image without a number is named above; its label is no second fault.
     known |= {name[: -len(ending)] for name in bad if name.endswith(ending)}
+    if cases or bad:
+        known |= left_out(images, ending, known, bad)
     for name in sorted(by_case.keys() - known) if cases or bad else ():
         if re.sub(r"_\d{4}$", "", name) in known:
             bad[f"{name}{ending}"] = (
@@ -159,6 +161,24 @@ def paired_cases(folder: Path, channels: int, ending: str, faults: list[str], ba
         Case(id=case.id, images=case.images, label=str(by_case[case.id]) if case.id in by_case else None)
         for case in cases
     )
+
+
+def left_out(images: Path, ending: str, known: Collection[str], bad: Bad) -> set[str]:
+    """Cases that have images of other endings alone and would be left out without a word; they come into `bad`."""
+    found: set[str] = set()
+    for other in endings_in(images):
+        cases = {
+            file.name: re.sub(r"_\d{4}$", "", file.name[: -len(other)])
+            for file in files_with(images, other)
+            if not file.name.lower().endswith(ending.lower())
+        }
+        if strange := [name for name, case in cases.items() if case not in known]:
+            bad[f"*{other}"] = (
+                f"{len(strange)} files in {images.name} end in {other}, where dataset.json says {ending}: "
+                f"{names(strange)}; convert them, or move them out of {images.name}"
+            )
+            found |= {cases[name] for name in strange}
+    return found
 
 
 def listed_cases(entries: Any, folder: Path, channels: int, faults: list[str], bad: Bad) -> tuple[Case, ...]:
@@ -182,7 +202,7 @@ def listed_cases(entries: Any, folder: Path, channels: int, faults: list[str], b
         if len(images) not in (1, channels):
             wrong.append(f"its entry in `dataset` lists {len(images)} images for {channels} channel_names")
         paths = [folder / os.path.expandvars(p) for p in (*images, *([label] if label else []))]
-        absent = [str(path) for path in paths if not path.is_file()]
+        absent = [str(path) for path in paths if not is_named(path)]
         if absent:
             wrong.append(f"its entry in `dataset` lists {names(absent)}, which do not exist")
         if wrong:
@@ -210,7 +230,12 @@ def endings_in(folder: Path, ours: Collection[str] = ()) -> list[str]:
 
 def visible(folder: Path) -> list[Path]:
     """The files of a folder that are not hidden."""
-    return [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    return [file for file in folder.iterdir() if is_named(file) and not file.name.startswith(".")]
+
+
+def is_named(path: Path) -> bool:
+    """Whether there is a file of this name, or a link to one that is not there: reading the latter says so."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def ending_of(path: Path) -> str:

@@ -14,8 +14,9 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from autoseg.records import AutosegError, record
+from autoseg.records import AutosegError, problems, record
 
 UNSEEN = -1
 LEAST, MOST = -(2**31), 2**31 - 1
@@ -46,8 +47,9 @@ class Labels:
             raise ValueError("labels need a background and at least one class, each with one value")
         entries = self.regions or self.values
         if len(set(entries)) != len(entries) or len(set(self.names)) != len(self.names):
-            named = dict(zip(self.names[-len(entries) :], entries))
-            raise ValueError(f"label names and values must each be unique, got {named}")
+            named = zip(self.names[-len(entries) :], entries)
+            twice = [f"{name} = {value}" for name, value in named if entries.count(value) > 1] or list(self.names)
+            raise ValueError(f"{' and '.join(twice)}: each must have a name and a value of its own")
         if self.regions and len(self.regions) != len(self.names) - 1:
             raise ValueError(f"{len(self.names) - 1} classes need as many regions, got {len(self.regions)}")
         for name, value, region in zip(self.names[1:], self.values[1:], self.regions):
@@ -62,7 +64,7 @@ class Labels:
             if any(value not in own for value, own in zip(self.values[1:], self.parts)):
                 raise ValueError(f"merged classes are written as one of their values, not as {list(self.values[1:])}")
         if self.ignore in self.stored or any(self.ignore in own for own in self.parts):
-            raise ValueError(f"the value {self.ignore} is ignored and cannot be that of a class too")
+            raise ValueError(f"the value {self.ignore} is ignored and cannot be that of a class too; give one another")
 
     @classmethod
     def from_dataset(cls, labels: Mapping[str, Any], order: Any = None) -> "Labels":
@@ -103,8 +105,9 @@ class Labels:
                 regions=tuple(regions.values()),
                 ignore=ignored[0] if ignored else None,
             )
-        except ValueError as error:
-            raise AutosegError(f"dataset.json: labels: {error}") from None
+        except ValidationError as error:
+            said = problems(error).strip().removeprefix("(whole file): ")
+            raise AutosegError(f"dataset.json: labels: {said}") from None
 
     @property
     def exclusive(self) -> bool:

@@ -6,7 +6,7 @@ case, so that one decoding serves the check, the fingerprint and the preprocessi
 Decided: labels that differ from their image's grid by less than a tenth of a voxel at every corner are rounding
 and lie on the image's grid; more is an error, since only a person can say which header is right. Two cases with the
 same image and the same labels are an error (one would leak into the other's validation); the same image with other
-labels is a warning.
+labels is a warning. The same means voxel by voxel once decoded, however the files were written.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 from autoseg.cases import Case, names
 from autoseg.labels import Labels
 from autoseg.layout import Dataset
-from autoseg.readers import Stored, expected_in_file, files_of, join, on_grid_of, read_stored, whole_labels
+from autoseg.readers import Stored, expected_in_file, files_of, join, not_there, on_grid_of, read_stored, whole_labels
 from autoseg.records import AutosegError, hash_text, record
 from autoseg.volume import Grid, Volume, mismatch
 
@@ -59,24 +59,39 @@ def hash_case(dataset: Dataset, case: Case) -> str:
 
     Raises AutosegError if a file is missing.
     """
-    image = hash_files(case.images, (str(READ_VERSION), str(len(dataset.channel_names))))
+    return f"{hash_image(dataset, case)}-{hash_label(dataset, case)}"
+
+
+def hash_image(dataset: Dataset, case: Case) -> str:
+    """The first part of `hash_case`."""
+    return hash_files(case.images, (str(READ_VERSION), str(len(dataset.channel_names))))
+
+
+def hash_label(dataset: Dataset, case: Case) -> str:
+    """The second part of `hash_case`."""
     listed = () if case.annotated is None else (str(case.annotated),)
     said = (str(READ_VERSION), str(dataset.labels.meaning), *listed)
-    label = hash_files([case.label] if case.label else [], said)
-    return f"{image}-{label}"
+    return hash_files([case.label] if case.label else [], said)
 
 
 def hash_files(paths: Iterable[str], said: tuple[str, ...]) -> str:
     """Hash of the bytes of all files that reading `paths` reads, and of the texts `said`."""
     parts = list(said)
-    for path in paths:
-        for file in files_of(Path(path)):
-            try:
-                with file.open("rb") as opened:
-                    parts.append(hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
-            except FileNotFoundError:
-                raise AutosegError(f"{file} does not exist") from None
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise AutosegError(not_there(path))
+        for file in files_of(path):
+            with file.open("rb") as opened:
+                parts.append(hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
     return hash_text(*parts)
+
+
+def hash_voxels(image: np.ndarray, labels: np.ndarray, annotated: Sequence[str] | None) -> str:
+    """Hash of a decoded case, whatever its files: image (C, Z, Y, X) and labels (Z, Y, X); two parts, image-labels."""
+    # SHA-256 is the fastest of its kind here: processors have instructions for it.
+    parts = (hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in (image, labels))
+    first, second = (hash_text(str(array.shape), part) for array, part in zip((image, labels), parts))
+    return f"{first}-{hash_text(second, str(annotated))}"
 
 
 def load_case(dataset: Dataset, case: Case) -> LoadedCase:
@@ -87,7 +102,9 @@ def load_case(dataset: Dataset, case: Case) -> LoadedCase:
     content_hash = ""
 
     def fault(problem: str, cure: str) -> None:
-        findings.append(Finding(case=case.id, severity="error", problem=problem, cure=cure))
+        found = Finding(case=case.id, severity="error", problem=problem, cure=cure)
+        if found not in findings:  # a file that is not there is missed twice
+            findings.append(found)
 
     try:
         content_hash = hash_case(dataset, case)
@@ -96,8 +113,8 @@ def load_case(dataset: Dataset, case: Case) -> LoadedCase:
         parts = [read_stored(path, channels=expected_in_file(len(paths), channels)) for path in paths]
         image, stored = join(parts, paths, channels)
         if stored.dimension == 3 and not all(part.sized for part in parts):
-            problem = f"{paths[0].name} does not say its voxel size, 1 mm is taken"
-            cure = f'put {{"spacing": [z, y, x]}} into {case.id}.json beside it'
+            problem = "the image does not say its voxel size, 1 mm is taken"
+            cure = 'put {"spacing": [z, y, x]} into CASE.json beside it'
             findings.append(Finding(case=case.id, severity="warning", problem=problem, cure=cure))
     except AutosegError as error:
         fault(*problem_and_cure(error))
@@ -200,7 +217,7 @@ def refuse_not_finite(image: Volume, channel_names: Sequence[str]) -> None:
 
 
 def check_dataset(dataset: Dataset, hashes: Mapping[str, str]) -> tuple[Finding, ...]:
-    """Findings about the dataset as a whole: its notes, and cases with the same files. `hashes`: case -> content."""
+    """Findings about the dataset as a whole: its notes, and cases that are the same. `hashes`: case -> content."""
     findings = [
         Finding(case="", severity="warning", problem=note, cure="correct dataset.json or look for missing files")
         for note in dataset.notes
@@ -221,11 +238,16 @@ def check_dataset(dataset: Dataset, hashes: Mapping[str, str]) -> tuple[Finding,
 
 
 def findings_table(findings: Sequence[Finding]) -> str:
-    """All findings as one table of text, errors first, then by case."""
+    """All findings as one table of text, errors first, then by case; the same warning of many cases is one row."""
     if not findings:
         return "no findings"
     ordered = sorted(findings, key=lambda finding: (finding.severity, finding.case))
     rows = [("severity", "case", "problem", "cure")]
-    rows += [(f.severity, f.case or "(dataset)", " ".join(f.problem.split()), f.cure) for f in ordered]
+    rows_of: dict[tuple[str, ...], list[str]] = {}
+    for f in ordered:
+        # Every error must be mended, so each has its row.
+        row = (f.severity, " ".join(f.problem.split()), f.cure, f.case if f.severity == "error" else "")
+        rows_of.setdefault(row, []).append(f.case or "(dataset)")
+    rows += [(severity, names(cases), problem, cure) for (severity, problem, cure, _), cases in rows_of.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join("  ".join((*(cell.ljust(width) for cell, width in zip(row, widths)), row[3])) for row in rows)

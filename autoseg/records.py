@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ArgsKwargs
 
 T = TypeVar("T")
 
@@ -174,6 +175,8 @@ def problems(error: ValidationError) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         place = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
-        found = "" if problem["type"] == "missing" else f" (found {json.dumps(problem['input'], default=str)[:80]})"
-        lines.append(f"  {place}: {problem['msg']}{found}")
+        # A check of a whole record says itself what it found; its input would be shown in pydantic's own words.
+        silent = problem["type"] == "missing" or isinstance(problem["input"], ArgsKwargs)
+        found = "" if silent else f" (found {json.dumps(problem['input'], default=str)[:80]})"
+        lines.append(f"  {place}: {problem['msg'].removeprefix('Value error, ')}{found}")
     return "\n".join(lines)

@@ -110,8 +110,9 @@ def make_splits(cases: Sequence[str], *, group_by: str | None = None, test_fract
         names = [name for name in names if name not in locked]
     if len(names) < 2:
         raise AutosegError(
-            f"cross-validation needs at least 2 {'groups' if group_by else 'cases'} beside the test set, "
-            f"found {len(names)}; add cases or lower --test-fraction"
+            f"cross-validation needs at least 2 {'groups' if group_by else 'cases'}"
+            f"{' beside the test set' if locked else ''}, found {len(names)}; add cases"
+            f"{' or lower --test-fraction' if locked else ''}"
         )
     folds = tuple(
         Fold(train=_members(rest, groups), val=_members(held, groups))

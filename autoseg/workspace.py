@@ -93,19 +93,29 @@ class Workspace:
     def datasets(self) -> dict[str, Path]:
         """Name -> raw folder (which may be gone once the data are prepared) of every dataset of the workspace.
 
-        Hidden folders are datasets that are being written.
+        Hidden folders are datasets that are being written, and one without a fingerprint was not prepared.
         """
-        names = {folder.name for kind in ("raw", "prepared", "runs") for folder in (self.root / kind).glob("*/")}
+        names = {folder.name for kind in ("raw", "runs") for folder in (self.root / kind).glob("*/")}
+        for file in ("fingerprint.json", SOURCE):
+            names |= {found.parent.name for found in (self.root / "prepared").glob(f"*/{file}")}
         return {name: self._source(name) for name in sorted(names) if not name.startswith(".")}
 
     def _source(self, dataset: str) -> Path:
-        here, noted = self.raw(dataset), self.prepared(dataset) / SOURCE
-        return here if here.is_dir() or not noted.is_file() else Path(load_json(Source, noted).folder)
+        here = self.raw(dataset)
+        return here if here.is_dir() else self.prepared_from(dataset)
+
+    def prepared_from(self, dataset: str) -> Path:
+        """The raw folder that was prepared as `dataset`, or would be."""
+        noted = self.prepared(dataset) / SOURCE
+        return Path(load_json(Source, noted).folder) if noted.is_file() else self.raw(dataset)
 
     def remember(self, dataset: str, raw: Path) -> None:
         """Note where a raw dataset outside the workspace lies, for `dataset`."""
+        noted = self.prepared(dataset) / SOURCE
         if raw.resolve() != self.raw(dataset).resolve():
-            save_json(Source(folder=str(raw.absolute())), self.prepared(dataset) / SOURCE)
+            save_json(Source(folder=str(raw.absolute())), noted)
+        else:
+            noted.unlink(missing_ok=True)
 
     def dataset(self, text: str) -> tuple[str, Path]:
         """The name and raw folder of the dataset that `text` means.

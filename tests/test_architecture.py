@@ -30,7 +30,7 @@ ROWS = [
         "supervise",
     },
     {"volume", "resample", "readers"},
-    {"cases", "layout", "raw", "preprocess", "restore", "fingerprint", "store", "splits"},
+    {"cases", "layout", "raw", "preprocess", "restore", "fingerprint", "store", "splits", "outliers"},
     {"networks", "losses", "augment", "placement", "devices", "schedule", "rates", "history", "team"},
     {
         "sampling",
@@ -78,6 +78,7 @@ WITHOUT_TORCH = {
     "fingerprint",
     "store",
     "splits",
+    "outliers",
     "placement",
     "evaluation",
     "postprocess",

@@ -120,6 +120,34 @@ def test_bad_files_harm_only_themselves(tmp_path, capsys):
     assert {name for name, stamp in stamps(tmp_path / "out").items() if stamp != before.get(name)} == {"c1.nii.gz"}
 
 
+def test_a_link_whose_file_was_not_fetched_is_a_case_that_failed(tmp_path):
+    finished_run(tmp_path / "m" / "fold_0")
+    write_input(tmp_path, "c0", 0)
+    (tmp_path / "in" / "c1_0000.nii.gz").symlink_to("/nowhere/c1")
+    with pytest.raises(AutosegError, match=r"c1_0000\.nii\.gz is a link to /nowhere/c1, which is not there; fetch it"):
+        again(tmp_path)
+    assert {case: row["status"] for case, row in status(tmp_path).items()} == {"c0": "done", "c1": "failed"}
+    (tmp_path / "in" / "c1_0000.nii.gz").unlink()
+    write_input(tmp_path, "c1", 1)
+    assert len(again(tmp_path)) == 2
+
+
+def test_images_of_another_scale_than_those_of_training_are_named_in_one_line(tmp_path, capsys):
+    """Axes of the model's images are 8 mm long on average; one case is in metres, one in centimetres."""
+    finished_run(tmp_path / "m" / "fold_0")
+    for case, unit in (("c0", 1.0), ("cm", 0.1), ("m", 0.001)):
+        image = np.random.default_rng(0).normal(100, 20, (7, 9, 11)).astype(np.float32)
+        spacing = tuple(unit * side for side in (2.0, 1.3, 1.1))
+        write_image(image, grid(image.shape, spacing_mm=spacing), tmp_path / "in" / f"{case}_0000.nii.gz")
+    again(tmp_path)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "scale" in line)
+    assert line == (
+        "warning: 2 of 3 cases have another scale than those of training: cm, m (voxels of 0.142 mm a side and an "
+        "extent of 1.26 mm, in training 1.42 mm and 8.19 mm); look at the header: metres or centimetres for "
+        "millimetres?"
+    )
+
+
 def test_a_folder_in_which_nothing_matches_is_refused_with_the_reason(tmp_path):
     finished_run(tmp_path / "m" / "fold_0")
     write_input(tmp_path, "c0", 0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from autoseg.cases import Case, find_cases
 from autoseg.labels import Labels
 from autoseg.layout import open_dataset
 from autoseg.raw import check_case, check_dataset, findings_table, hash_case, load_case
+from autoseg.readers import read_image
 from autoseg.records import AutosegError
 from autoseg.volume import Grid, Volume
 
@@ -188,7 +190,7 @@ def test_a_description_that_is_no_json_object(folder, text, said):
         ({"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [3, 2]}, "none of its values"),
         ({"labels": {"background": 0, "a": 1, "ignore": 1}}, "ignored and cannot be"),
         ({"labels": {"liver": 1}}, "must name the background"),
-        ({"labels": {"background": 0, "a": 1, "b": 1}}, "unique"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "labels: a = 1 and b = 1: each must have"),
         ({"file_ending": None}, 'file_ending: missing; add "file_ending": ".nii.gz"'),
         ({"file_ending": "nii.gz"}, 'must begin with a dot; write ".nii.gz"'),
         ({"file_ending": ".jpg"}, "JPEG alters the image"),
@@ -311,6 +313,34 @@ def test_hidden_files_and_other_files_are_left_alone(folder):
     (folder / "imagesTr" / "notes.txt").write_text("hello")
     assert len(open_dataset(folder).cases) == 3
     assert len(find_cases(folder / "imagesTr", 2)) == 3
+
+
+def test_cases_of_another_ending_are_named_and_not_left_out(folder):
+    """b comes as .nii, as from another scanner; a picture of a case that is there leaves nothing out."""
+    for path in ("imagesTr/b_0000", "imagesTr/b_0001", "labelsTr/b"):
+        move(folder, f"{path}.nii.gz", f"{path}.nii")
+    (folder / "imagesTr" / "a_0000.png").touch()
+    assert refusal(folder).splitlines()[1:] == [
+        "  *.nii: 2 files in imagesTr end in .nii, where dataset.json says .nii.gz: b_0000.nii, b_0001.nii; convert "
+        "them, or move them out of imagesTr"
+    ]
+
+
+@pytest.mark.parametrize("listing", [True, False])
+def test_a_link_whose_file_was_not_fetched_is_named(folder, listing):
+    for path, target in (("imagesTr/a_0001.nii.gz", "../annex/a"), ("labelsTr/b.nii.gz", "/nowhere/b")):
+        (folder / path).unlink()
+        (folder / path).symlink_to(target)
+    if listing:
+        files = {case: [f"imagesTr/{case}_{n:04}.nii.gz" for n in range(2)] for case in ("a", "b", "c_2020")}
+        describe(folder, dataset={c: {"images": own, "label": f"labelsTr/{c}.nii.gz"} for c, own in files.items()})
+    (image,), (label,), none = (findings_of(folder, case) for case in ("a", "b", "c_2020"))
+    assert image.problem == f"{folder}/imagesTr/a_0001.nii.gz is a link to ../annex/a, which is not there"
+    assert label.problem == f"{folder}/labelsTr/b.nii.gz is a link to /nowhere/b, which is not there"
+    assert image.cure.startswith("fetch it (datalad get, git annex get), mount") and none == ()
+    (case,) = find_cases(folder / "imagesTr" / "a_0000.nii.gz", 2)
+    with pytest.raises(AutosegError, match=r"is a link to \.\./annex/a, which is not there"):
+        read_image([Path(image) for image in case.images])
 
 
 # Prediction inputs.

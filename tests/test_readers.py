@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 from autoseg.readers import (
     READERS,
     files_of,
+    itk,
     read_image,
     read_labels,
     reader_for,
@@ -693,3 +694,10 @@ def test_a_real_anisotropic_ct_goes_there_and_back(real_data, tmp_path):
     np.testing.assert_array_equal(sitk.GetArrayFromImage(first), sitk.GetArrayFromImage(second))
     for of in ("GetSpacing", "GetOrigin", "GetDirection"):
         np.testing.assert_allclose(getattr(first, of)(), getattr(second, of)(), atol=1e-6)
+
+
+def test_what_itk_says_is_shown_from_its_reason_on_and_in_whole_words():
+    where = "Exception thrown in SimpleITK ImageFileWriter_Execute: /tmp/itkNiftiImageIO.cxx:1494: ITK ERROR: "
+    assert itk.reason(f"{where}no\n room  left") == "no room left"
+    long = itk.reason(where + "ninewords " * 40)
+    assert set(long.split()) == {"ninewords", "..."} and len(long) <= itk.REASON

@@ -75,6 +75,17 @@ def test_a_dataset_that_lies_elsewhere_is_remembered(tmp_path):
     inside = place.raw("Dataset007_Balls")
     inside.mkdir(parents=True)  # what is put into the workspace later is what its name means
     assert place.dataset("7") == ("Dataset007_Balls", inside)
+    assert place.prepared_from("Dataset007_Balls") == elsewhere
+    place.remember("Dataset007_Balls", inside)
+    assert place.prepared_from("Dataset007_Balls") == inside
+
+
+def test_a_folder_in_which_nothing_was_prepared_is_no_dataset(tmp_path):
+    place = Workspace(tmp_path)
+    place.prepared("Dataset007_Balls").mkdir(parents=True)
+    assert place.datasets() == {}
+    (place.prepared("Dataset007_Balls") / "fingerprint.json").touch()
+    assert place.datasets() == {"Dataset007_Balls": place.raw("Dataset007_Balls")}
 
 
 def test_a_dataset_of_the_workspace_needs_no_note(place):

@@ -14,14 +14,16 @@ from autoseg.cases import Bad, Case
 from autoseg.fingerprint import Measured, measure_case, summarise
 from autoseg.layout import Dataset, survey_dataset
 from autoseg.merging import merge, seen_as
+from autoseg.outliers import of_another_scale, without_a_class
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
+from autoseg.pipeline.changes import refuse_other_dataset, unchanged_fingerprint
 from autoseg.pipeline.planning import PlanOptions, choose_splits, holds, make_plan, wanted_of
 from autoseg.pipeline.preparing import bytes_needed, plan_in, preprocess
-from autoseg.planners import explain, joined, kept, refuse_other_network, says_sides, words
+from autoseg.planners import explain, joined, kept, refuse_other_network, words
 from autoseg.preprocess import Cropped, crop_to_content
-from autoseg.raw import Finding, check_dataset, findings_table, hash_case, load_case, problem_and_cure
-from autoseg.records import AutosegError, load_json, refuse_unwritable, save_json, sole_writer
-from autoseg.schema import Fingerprint, Plan, Request
+from autoseg.raw import Finding, check_dataset, findings_table, hash_voxels, load_case, problem_and_cure
+from autoseg.records import AutosegError, refuse_unwritable, save_json, sole_writer
+from autoseg.schema import Plan, Request
 from autoseg.workspace import Workspace
 
 
@@ -32,6 +34,8 @@ class Examined:
     findings: tuple[Finding, ...]
     measured: Measured | None
     cropped: Cropped | None
+    voxels: str = ""
+    """Hash of what was decoded; "" where the case could not be."""
 
 
 class Kept:
@@ -60,7 +64,8 @@ def examine(dataset: Dataset, workers: int | None, keep: Kept) -> list[Outcome[E
             return Examined(findings=loaded.findings, measured=None, cropped=None)
         cropped = crop_to_content(case.id, loaded.image, loaded.labels, loaded.stored)
         measured = measure_case(cropped, dataset.labels, loaded.content_hash, len(dataset.cases), case.annotated)
-        return Examined(findings=loaded.findings, measured=measured, cropped=keep.offer(cropped))
+        voxels = hash_voxels(loaded.image.array, loaded.labels, case.annotated)
+        return Examined(findings=loaded.findings, measured=measured, cropped=keep.offer(cropped), voxels=voxels)
 
     return map_cases(
         one,
@@ -85,8 +90,14 @@ def findings_of(dataset: Dataset, outcomes: Sequence[Outcome[Examined]], bad: Ba
             findings.append(
                 Finding(case=outcome.case, severity="error", problem=outcome.reason(), cure="repair or remove the case")
             )
-    hashes = {o.case: o.value.measured.facts.content_hash for o in outcomes if o.value and o.value.measured}
-    return findings + list(check_dataset(dataset, hashes))
+    findings += check_dataset(dataset, {o.case: o.value.voxels for o in outcomes if o.value and o.value.voxels})
+    measured = [outcome.value.measured for outcome in outcomes if outcome.value and outcome.value.measured]
+    facts = [each.facts for each in measured]
+    if len({each.dimension for each in measured}) == 1:
+        findings += of_another_scale(facts, flat=measured[0].dimension == 2)
+    if len(facts) == len(outcomes) and not bad:
+        findings += without_a_class(facts, dataset.labels)
+    return findings
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:
@@ -98,13 +109,36 @@ def refuse_errors(findings: Sequence[Finding]) -> None:
         raise AutosegError(f"{errors} errors in the dataset, see the table above; nothing was written")
 
 
+def refused_in_planning(
+    dataset: Dataset, folder: Path, prepared: Path, outcomes: Sequence[Outcome[Examined]]
+) -> list[Finding]:
+    """What plan_and_preprocess would refuse in a dataset whose cases are all good, by trying it; nothing is written."""
+    measured = [outcome.value.measured for outcome in outcomes if outcome.value and outcome.value.measured]
+
+    def plan() -> None:
+        facts = summarise(dataset.name, dataset.channel_names, measured)
+        make_plan(facts, dataset.labels, PlanOptions(), Request(), {}, None)
+
+    found = []
+    for step in (lambda: choose_splits(dataset, folder, prepared, PlanOptions()), plan):
+        try:
+            step()
+        except AutosegError as error:
+            problem, cure = problem_and_cure(error)
+            found.append(Finding(case="", severity="error", problem=problem, cure=cure))
+    return found
+
+
 def check(workspace: Workspace, dataset_text: str, workers: int | None = None) -> None:
     """Decode and check every case, print a table of all findings. Raises AutosegError on errors; writes nothing."""
-    _, folder = workspace.dataset(dataset_text)
+    name, folder = workspace.dataset(dataset_text)
     dataset, bad = survey_dataset(folder)
     for remark in dataset.remarks():
         print(f"Labels: {remark}")
-    findings = findings_of(dataset, examine(dataset, workers, Kept(0)), bad)
+    outcomes = examine(dataset, workers, Kept(0))
+    findings = findings_of(dataset, outcomes, bad)
+    if all(finding.severity == "warning" for finding in findings):
+        findings += refused_in_planning(dataset, folder, workspace.prepared(name), outcomes)
     refuse_errors(findings)
     print(f"{dataset.name}: {len(dataset.cases)} cases checked, no errors, {len(findings)} warnings")
 
@@ -134,9 +168,12 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     request = joined(earlier, request)
     labels = merge(dataset.labels, request.merge)
     known = prepared / "fingerprint.json"
+    if not bad:
+        choose_splits(dataset, folder, prepared, options)  # what it refuses is refused before hours of work
     fingerprint = None if bad else unchanged_fingerprint(dataset, known, options.workers)
     cropped: dict[str, Cropped] = {}
     if fingerprint is None:
+        refuse_other_dataset(workspace, name, folder)
         outcomes = examine(dataset, options.workers, Kept(free_memory() // 4))
         refuse_errors(findings_of(dataset, outcomes, bad))
         examined = raise_failures(outcomes, "check")
@@ -156,7 +193,9 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     chosen = [made.configuration(name) for name in wanted_of(made, options)]
 
     with sole_writer(prepared):
-        splits = choose_splits(dataset, folder, prepared, options)
+        splits, changes = choose_splits(dataset, folder, prepared, options)
+        for line in changes:
+            print(f"Folds: {line}")
         workspace.remember(name, folder)
         planned.mkdir(exist_ok=True)
         records.remove_leftovers(prepared, ("fingerprint.json", "splits.json"))
@@ -176,28 +215,3 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         print(f"Folds: {len(splits.folds)}, locked test cases: {len(splits.test)} ({prepared / 'splits.json'})")
         preprocess(workspace, dataset, made, chosen, fingerprint, cropped, options.workers)
     return made
-
-
-def unchanged_fingerprint(dataset: Dataset, path: Path, workers: int | None) -> Fingerprint | None:
-    """The fingerprint at `path` if it belongs to exactly these files; None if anything has changed since."""
-    if not path.is_file():
-        return None
-    old = load_json(Fingerprint, path)
-    if [case.case for case in old.cases] != [case.id for case in dataset.cases]:
-        return None
-    if old.channel_names != dataset.channel_names:
-        return None
-    # One without positions is of an earlier version; they matter only where a class is named after a side.
-    if any(case.across is None for case in old.cases) and says_sides(dataset.labels):
-        return None
-    if any(case.voxels is None for case in old.cases):  # of an earlier version too; losses weigh classes by them
-        return None
-    outcomes = map_cases(
-        lambda case: hash_case(dataset, case),
-        dataset.cases,
-        name=lambda case: case.id,
-        what="look for changes",
-        finishes=False,
-        workers=workers,
-    )
-    return old if [outcome.value for outcome in outcomes] == [case.content_hash for case in old.cases] else None

@@ -167,9 +167,10 @@ def describe_plan_fields(workspace: Workspace, dataset_text: str, plan_name: str
     )
 
 
-def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOptions) -> Splits:
+def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOptions) -> tuple[Splits, tuple[str, ...]]:
     """Folds given with the raw data, else those made before with what has come and gone since, else new ones.
 
+    Beside them what has changed since, a line each.
     Raises AutosegError if folds exist and the options ask for others: runs may already rest on them.
     """
     cases = [case.id for case in dataset.cases]
@@ -178,10 +179,10 @@ def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOpti
         if given.is_file():
             if options.test_fraction:
                 raise AutosegError(f"{given} already says which cases are held out; leave out --test-fraction")
-            return read_splits(given, cases, group_by)
+            return read_splits(given, cases, group_by), ()
     existing = prepared / "splits.json"
     if not existing.is_file():
-        return make_splits(cases, group_by=group_by, test_fraction=options.test_fraction)
+        return make_splits(cases, group_by=group_by, test_fraction=options.test_fraction), ()
     old = load_splits(existing)
     asked = options.group_by is not None or options.test_fraction > 0 or old.group_by != group_by
     if asked and (old.group_by, old.test_fraction) != (group_by, options.test_fraction):
@@ -189,9 +190,7 @@ def choose_splits(dataset: Dataset, raw: Path, prepared: Path, options: PlanOpti
         if to_json(wanted) != to_json(replace(old, test_fraction=wanted.test_fraction)):
             raise AutosegError(f"{existing} holds other folds, which runs may rest on; delete it to make new ones")
     splits, changes = mended(old, cases)
-    for line in changes:
-        print(f"Folds: {line}")
     if changes:
-        print("Folds: what was trained on those before still predicts; train on these under another --run")
+        changes = (*changes, "what was trained on those before still predicts; train on these under another --run")
     check_splits(splits, cases, str(existing))
-    return splits
+    return splits, changes

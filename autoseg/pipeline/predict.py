@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from autoseg.bundle import printable
-from autoseg.cases import Bad, Case, result_name, survey_cases
+from autoseg.cases import Bad, Case, names, result_name, survey_cases
 from autoseg.devices import choose_device, keep_freed_memory
 from autoseg.ensemble import Chosen, Ensemble, EnsembleCase, chosen_at, open_choice
 from autoseg.evaluation.folders import PROBABILITIES, note_merged
 from autoseg.model import Model, Trained, at, channels_wanted, is_finished, other_dimension
+from autoseg.outliers import unlike_training
 from autoseg.parallel import Outcome, map_cases, raise_failures
 from autoseg.pipeline.status import NAME, Row, Status, begin, refuse_foreign, take_back
 from autoseg.postprocess import PostProcessing, out_of_reach
@@ -308,6 +309,7 @@ def predict_cases(
     outcomes: dict[str, Outcome[Path]] = {}
     keys: dict[str, str] = {}
     seconds: dict[str, float] = {}
+    unlike: dict[str, str] = {}
 
     @contextmanager
     def step(case: Case, doing: str, last: bool = False) -> Iterator[None]:
@@ -341,6 +343,8 @@ def predict_cases(
             refuse_not_finite(image, model.plan.sources)
             if odd := other_dimension(stored, model.plan, model.configurations):
                 bar.say(f"{case.id} {odd}")
+            if odd := unlike_training(stored, model.plan, model.configurations[-1]):
+                unlike[case.id] = odd
             trained_at = model.configurations[-1].spacing_mm
             if set(trained_at) != {1.0} and not says_size(Path(case.images[0])):
                 sides = " x ".join(f"{side:g}" for side in trained_at)
@@ -397,4 +401,9 @@ def predict_cases(
                 writing.result()
         if writing is not None:
             writing.result()
+    if unlike:
+        print(
+            f"warning: {len(unlike)} of {len(cases)} cases have another scale than those of training: {names(unlike)} "
+            f"({next(iter(unlike.values()))}); look at the header: metres or centimetres for millimetres?"
+        )
     return outcomes

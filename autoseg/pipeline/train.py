@@ -20,6 +20,7 @@ from autoseg.layout import open_dataset
 from autoseg.merging import seen_as
 from autoseg.model import open_run
 from autoseg.pipeline.cascade import find_priors, next_stages
+from autoseg.pipeline.changes import refuse_changed
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
 from autoseg.pipeline.idle import refuse_frozen
 from autoseg.pipeline.orders import give_order, refuse_small_batch
@@ -104,6 +105,7 @@ def train_fold(
     cure = workspace.command("plan_and_preprocess", "-d", dataset_text, *given("--plan", plan.name))
     fingerprint = seen_as(fingerprint, dataset.labels, plan.labels)
     refuse_unprepared(prepared, cases, plan, configuration, fingerprint, cure)
+    refuse_changed(workspace, name, dataset, cases, fingerprint, cure)
     refuse_never_annotated(fold, cases, plan, fingerprint)
     device = choose_device(options.device)
 

@@ -8,6 +8,7 @@ an opacity that never changes is dropped, three equal colours count as one grey,
 An opacity is kept as a channel only if the expected number says so. All else is refused.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ __all__ = [
     "expected_in_file",
     "files_of",
     "join",
+    "not_there",
     "on_grid_of",
     "read_image",
     "read_labels",
@@ -90,6 +92,16 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return reader_for(path).files(path)
 
 
+def not_there(path: Path) -> str:
+    """What to say of a file that cannot be found: it may be a link whose file has not been fetched."""
+    if path.is_symlink():
+        return (
+            f"{path} is a link to {os.readlink(path)}, which is not there; fetch it (datalad get, git annex get), "
+            "mount the drive that it lies on, or remove the link"
+        )
+    return f"{path} does not exist"
+
+
 def says_size(path: Path) -> bool:
     """Whether a file says how large its voxels are, itself or by a file beside it; decodes nothing."""
     return reader_for(path) not in (tiff, picture) or len(files_of(path)) > 1
@@ -103,7 +115,7 @@ def read_stored(path: Path, *, channels: int | None = None, indices: bool = Fals
     """
     reader = reader_for(path)
     if not path.is_file():
-        raise AutosegError(f"{path} does not exist")
+        raise AutosegError(not_there(path))
     stored = fit_channels(reader.read(path, indices=indices), channels, path)
     if channels is not None and len(stored.array) != channels:
         found = len(stored.array)

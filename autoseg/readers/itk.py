@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ GZIP_LEAST = 18
 """Bytes of a gzip file that holds nothing."""
 LONGEST_HEADER = 4096
 """A NIfTI header has 352 bytes, or 544 in version 2, and may have a little more."""
+REASON = 200
+"""Most letters that are shown of what SimpleITK says."""
 ORTHONORMAL = 1e-3
 """Largest entry of DᵀD - 1 for a direction matrix D that still counts as a rotation or reflection."""
 
@@ -87,8 +90,12 @@ def unreadable(path: Path, error: Exception) -> AutosegError:
         return AutosegError(f"{path}: a spacing is zero or no number; correct the header")
     if "determinant is 0" in text:
         return AutosegError(f"{path}: its direction matrix is singular; correct the header")
-    reason = text.split("ERROR:")[-1].strip()[-200:]
-    return AutosegError(f"{path} cannot be read, it is damaged or not what its name says; replace it ({reason})")
+    return AutosegError(f"{path} cannot be read, it is damaged or not what its name says; replace it ({reason(text)})")
+
+
+def reason(text: str) -> str:
+    """What a decoder or encoder said, without where in its source; the first words of a long speech."""
+    return textwrap.shorten(text.split("ERROR:")[-1], REASON, placeholder=" ...")
 
 
 def grid_of(image: sitk.Image | sitk.ImageFileReader, path: Path) -> Grid:
@@ -133,7 +140,7 @@ def write(path: Path, array: np.ndarray, grid: Grid) -> None:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:
-            raise AutosegError(f"{path} cannot be written: {' '.join(str(error).split())[-200:]}") from None
+            raise AutosegError(f"{path} cannot be written: {reason(str(error))}") from None
         if path.name.lower().endswith((".nii", ".nii.gz")) and not whole(temporary, array.nbytes):
             raise OSError(errno.ENOSPC, "not all of it could be written, as on a full disk", str(path))
 
