@@ -33,8 +33,8 @@ def is_far(value: float, usual: float) -> bool:
 
 def of_another_scale(cases: Sequence[CaseFingerprint], flat: bool) -> list[Finding]:
     """A warning for cases whose voxels, and one for others whose extent, are far from the median. flat: all are 2D."""
-    axes = slice(1, None) if flat else slice(None)
-    sizes = {case.case: size_mm(case.shape[axes], case.spacing_mm[axes]) for case in cases}
+    first = 1 if flat else 0
+    sizes = {case.case: size_mm(case.shape[first:], case.spacing_mm[first:]) for case in cases}
     found, named = [], set[str]()
     for place, what in enumerate(("voxels", "an extent")):
         usual = math.exp(float(np.median([math.log(size[place]) for size in sizes.values()]))) if sizes else 1.0
