@@ -60,14 +60,14 @@ def refuse_changed(
 ) -> None:
     """AutosegError if raw files of the fold are not those that were prepared. cure: the command that prepares them.
 
-    A file was touched if its content or its entry in the folder is newer than the fingerprint. Where the dataset does
-    not lie where it did, everything is compared.
+    Compared are the labels to score against, and files that are newer than the fingerprint; everything where the
+    dataset does not lie where it did.
     """
     known = {facts.case: facts.content_hash for facts in fingerprint.cases}
     since = (workspace.prepared(name) / "fingerprint.json").stat().st_mtime_ns
     folder, before = Path(dataset.folder), workspace.prepared_from(name)
     moved = folder.resolve() != before.resolve()
-    card = touched([folder / "dataset.json"], since)
+    card = newer(folder / "dataset.json", since)
 
     def differs(case: Case) -> bool:
         image, dash, label = known.get(case.id, "").partition("-")
@@ -95,12 +95,11 @@ def refuse_changed(
         )
 
 
-def touched(paths: Sequence[str | Path], since: int) -> bool:
-    """Whether a file, or one that is read with it, is newer than `since` (ns), by content or entry, or not there."""
-    for path in map(Path, paths):
-        if not path.is_file():
-            return True
-        times = [(file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files_of(path)]
-        if max(map(max, times)) > since:
-            return True
-    return False
+def touched(paths: Sequence[str], since: int) -> bool:
+    """Whether an image or label file, or one that is read with it, is newer than `since` (ns), or not there."""
+    return any(not path.is_file() or any(newer(file, since) for file in files_of(path)) for path in map(Path, paths))
+
+
+def newer(file: Path, since: int) -> bool:
+    """Whether the content of a file or its entry in the folder is newer than `since` (ns)."""
+    return max(file.stat().st_mtime_ns, file.stat().st_ctime_ns) > since
