@@ -168,12 +168,12 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     request = joined(earlier, request)
     labels = merge(dataset.labels, request.merge)
     known = prepared / "fingerprint.json"
-    if not bad:
-        choose_splits(dataset, folder, prepared, options)  # what it refuses is refused before hours of work
     fingerprint = None if bad else unchanged_fingerprint(dataset, known, options.workers)
     cropped: dict[str, Cropped] = {}
     if fingerprint is None:
         refuse_other_dataset(workspace, name, folder)
+        if not bad:
+            choose_splits(dataset, folder, prepared, options)  # what it refuses is refused before hours of work
         outcomes = examine(dataset, options.workers, Kept(free_memory() // 4))
         refuse_errors(findings_of(dataset, outcomes, bad))
         examined = raise_failures(outcomes, "check")
