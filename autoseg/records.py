@@ -176,7 +176,8 @@ def problems(error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         place = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
         # A check of a whole record says itself what it found; its input would be shown in pydantic's own words.
-        silent = problem["type"] == "missing" or isinstance(problem["input"], ArgsKwargs)
+        whole = isinstance(problem["input"], ArgsKwargs | dict)
+        silent = problem["type"] == "missing" or (problem["type"] == "value_error" and whole)
         found = "" if silent else f" (found {json.dumps(problem['input'], default=str)[:80]})"
         lines.append(f"  {place}: {problem['msg'].removeprefix('Value error, ')}{found}")
     return "\n".join(lines)

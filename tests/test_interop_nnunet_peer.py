@@ -141,10 +141,13 @@ def take_from(real: Path, raw: Path, predicted: list[str], box: tuple[tuple[int,
     (raw / "dataset.json").write_text(json.dumps({**facts, "numTraining": len(training)}))
 
 
-def compare(peer, raw: Path, folder: Path, configurations: list[str], options: list[str]) -> None:
+def compare(
+    peer, raw: Path, folder: Path, configurations: list[str], options: list[str], *, as_it_is_too: bool
+) -> None:
     """Train by nnU-Net, import, and compare what both predict of the test images of `raw`.
 
-    configurations: the first stage of a cascade before the second.
+    configurations: the first stage of a cascade before the second. as_it_is_too: whether Dice must be reached without
+    float32 sums as well; where hardly trained networks meet real images, nnU-Net's float16 sums alone cost more.
     """
     work, results = folder / "work", folder / "work" / "results" / raw.name
     peer("train", raw, work, "--configurations", ",".join(configurations), "--folds", "0,1", *options)
@@ -170,7 +173,9 @@ def compare(peer, raw: Path, folder: Path, configurations: list[str], options: l
                 equal, dice = measured(f"{what}, float32", found, in_float32)
                 assert dice, f"{what}: no class has more than 1000 voxels, so nothing is compared"
                 assert equal >= EQUAL and min(dice.values()) >= DICE, what
-                assert measured(f"{what}, as it is", found, as_it_is)[0] >= EQUAL, what
+                equal, dice = measured(f"{what}, as it is", found, as_it_is)
+                assert equal >= EQUAL, what
+                assert not as_it_is_too or min(dice.values()) >= DICE, what
         for file in files.values():
             # Else a model that heeds neither folds nor mirroring would pass.
             plain, mirrored = (labels_in(folder / f"{configuration}_{mirror}" / "float32" / file) for mirror in (0, 1))
@@ -196,7 +201,8 @@ def test_imported_models_predict_what_nnunet_predicts(tmp_path, peer, name):
     facts, configurations, options = SYNTHETIC[name]
     raw = tmp_path / "Dataset001_Toy"
     write_dataset(raw, facts)
-    compare(peer, raw, tmp_path, configurations, [*options, "--features", "4,6,6", "--thin", "--steps", "60"])
+    options = [*options, "--features", "4,6,6", "--thin", "--steps", "60"]
+    compare(peer, raw, tmp_path, configurations, options, as_it_is_too=True)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -204,4 +210,5 @@ def test_imported_models_predict_real_images_as_nnunet_does(tmp_path, peer, real
     dataset, predicted, box, configurations, options = REAL[name]
     raw = tmp_path / dataset
     take_from(real_data / dataset, raw, predicted, box)
-    compare(peer, raw, tmp_path, configurations, [*options, "--features", "6,8,8", "--thin", "--steps", "60"])
+    options = [*options, "--features", "6,8,8", "--thin", "--steps", "60"]
+    compare(peer, raw, tmp_path, configurations, options, as_it_is_too=False)

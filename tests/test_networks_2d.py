@@ -368,7 +368,7 @@ def test_stages_whose_parts_grow_with_their_square_are_bounded(name):
 
 def test_a_kernel_of_transposed_convolutions_must_have_a_middle():
     spec = small("unet_vanilla", 2)
-    with pytest.raises(ValueError, match=r"up_kernel: .* an odd number"):
+    with pytest.raises(ValueError, match="up_kernel: an odd number"):
         on_meta(replace(spec, options={**spec.options, "up_kernel": 4}))
 
 

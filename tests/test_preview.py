@@ -30,6 +30,7 @@ def place(tmp_path):
     """A plan and two prepared cases, the first without foreground."""
     workspace, made = Workspace(tmp_path), plan(FULL, FLAT)
     save_json(made, workspace.plan_folder(made.dataset, "default") / "plan.json")
+    workspace.remember(made.dataset, tmp_path / made.dataset)
     for one in (FULL, FLAT):
         for name, radius in (("a", -1), ("b", 5)):
             labels = np.zeros(SHAPE, np.int16)
