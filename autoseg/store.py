@@ -1,7 +1,7 @@
 """Prepared cases on disk: one folder a case, and the only file that knows what is in it.
 
 `image.b2nd` and `labels.b2nd` are Blosc2 arrays whose blocks suit the patches that will be cut from them,
-`locations.npz` the voxels to centre patches on, `case.json` the trace, the key and the size of every other file. A
+`locations.zip` the voxels to centre patches on, `case.json` the trace, the key and the size of every other file. A
 folder is written under a hidden name and renamed last: a folder that is listed is whole. The same case always gives
 the same bytes.
 
@@ -9,6 +9,9 @@ LZ4 after a byte shuffle was chosen by measuring on MR images: patches come back
 quarter more disk. Arrays are opened anew for every read, 0.2 ms: so any number of threads may read one case at once,
 and a thousand cases hold no file open. Blosc2 4.14 keeps Python's lock while it decodes an array, 9 ms for 128^3
 voxels of float32: threads take turns at that, and cases that fit are better held in memory (`load_case`).
+
+Locations are stored as raw numbers: the header of a .npy is an expression that numpy parses, and two threads that parse
+at once may fail under Python 3.11 with "AST constructor recursion depth mismatch".
 """
 
 import math
@@ -18,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import blosc2
 import numpy as np
@@ -27,8 +30,10 @@ from autoseg.preprocess import PreparedCase
 from autoseg.records import SCHEMA_VERSION, AutosegError, load_json, record, sync, to_json
 from autoseg.restore import Trace
 
-IMAGE, LABELS, LOCATIONS, CARD = "image.b2nd", "labels.b2nd", "locations.npz", "case.json"
+IMAGE, LABELS, LOCATIONS, CARD = "image.b2nd", "labels.b2nd", "locations.zip", "case.json"
 
+VOXEL = np.dtype("<i4")
+"""One coordinate of a location; a location is three of them (Z, Y, X)."""
 BLOCK_BYTES = 128 << 10
 """What is decompressed at once: fits the second-level cache of a core."""
 CHUNK_BYTES = 6 << 20
@@ -108,9 +113,10 @@ def write_case(folder: Path, case: PreparedCase, key: str, patch: Sequence[int] 
     try:
         _write_array(np.asarray(case.image, np.float32), new / IMAGE, patch or USUAL_PATCH)
         _write_array(_smallest(np.asarray(case.labels)), new / LABELS, patch or USUAL_PATCH)
-        with (new / LOCATIONS).open("wb") as file:
-            voxels: dict[str, Any] = {str(index): case.locations[index] for index in sorted(case.locations)}
-            np.savez(file, **voxels)
+        with ZipFile(new / LOCATIONS, "w") as file:
+            for index in sorted(case.locations):
+                # A ZipInfo of one's own bears no time of day.
+                file.writestr(ZipInfo(str(index)), case.locations[index].astype(VOXEL).tobytes())
         sizes = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
         # Not synced file by file, since cases can be made again: after a power cut a file may be short, its size tells
         # so, and the case is prepared again.
@@ -186,8 +192,10 @@ def read_case(folder: Path, case_id: str) -> PreparedCase:
     place = folder / case_id
     card = _card(place)
     try:
-        with np.load(place / LOCATIONS, allow_pickle=False) as stored:
-            locations = {int(index): stored[index] for index in stored.files}
+        with ZipFile(place / LOCATIONS) as stored:
+            locations = {
+                int(index): np.frombuffer(stored.read(index), VOXEL).reshape(-1, 3) for index in stored.namelist()
+            }
     except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise _broken(place / LOCATIONS, error) from None
     image: Any = StoredArray(place / IMAGE)
@@ -208,8 +216,8 @@ def stored_classes(folder: Path, case_id: str) -> tuple[int, ...]:
     place = folder / case_id
     _card(place)
     try:
-        with np.load(place / LOCATIONS, allow_pickle=False) as stored:
-            return tuple(int(index) for index in stored.files)
+        with ZipFile(place / LOCATIONS) as stored:
+            return tuple(int(index) for index in stored.namelist())
     except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise _broken(place / LOCATIONS, error) from None
 

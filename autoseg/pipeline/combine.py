@@ -8,10 +8,13 @@ CASE_probabilities.nii.gz, or nnU-Net's CASE.npz, which has no geometry: that is
 ensemble.csv beside the results says what became of every case, and which files there are ours: others are left alone.
 """
 
+import threading
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -32,6 +35,7 @@ KEYS = ("probabilities", "softmax")
 """What nnU-Net calls the array in its .npz, version 2 and 1."""
 TOLERANCE = 0.05
 """How far the probabilities of a voxel may be from 1 in all, where classes exclude each other."""
+_HEADERS = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +179,16 @@ def read_map(folder: Folder, case: str, labels: Labels | None) -> tuple[np.ndarr
 def read_npz(path: Path) -> np.ndarray:
     """The probabilities in a .npz of nnU-Net, float32, without unpickling anything."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            key = next((key for key in KEYS if key in content.files), None)
-            if key is None:
+        with ZipFile(path) as content:
+            member = next((f"{key}.npy" for key in KEYS if f"{key}.npy" in content.namelist()), None)
+            if member is None:
                 raise AutosegError(f"{path} holds no array called {' or '.join(KEYS)}")
-            found: np.ndarray = content[key].astype(np.float32)
-            return found
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+            stored = content.read(member)
+        # Not by np.load in several threads at once: see autoseg/store.py.
+        with _HEADERS:
+            found: np.ndarray = np.lib.format.read_array(BytesIO(stored), allow_pickle=False)
+        return found.astype(np.float32)
+    except (ValueError, OSError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
         raise AutosegError(f"{path} cannot be read as numbers ({error})") from None
 
 
