@@ -143,6 +143,28 @@ def test_a_stated_optimizer_is_left_alone(field, tmp_path):
         assert make_recipe(options, Recipe(optimizer="adamw", learning_rate=0.003)).learning_rate == 0.01
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 50),
+        ({"steps_per_epoch": 25}, 5),
+        ({"steps_per_epoch": 3}, 1),
+        ({"steps_per_epoch": 4000}, 50),
+        ({"steps_per_epoch": 25, "validation_steps": 7}, 7),
+        ({"steps_per_epoch": 25, "validation_steps": 0}, 0),
+        # Copies make an epoch longer, and its validation no better.
+        ({"steps_per_epoch": 25, "offline_copies": 3, "match_steps": False}, 5),
+    ],
+)
+def test_a_short_epoch_is_judged_by_a_fifth_of_its_steps(changes, expected):
+    assert make_recipe(TrainOptions(changes=changes)).validation_steps == expected
+
+
+def test_a_run_keeps_the_validation_it_began_with():
+    existing = Recipe(steps_per_epoch=25, validation_steps=50)
+    assert make_recipe(TrainOptions(changes={"steps_per_epoch": 25}), existing).validation_steps == 50
+
+
 def test_the_optimizer_that_nothing_states_is_that_of_the_run():
     existing = Recipe(epochs=7, optimizer="adamw", learning_rate=0.003, warmup_steps=20)
     assert make_recipe(TrainOptions(epochs=10**6), existing) == replace(existing, epochs=10**6)

@@ -34,7 +34,7 @@ OPTIMIZER = (*SHORT, "momentum", "schedule")
 """Recipe fields of which none is touched if one of them is stated."""
 TOO_SLOW = 1e-3
 """Share of a recipe's learning rate under which nothing is learnt any more."""
-CHOSEN = (OPTIMIZER, ("batch_size",))
+CHOSEN = (OPTIMIZER, ("batch_size",), ("validation_steps",))
 """Groups of recipe fields that a run chooses for itself when it begins, unless one of a group is stated."""
 ENOUGH_STEPS = 2000
 """A run by time has at least so many, if need be of smaller batches than planned: docs/decisions/0019."""
@@ -93,6 +93,9 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     if options.epochs is not None:
         changes["budget_seconds"] = None
     recipe = settings.change(recipe, changes, where="option")
+    if existing is None and states(options, ("steps_per_epoch",)) and not states(options, ("validation_steps",)):
+        # As many as a usual epoch has for its steps: 50 after an epoch of 25 would take as long as the training.
+        recipe = replace(recipe, validation_steps=min(max(1, recipe.steps_per_epoch // 5), recipe.validation_steps))
     if not recipe.match_steps:  # of the stated length of an epoch: whoever repeats the command gets the same
         recipe = replace(recipe, steps_per_epoch=recipe.steps_per_epoch * (recipe.offline_copies + 1))
     check_loss(recipe.loss)
