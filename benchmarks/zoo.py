@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from autoseg import settings
 from autoseg.networks import NETWORKS
 from autoseg.networks.footprint import Step
 from autoseg.pipeline.data import plan_and_preprocess
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="for all")
     parser.add_argument("--gpu-memory", type=float, default=8.0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of the recipe, for all")
     parser.add_argument("--workspace", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("zoo.md"))
     options = parser.parse_intermixed_args()
@@ -62,7 +64,7 @@ def main() -> None:
 def trained(entry: str, options: argparse.Namespace) -> tuple[str, ...]:
     """The row of one network or loss: planned, trained for the steps, scored on whole held-out cases."""
     network, loss = (None, entry) if options.losses else (entry, None)
-    name = re.sub(r"[^\w.-]+", "_", entry).strip("_")
+    name = re.sub(r"[^\w.-]+", "_", "_".join([entry, *options.set])).strip("_")
     place = Workspace.find(options.workspace)
     changes: dict[str, Any] = {}
     for field, value in (("patch", options.patch), ("batch_size", options.batch)):
@@ -90,7 +92,7 @@ def trained(entry: str, options: argparse.Namespace) -> tuple[str, ...]:
             seed=options.seed,
             loss=loss,
             device=options.device,
-            changes={**rhythm, "tune": False, "keep_probabilities": False},
+            changes={**rhythm, "tune": False, "keep_probabilities": False, **settings.parse(options.set)},
         ),
     )
     configuration = plan.configuration(options.configuration)
@@ -114,7 +116,8 @@ def trained(entry: str, options: argparse.Namespace) -> tuple[str, ...]:
 
 def write(rows: list[tuple[str, ...]], options: argparse.Namespace) -> None:
     """The table as Markdown, and on the screen."""
-    lines = [f"# {options.dataset}, {options.configuration}, fold {options.fold}, seed {options.seed}", ""]
+    told = ", ".join([options.configuration, f"fold {options.fold}", f"seed {options.seed}", *options.set])
+    lines = [f"# {options.dataset}, {told}", ""]
     lines += [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]
     with atomic_write(options.output) as file:
         file.write("\n".join(lines) + "\n")
