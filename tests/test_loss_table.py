@@ -258,7 +258,7 @@ def test_weights_come_from_the_data_unless_they_are_given():
     [
         ("dise", "unknown loss 'dise'; choose one of dice_ce, dice, dice_squared, "),
         ("ce+", "write it as name"),
-        ("", "write it as name"),
+        ("", "loss '': write it as name"),
         ("x*ce", "'x' is no number above 0"),
         ("0*ce", "'0' is no number above 0"),
         ("-1*ce", "'-1' is no number above 0"),

@@ -132,7 +132,11 @@ def describe_losses() -> list[str]:
 def _terms(text: str) -> list[tuple[float, str, Loss, dict[str, Any]]]:
     """Factor, name, function and options of each term."""
     found = []
-    for factor, name, options in parse_sum(text):
+    try:
+        terms = parse_sum(text)
+    except AutosegError as error:
+        raise AutosegError(f"loss {error}") from None
+    for factor, name, options in terms:
         function = LOSSES[name] if name in LOSSES else _own(name)
         known = _options(function)
         for key, value in options.items():
