@@ -34,7 +34,7 @@ SYNTHETIC = {
     "isotropic cascade": (
         PLAIN,
         ["3d_fullres", "3d_lowres", "3d_cascade_fullres"],
-        ["--spacing", "1.5,1.4,1.6", "--patch", "16,24,24"],
+        ["--spacing", "1.5,1.4,1.6", "--patch", "16,24,24", "--steps", "150"],
     ),
     "anisotropic residual": (
         PLAIN,
@@ -59,14 +59,14 @@ REAL = {
         ["hippocampus_017", "hippocampus_019"],
         None,
         ["3d_fullres", "3d_lowres", "3d_cascade_fullres"],
-        ["--spacing", "1.1,1.2,1.2", "--patch", "16,24,24"],
+        ["--spacing", "1.1,1.2,1.2", "--patch", "16,24,24", "--steps", "800", "--flips"],
     ),
     "anisotropic heart, residual": (
         "Dataset027_ACDC",
         ["patient011_frame01"],
         None,
         ["2d", "3d_fullres"],
-        ["--network", "residual", "--spacing", "9,2.6,2.4", "--patch", "8,48,64"],
+        ["--network", "residual", "--spacing", "9,2.6,2.4", "--patch", "8,48,64", "--steps", "200"],
     ),
     "overlapping regions of tumours, two channels": (
         "Dataset042_BraTS",
@@ -206,7 +206,7 @@ def test_imported_models_predict_what_nnunet_predicts(tmp_path, peer, name):
     facts, configurations, options = SYNTHETIC[name]
     raw = tmp_path / "Dataset001_Toy"
     write_dataset(raw, facts)
-    options = [*options, "--features", "4,6,6", "--thin", "--steps", "60"]
+    options = ["--features", "4,6,6", "--thin", "--steps", "60", *options]
     assert not compare(peer, raw, tmp_path, configurations, options, as_it_is_too=True)
 
 
@@ -215,5 +215,5 @@ def test_imported_models_predict_real_images_as_nnunet_does(tmp_path, peer, real
     dataset, predicted, box, configurations, options = REAL[name]
     raw = tmp_path / dataset
     take_from(real_data / dataset, raw, predicted, box)
-    options = [*options, "--features", "6,8,8", "--thin", "--steps", "60"]
+    options = ["--features", "6,8,8", "--thin", "--steps", "60", *options]
     assert not compare(peer, raw, tmp_path, configurations, options, as_it_is_too=False)

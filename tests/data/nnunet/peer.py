@@ -128,7 +128,7 @@ def train(raw: Path, work: Path, args: argparse.Namespace) -> None:
             trainer = nnUNetTrainer(given, name, fold, deepcopy(dataset), device=torch.device("cpu"))
             trainer.initialize()
             trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-            take_steps(trainer, cases, configuration, args.steps, rng)
+            take_steps(trainer, cases, configuration, args.steps, rng, args.flips)
             folder = Path(trainer.output_folder)
             trainer.save_checkpoint(str(folder / "checkpoint_final.pth"))
             for file, content in (("plans.json", plans), ("dataset.json", dataset)):
@@ -149,8 +149,8 @@ def prepared(raw: Path, dataset: dict, manager, configuration, count: int) -> li
     return found
 
 
-def take_steps(trainer, cases, configuration, steps: int, rng: np.random.Generator) -> None:
-    """A few optimizer steps on random patches, half of them centred on foreground."""
+def take_steps(trainer, cases, configuration, steps: int, rng: np.random.Generator, flips: bool) -> None:
+    """A few optimizer steps on random patches, half of them centred on foreground; flips: also on mirror images."""
     import torch
 
     patch, manager = tuple(configuration.patch_size), trainer.label_manager
@@ -173,8 +173,11 @@ def take_steps(trainer, cases, configuration, steps: int, rng: np.random.Generat
             middle = centres[rng.integers(len(centres))] if sample and len(centres) else rng.integers(labels.shape)
             corner = [int(np.clip(m - e // 2, 0, n - e)) for m, e, n in zip(middle, window, labels.shape)]
             box = tuple(slice(c, c + e) for c, e in zip(corner, window))
-            images.append(data[(slice(None), *box)].reshape(-1, *patch))
-            target = np.maximum(labels[box].reshape(patch), 0)
+            image, target = data[(slice(None), *box)].reshape(-1, *patch), np.maximum(labels[box].reshape(patch), 0)
+            if flips:
+                turn = tuple(slice(None, None, -1 if rng.integers(2) else 1) for _ in patch)
+                image, target = image[(slice(None), *turn)], target[turn]
+            images.append(image)
             if manager.has_regions:
                 targets.append(np.stack([np.isin(target, region) for region in manager.foreground_regions]))
             else:
@@ -369,6 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     verb.add_argument("--reader", default="")
     verb.add_argument("--linear", action="store_true", help="resample by torch")
     verb.add_argument("--steps", type=int, default=40)
+    verb.add_argument("--flips", action="store_true", help="learn from mirror images too")
     verb.add_argument("--cases", type=int, default=6)
     verb.add_argument("--thin", action="store_true", help="one block a stage")
     verb = verbs.add_parser("predict")
