@@ -97,6 +97,12 @@ def test_a_run_of_fewer_than_5000_steps_takes_adamw(recipe, device, timed, short
     assert ("--set optimizer=sgd" in capsys.readouterr().out) == short
 
 
+def test_a_short_run_of_a_network_without_norm_takes_smaller_steps(capsys):
+    chosen = for_length(Recipe(epochs=3), TrainOptions(), "cpu", None, normed=False)
+    assert chosen == replace(for_length(Recipe(epochs=3), TrainOptions(), "cpu", None), learning_rate=0.001)
+    assert "learning rate 0.001 for a network without normalisation" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("seconds", "timed", "least", "batch"),
     [

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoseg.losses import scale_targets
-from autoseg.networks import NETWORKS, build
+from autoseg.networks import NETWORKS, build, normalises
 from autoseg.networks.blocks import SLOPE, ConvBlock, InstanceNorm, ResidualBlock
 from autoseg.networks.strides import running, total
 from autoseg.planners.memory import activations
@@ -59,6 +59,26 @@ def on_meta(spec, in_channels=1, heads=3):
     """The network without memory for its weights."""
     with torch.device("meta"):
         return build(spec, in_channels, heads)
+
+
+class RMSNorm3D(nn.Module):
+    """One's own, by its name alone."""
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sequential(nn.BatchNorm2d(3))), True),
+        (nn.Sequential(nn.Conv2d(1, 3, 3), RMSNorm3D()), True),
+        (nn.Sequential(nn.Conv2d(1, 3, 3), nn.PReLU()), False),
+        (on_meta(cubic_spec()), True),
+        # Its blocks are called ConvNormAct, and normalise only where `norm` says so.
+        (on_meta(NETWORKS["vnet"].spec(2)), False),
+        (on_meta(NETWORKS["mednext"].spec(3)), True),
+    ],
+)
+def test_layers_that_normalise_are_found(network, expected):
+    assert normalises(network) == expected
 
 
 def parameters(network):

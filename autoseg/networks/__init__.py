@@ -11,6 +11,7 @@ Naming a module imports it: a plan that does so is as trustworthy as the code be
 """
 
 import inspect
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -160,6 +161,11 @@ def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...
     """
     stated: tuple[tuple[int, ...], ...] | None = getattr(network, "scales", None)
     return running(spec.strides[:-1]) if stated is None else stated
+
+
+def normalises(network: nn.Module) -> bool:
+    """Whether it has layers that normalise, torch's or others: classes are called so, as BatchNorm3d or RMSNorm."""
+    return any(re.search(r"norm(\dd)?$", type(part).__name__, re.IGNORECASE) for part in network.modules())
 
 
 def output_weights(network: nn.Module) -> tuple[float, ...]:

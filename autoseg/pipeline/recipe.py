@@ -30,6 +30,8 @@ CPU_BUDGET_SECONDS = 2 * 3600.0
 SHORT_STEPS = 5000
 """Runs of fewer steps begin with `SHORT`."""
 SHORT: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.003, "warmup_steps": 20}
+UNNORMED_RATE = 0.001
+"""The learning rate of `SHORT` for networks without normalisation layers."""
 OPTIMIZER = (*SHORT, "momentum", "schedule")
 """Recipe fields of which none is touched if one of them is stated."""
 TOO_SLOW = 1e-3
@@ -204,10 +206,13 @@ def states(options: TrainOptions, fields: Collection[str]) -> bool:
     return not stated.isdisjoint(fields)
 
 
-def for_length(recipe: Recipe, options: TrainOptions, device: str, seconds_a_step: float | None) -> Recipe:
+def for_length(
+    recipe: Recipe, options: TrainOptions, device: str, seconds_a_step: float | None, *, normed: bool = True
+) -> Recipe:
     """The recipe of a run that begins, with the optimizer that its length asks for; said, unless the user states one.
 
-    seconds_a_step: as timed on this machine, None if it was not.
+    seconds_a_step: as timed on this machine, None if it was not. normed: whether the network normalises between its
+    layers.
     """
     if states(options, OPTIMIZER):
         return recipe
@@ -216,9 +221,10 @@ def for_length(recipe: Recipe, options: TrainOptions, device: str, seconds_a_ste
         steps = min(steps, round(recipe.budget_seconds / (seconds_a_step or GUESSED_SECONDS.get(device, 0.1))))
     if steps >= SHORT_STEPS:
         return recipe
-    chosen = replace(recipe, **SHORT)
+    chosen = replace(recipe, **(SHORT if normed else SHORT | {"learning_rate": UNNORMED_RATE}))
     print(
-        f"about {steps} steps, fewer than {SHORT_STEPS}: {chosen.optimizer} at learning rate {chosen.learning_rate:g}, "
+        f"about {steps} steps, fewer than {SHORT_STEPS}: {chosen.optimizer} at learning rate {chosen.learning_rate:g}"
+        f"{'' if normed else ' for a network without normalisation'}, "
         f"which learns sooner than {recipe.optimizer} at {recipe.learning_rate:g}; "
         f"choose otherwise with --set optimizer={recipe.optimizer}",
         flush=True,
