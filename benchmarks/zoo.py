@@ -65,6 +65,7 @@ def trained(entry: str, options: argparse.Namespace) -> tuple[str, ...]:
     """The row of one network or loss: planned, trained for the steps, scored on whole held-out cases."""
     network, loss = (None, entry) if options.losses else (entry, None)
     name = re.sub(r"[^\w.-]+", "_", "_".join([entry, *options.set])).strip("_")
+    run = f"{name}_{options.steps}_{options.seed}"
     place = Workspace.find(options.workspace)
     changes: dict[str, Any] = {}
     for field, value in (("patch", options.patch), ("batch_size", options.batch)):
@@ -87,7 +88,7 @@ def trained(entry: str, options: argparse.Namespace) -> tuple[str, ...]:
         options.fold,
         TrainOptions(
             plan=plan.name,
-            run=f"{name}_{options.seed}",
+            run=run,
             epochs=max(options.steps // rhythm["steps_per_epoch"], 1),
             seed=options.seed,
             loss=loss,
@@ -98,7 +99,7 @@ def trained(entry: str, options: argparse.Namespace) -> tuple[str, ...]:
     configuration = plan.configuration(options.configuration)
     step = Step(configuration.network, plan.in_channels(configuration), plan.labels.heads, "float32", "adamw", "cpu")
     counted = step.count(configuration.patch, configuration.batch_size)[0].total
-    folder = place.fold(plan.dataset, f"{name}_{options.seed}", options.configuration, options.fold)
+    folder = place.fold(plan.dataset, run, options.configuration, options.fold)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     means = [mean for found in summary.classes if (mean := found.means["dice"].mean) is not None]
     return (
