@@ -116,10 +116,12 @@ def test_later_folds_of_fit_take_the_choices_of_the_first(tmp_path):
     assert with_common_choices(options, tasks, tasks[0]) is options, "its own run says it"
     later = with_common_choices(options, tasks, tasks[1])
     assert with_common_choices(TrainOptions(changes={"batch_size": 7}), tasks, tasks[1]).changes["batch_size"] == 7
-    assert later.changes == {"clip_norm": 3.0, "momentum": 0.99, "schedule": "poly", **SHORT, "batch_size": 3}
+    chosen = {"momentum": 0.99, "schedule": "poly", **SHORT, "batch_size": 3, "validation_steps": 50}
+    assert later.changes == {"clip_norm": 3.0, **chosen}
     assert make_recipe(later).optimizer == "adamw", "nobody has stated its momentum"
     stated = TrainOptions(changes={"momentum": 0.5})
-    assert with_common_choices(stated, tasks, tasks[1]).changes == {"momentum": 0.5, "batch_size": 3}
+    others = {"batch_size": 3, "validation_steps": 50}
+    assert with_common_choices(stated, tasks, tasks[1]).changes == {"momentum": 0.5, **others}
 
 
 def test_folds_of_another_division_are_not_those_of_today(tmp_path):

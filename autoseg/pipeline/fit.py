@@ -193,7 +193,7 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
 
 
 def with_common_choices(train: TrainOptions, tasks: Sequence[Task], task: Task) -> TrainOptions:
-    """`train` with optimizer and batch size of the first fold of the configuration that was begun, unless stated.
+    """`train` with what the first fold of the configuration that was begun has chosen for itself, unless stated.
 
     Folds of a budget differ a little in length: near the limit of a short run each would choose for itself.
     """
