@@ -306,7 +306,7 @@ class Recipe:
     steps_per_epoch: PositiveInt = 250
     validation_steps: NonNegativeInt = 50
     """Batches of held-out patches after an epoch: others each time, or always the same ones where the run goes by their
-    loss (`schedule=plateau`, `stop_patience`, `weights=best`). A fifth of a stated `steps_per_epoch`, 50 at most."""
+    loss (`schedule=plateau`, `stop_patience`, `weights=best`). Else 1/5 of a stated `steps_per_epoch`, at most 50."""
     seed: NonNegativeInt = 0
     batch_size: PositiveInt | None = None
     """Patches a step; None: as planned, or fewer where a budget leaves few steps: `pipeline.recipe.for_time`."""

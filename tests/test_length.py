@@ -158,6 +158,8 @@ def test_a_stated_optimizer_is_left_alone(field, tmp_path):
         ({"steps_per_epoch": 4000}, 50),
         ({"steps_per_epoch": 25, "validation_steps": 7}, 7),
         ({"steps_per_epoch": 25, "validation_steps": 0}, 0),
+        ({"steps_per_epoch": 25, "weights": "best"}, 50),
+        ({"steps_per_epoch": 25, "stop_patience": 3}, 50),
         # Copies make an epoch longer, and its validation no better.
         ({"steps_per_epoch": 25, "offline_copies": 3, "match_steps": False}, 5),
     ],

@@ -16,7 +16,7 @@ from autoseg.checkpoint import Progressed, read_progress
 from autoseg.losses import check_loss
 from autoseg.pipeline.idle import refuse_frozen, refuse_idle
 from autoseg.placement import check_placement
-from autoseg.rates import learning_rate, make_schedule, next_leg, refuse_schedule
+from autoseg.rates import by_validation_loss, learning_rate, make_schedule, next_leg, refuse_schedule
 from autoseg.recipes import RECIPES, NamedRecipe
 from autoseg.records import AutosegError
 from autoseg.schema import Configuration, Recipe, Run
@@ -95,8 +95,9 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     if options.epochs is not None:
         changes["budget_seconds"] = None
     recipe = settings.change(recipe, changes, where="option")
-    if existing is None and states(options, ("steps_per_epoch",)) and not states(options, ("validation_steps",)):
-        # As many as a usual epoch has for its steps: 50 after an epoch of 25 would take as long as the training.
+    short = states(options, ("steps_per_epoch",)) and not states(options, ("validation_steps",))
+    if existing is None and short and not by_validation_loss(recipe):
+        # As many as a usual epoch has for its steps, where they decide nothing: 50 after an epoch of 25 take as long.
         recipe = replace(recipe, validation_steps=min(max(1, recipe.steps_per_epoch // 5), recipe.validation_steps))
     if not recipe.match_steps:  # of the stated length of an epoch: whoever repeats the command gets the same
         recipe = replace(recipe, steps_per_epoch=recipe.steps_per_epoch * (recipe.offline_copies + 1))
