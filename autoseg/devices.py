@@ -1,6 +1,7 @@
 """Where the computing happens, on how many cores, and keeping the system's allocator out of its way."""
 
 import ctypes
+import gc
 import sys
 
 import torch
@@ -41,6 +42,13 @@ def present() -> list[str]:
     """The devices that `choose_device` would take here."""
     cuda = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return ["auto", *cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def release(device: torch.device) -> None:
+    """Give back what a GPU's allocator keeps for tensors that are no more, those of reference cycles included."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def usable_threads() -> int:

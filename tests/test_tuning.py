@@ -66,9 +66,8 @@ def unet():
 
 
 def work(machine, make_network=unet, **more):
-    return Workload(
-        make_network=make_network, step_of=machine.step_of, patch=PATCH, batch_size=2, channels=1, device=CPU, **more
-    )
+    given = {"patch": PATCH, "batch_size": 2, "channels": 1, "device": CPU, **more}
+    return Workload(make_network=make_network, step_of=machine.step_of, **given)
 
 
 def probe(machine, make_network=unet, seconds=1e5, **more):
@@ -184,7 +183,7 @@ SPOILS = {
     "scaled": lambda scale, x: 1.3 * scale,
     "one voxel": one_voxel_off,
     "not finite": lambda scale, x: scale / 0,
-    "narrow maps only": lambda scale, x: 0 * scale if x.shape[-1] == 4 else scale,
+    "this shape only": lambda scale, x: 0 * scale if x.shape[2:] == PATCH else scale,
     "large batches only": lambda scale, x: 0 * scale if len(x) == 2 else scale,
     "gradient lost": lambda scale, x: LosesGradient.apply(scale),
 }
@@ -201,9 +200,30 @@ def test_a_fast_and_wrong_kernel_is_refused(no_compiler, spoil):
 
 @pytest.mark.parametrize("name", ["unet", "resenc"])
 def test_a_right_kernel_agrees(no_compiler, name):
+    """On a patch of which the deepest stage sees more than two slices: with two, kernels of some CPUs are wrong."""
     spec = replace(SPEC, name=name)
-    made = probe(Machine(cost_of(precision=0.5, channels_last=0.5)), lambda: build(spec, 1, 3))
+    machine = Machine(cost_of(precision=0.5, channels_last=0.5))
+    made = probe(machine, lambda: build(spec, 1, 3), patch=(12, 16, 20))
     assert (made.precision, made.channels_last) == ("bfloat16", True)
+
+
+def test_what_is_wrong_on_other_shapes_does_no_harm(no_compiler):
+    machine = Machine(cost_of(precision=0.5))
+    made = probe(machine, lambda: WrongInLowPrecision(lambda scale, x: scale if x.shape[2:] == PATCH else 0 * scale))
+    assert made.precision == "bfloat16"
+
+
+def test_low_precision_comes_before_the_layout(no_compiler):
+    """A layout that gains a little alone and spoils low precision would else keep it from its larger gain."""
+
+    def cost(setting):
+        low = setting.precision != "float32"
+        return {(False, False): 1.0, (False, True): 0.9, (True, False): 0.5, (True, True): 0.7}[
+            low, setting.channels_last
+        ]
+
+    made = probe(Machine(cost))
+    assert (made.precision, made.channels_last, made.seconds_a_step) == ("bfloat16", False, pytest.approx(0.5))
 
 
 class LeavesOut(nn.Module):

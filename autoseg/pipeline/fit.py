@@ -19,7 +19,7 @@ import torch
 
 from autoseg.bundle import ModelCard
 from autoseg.checkpoint import read_progress
-from autoseg.devices import choose_device
+from autoseg.devices import choose_device, release
 from autoseg.inference import count_views
 from autoseg.layout import open_dataset
 from autoseg.model import open_run
@@ -335,9 +335,8 @@ def seconds_a_case(
         clock = time.monotonic()
         network(tile).sum().item()
     view = time.monotonic() - clock
-    if device.type == "cuda":  # a fold may be about to train there
-        del network, tile
-        torch.cuda.empty_cache()
+    del network, tile
+    release(device)  # a fold may be about to train there
     return EXPORT_SHARE * view * count_views(case.labels.shape, configuration.patch, plan.flips(configuration).axes)
 
 
