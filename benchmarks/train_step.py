@@ -1,10 +1,12 @@
 """Time a training step of a plan's configuration against nnU-Net's on the same plan, in turn, each in its own process.
 
     python benchmarks/train_step.py PLAN_JSON 3d_fullres --peer PYTHON_WITH_NNUNETV2 [--rounds 3] [--steps 6]
+    python benchmarks/train_step.py PLAN_JSON 3d_fullres --pieces 2 4
 
 Batches are random, of the plan's patch and batch size. Both sides run the default recipe: plain U-Net, deep
 supervision, Dice and cross-entropy, SGD with Nesterov momentum, clipped gradients. glibc's allocator decides a third
 of the time of either, so every side runs with its default setting (`plain`) and with freed memory kept (`kept`).
+`--pieces`: autoseg with batches cut into so many pieces too, as where memory is short.
 """
 
 import argparse
@@ -22,7 +24,9 @@ from typing import Any
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
-def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: int) -> Callable[[], object]:
+def our_step(
+    configuration: dict[str, Any], image: Any, labels: Any, classes: int, pieces: int = 1
+) -> Callable[[], object]:
     """One call: one training step of autoseg."""
     import torch
 
@@ -50,9 +54,10 @@ def our_step(configuration: dict[str, Any], image: Any, labels: Any, classes: in
         device=torch.device("cpu"),
         folder=Path(),
         tuning=safe_base(torch.device("cpu")),
+        pieces=pieces,
     )
     optimizer, loss_scaler = make_optimizer(parts.network, parts.recipe), scaler(parts.tuning, parts.device)
-    batch = Batch(step=0, patches=(), image=image, labels=labels)
+    batch = Batch(step=0, patches=(unused,) * len(image), image=image, labels=labels)
     return lambda: training_step(parts, optimizer, loss_scaler, batch)
 
 
@@ -122,7 +127,8 @@ def child(side: str, plan: Path, name: str, steps: int) -> None:
     shape, classes = configuration["patch"], len(made["labels"]["names"])
     image = torch.randn(configuration["batch_size"], len(made["channels"]), *shape)
     labels = torch.randint(classes, (configuration["batch_size"], *shape))
-    step = SIDES[side](configuration, image, labels, classes)
+    name, _, pieces = side.partition("/")
+    step = SIDES[name](configuration, image, labels, classes, **({"pieces": int(pieces)} if pieces else {}))
     step()
     seconds, cpu = [], time.process_time()
     for _ in range(steps):
@@ -140,12 +146,14 @@ def main() -> None:
     parser.add_argument("--peer", help="a Python with nnunetv2; left out: autoseg alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--pieces", type=int, nargs="+", default=[])
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         child(options.side, options.plan, options.configuration, options.steps)
         return
-    pythons = {"autoseg": sys.executable} | ({"nnU-Net": options.peer} if options.peer else {})
+    sides = ["autoseg", *(f"autoseg/{pieces}" for pieces in options.pieces)]
+    pythons = dict.fromkeys(sides, sys.executable) | ({"nnU-Net": options.peer} if options.peer else {})
     ways = [(side, allocator) for allocator in ("kept", "plain") for side in pythons]
     results: dict[tuple[str, str], list[dict[str, Any]]] = {way: [] for way in ways}
     for _ in range(options.rounds):
@@ -160,7 +168,7 @@ def main() -> None:
         ratios = [median(a["seconds"]) / median(b["seconds"]) for a, b in zip(rounds, results["autoseg", allocator])]
         cpu, peak_mib = median(one["cpu"] for one in rounds), max(one["peak_mib"] for one in rounds)
         print(
-            f"{side:8s} freed memory {allocator:5s} {step:7.2f} s a step   {cpu:7.2f} CPU s   {peak_mib:6.0f} MiB   "
+            f"{side:9s} freed memory {allocator:5s} {step:7.2f} s a step   {cpu:7.2f} CPU s   {peak_mib:6.0f} MiB   "
             f"{median(ratios):5.2f} x autoseg"
         )
 
