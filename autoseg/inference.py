@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoseg.devices import release
 from autoseg.records import AutosegError
 from autoseg.volume import relative_place
 
@@ -91,11 +92,13 @@ def predict_logits(
     channel with the slices side by side. Beyond both ends of Z they are zero, as in training and beside a small image.
     step: distance between tiles as a share of the patch, at most. mirror_axes: positions in `patch`; all their
     combinations are flipped, predicted and flipped back. swap: what trades places then; None: nothing.
-    tile_batch: tiles (or mirrored views of one) in a call.
+    tile_batch: tiles (or mirrored views of one) in a call; halved, and the stitched logits moved to the CPU, where the
+    device has no memory for it.
     autocast: lower precision for the networks, for example torch.bfloat16; None leaves them in their own.
     progress: called with (tiles done, all tiles).
 
-    Raises AutosegError where logits are not finite, ValueError for arguments that do not fit each other.
+    Raises AutosegError where logits are not finite or one tile finds no memory, ValueError for arguments that do not
+    fit each other.
     """
     if not networks or image.ndim != 4 or len(patch) not in (2, 3) or tile_batch < 1:
         raise ValueError(
@@ -133,7 +136,8 @@ def predict_logits(
     logits = torch.zeros(heads, *padded, device=_where_to_stitch(device, heads * prod(padded)))
     precision = torch.autocast(device.type, dtype=autocast) if autocast else nullcontext()
     with torch.inference_mode(), precision:
-        for first in range(0, len(tiles), tile_batch):
+        first = 0
+        while first < len(tiles):
             group = tiles[first : first + tile_batch]
             boxes = [
                 tuple(slice(along[i], along[i] + edge) for along, i, edge in zip(starts, tile, window))
@@ -141,17 +145,32 @@ def predict_logits(
             ]
             # Cut (B, C, *window) and, in 2D, join the axis in front of the patch, which is `context` long, to C.
             seen = [image[:, z.start : z.stop + 2 * reach, y, x] for z, y, x in boxes]
-            batch = torch.stack(seen).to(device).reshape(len(group), -1, *patch)
             views = max(1, tile_batch // len(group))
             places = [[relative_place(s.start, *of) for s, *of in zip(box, window, padded)] for box in boxes]
             position = torch.tensor(places)[:, -len(patch) :]
-            mean = _mean_logits(networks, batch, position, flips, views, (len(group), heads, *patch))
+            try:
+                batch = torch.stack(seen).to(device).reshape(len(group), -1, *patch)
+                mean = _mean_logits(networks, batch, position, flips, views, (len(group), heads, *patch))
+            except torch.OutOfMemoryError as error:
+                if tile_batch == 1 and logits.device.type == "cpu":
+                    raise AutosegError(
+                        f"{device} has no memory for a single tile of {' x '.join(map(str, patch))} voxels ({error}); "
+                        "end what else computes there, or predict with --device cpu"
+                    ) from error
+                mean = None
+            if mean is None:  # out here nothing holds the tensors of the attempt any more
+                if tile_batch == 1:
+                    logits = logits.cpu()
+                tile_batch = max(tile_batch // 2, 1)
+                release(device)
+                continue
             for tile, box, of_tile in zip(group, boxes, mean):
                 z, y, x = (along[i].to(logits.device) for along, i in zip(weights, tile))
                 of_tile = of_tile.reshape(heads, *window).to(logits.device)
                 logits[:, *box].addcmul_(of_tile, z[:, None, None] * y[:, None] * x)
+            first += len(group)
             if progress:
-                progress(first + len(group), len(tiles))
+                progress(first, len(tiles))
     logits = logits[:, *inner].cpu()
     return logits if padded == size else logits.contiguous()
 

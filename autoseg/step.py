@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autoseg.agreement import Workload
 from autoseg.computing import autocast, scaler
@@ -42,6 +44,12 @@ class Parts:
     """How it computes; the process is settled for it, the network not yet."""
     team: Team = ALONE
     """The processes that share each batch."""
+    pieces: int = 1
+    """Into how many pieces a batch is cut on its way through the network; see `through`."""
+
+
+class NoMemory(torch.OutOfMemoryError):
+    """There was no memory for forward or backward pass: nothing has moved yet, and smaller pieces may do."""
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -56,14 +64,45 @@ def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
         annotated=batch.annotated,
         part=Part(share=len(batch.image) / len(batch.patches), total=parts.team.total),
     )
-    where = {} if batch.position is None else {"position": batch.position}
     with autocast(parts.tuning, parts.device):
         if not parts.recipe.deep_supervision:
-            logits = parts.network(batch.image, **where)
+            (logits,) = through(parts, batch)
             return loss(logits, batch.labels), logits
-        scales = parts.network(batch.image, all_scales=True, **where)
+        scales = through(parts, batch, all_scales=True)
         targets = scale_targets(batch.labels, parts.scales)
         return deep_supervision(loss, scales, targets, parts.output_weights), scales[0]
+
+
+def through(parts: Parts, batch: Batch, **ask: Any) -> list[Tensor]:
+    """The network's outputs for a batch, which goes through it in `parts.pieces`, one after another.
+
+    Of a piece only image and outputs are kept; the rest is computed again for the gradient, a third more work. So the
+    memory is that of one piece, and whatever the loss makes of all samples together, the step is the same but for
+    rounding. Not with batch norm, which would see each piece by itself; see `more_pieces`.
+    Source: gradient checkpointing (Chen et al., 2016, arXiv:1604.06174), along the batch.
+    """
+
+    def outputs(image: Tensor, position: Tensor | None) -> list[Tensor]:
+        found = parts.network(image, **ask) if position is None else parts.network(image, **ask, position=position)
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    if parts.pieces == 1:
+        return outputs(batch.image, batch.position)
+    size = math.ceil(len(batch.image) / parts.pieces)
+    images = batch.image.split(size)
+    positions = [None] * len(images) if batch.position is None else batch.position.split(size)
+    found = [checkpoint(outputs, *piece, use_reentrant=False) for piece in zip(images, positions)]
+    return [torch.cat(scale) for scale in zip(*found)]
+
+
+def more_pieces(parts: Parts) -> int | None:
+    """In how many pieces to try where there was no memory: twice as many as now, up to one a sample.
+
+    None where that cannot help or would change the step: batch norm, or processes that wait for each other.
+    """
+    samples = parts.training.batch_size
+    mixes = any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in parts.network.modules())
+    return None if mixes or parts.team.size > 1 or parts.pieces >= samples else min(2 * parts.pieces, samples)
 
 
 def training_step(
@@ -75,18 +114,21 @@ def training_step(
 ) -> float | None:
     """One optimizer step; its loss, or None if loss or gradient was not finite and the step was skipped.
 
-    gathered: waits for the gradients of other processes, see `Team.share`.
+    gathered: waits for the gradients of other processes, see `Team.share`. Raises NoMemory where there is too little.
     """
     optimizer.zero_grad(set_to_none=True)
     # Norms take a batch into their running statistics before anybody knows that it is a bad one.
     before = [buffer.clone() for buffer in parts.network.buffers()]
-    loss, _ = batch_loss(parts, batch)
-    value = parts.team.total(loss.detach()).item()
-    if not math.isfinite(value):
-        for buffer, old in zip(parts.network.buffers(), before):
-            buffer.copy_(old)
-        return None
-    scaler.scale(loss).backward()
+    try:
+        loss, _ = batch_loss(parts, batch)
+        value = parts.team.total(loss.detach()).item()
+        if not math.isfinite(value):
+            for buffer, old in zip(parts.network.buffers(), before):
+                buffer.copy_(old)
+            return None
+        scaler.scale(loss).backward()
+    except torch.OutOfMemoryError as error:
+        raise NoMemory(*error.args) from error
     gathered()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parts.network.parameters(), parts.recipe.clip_norm or math.inf)

@@ -7,6 +7,7 @@ Under a budget the decay follows the time instead, at every step. Other optimize
 between two steps or two validation batches; what is saved there goes on as if nothing had happened.
 """
 
+import math
 import shutil
 import signal
 import time
@@ -23,6 +24,7 @@ from torch import nn
 from autoseg.bad_steps import record_bad_step, refuse_many
 from autoseg.checkpoint import Progressed, load_checkpoint, save_checkpoint, save_weights
 from autoseg.computing import apply, scaler
+from autoseg.devices import release
 from autoseg.history import Epoch, append_metrics, forget_metrics_from, in_words, read_metrics, rolling
 from autoseg.kept import average, second_network, take_over
 from autoseg.parameter_groups import hold_encoder, set_rate
@@ -33,7 +35,7 @@ from autoseg.schedule import TIMED_STEPS, choose_rhythm, is_over, progress
 from autoseg.schema import Recipe
 from autoseg.settings import say_duration
 from autoseg.signals import Requests, Stopped
-from autoseg.step import Parts, batches, make_optimizer, training_step, validate
+from autoseg.step import NoMemory, Parts, batches, make_optimizer, more_pieces, training_step, validate
 from autoseg.watchdog import count_shown, watch
 
 WEIGHTS = "weights.safetensors"
@@ -115,9 +117,7 @@ def train(
             rate = learning_rate(recipe, state.moment(recipe, now))
             set_rate(optimizer, rate)
             hold_encoder(network, recipe, state.epoch)
-            # Dropout draws from torch's global generator: seeded anew, a step that is gone on with is the same one.
-            torch.manual_seed(int(generator(recipe.seed, Stream.DROPOUT, batch.step).integers(2**62)) + team.rank)
-            loss = training_step(parts, optimizer, loss_scaler, batch, gathered)
+            loss, parts = _step(parts, optimizer, loss_scaler, batch, gathered, bar)
             team.agree(network)
             shown += count_shown(batch.labels, parts.labels)
             if loss is None:
@@ -159,6 +159,36 @@ def train(
     if team.leads:
         save_weights(network if kept is None else kept, folder / WEIGHTS)
     return state
+
+
+def _step(
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
+    loss_scaler: torch.amp.GradScaler,
+    batch: Batch,
+    gathered: Callable[[], None],
+    bar: Progress,
+) -> tuple[float | None, Parts]:
+    """Loss of a training step, see `training_step`, and the parts with as many pieces as it found memory for."""
+    while True:
+        # Dropout draws from torch's global generator: seeded anew, a step that is gone on with is the same one.
+        seed = int(generator(parts.recipe.seed, Stream.DROPOUT, batch.step).integers(2**62))
+        torch.manual_seed(seed + parts.team.rank)
+        try:
+            return training_step(parts, optimizer, loss_scaler, batch, gathered), parts
+        except NoMemory as error:
+            pieces = more_pieces(parts)
+            if pieces is None:
+                raise
+            bar.say(
+                f"{parts.device} has no memory for {math.ceil(len(batch.image) / parts.pieces)} patches at once "
+                f"({str(error).splitlines()[0]}): from now on a batch goes through the network in {pieces} pieces, "
+                "the same step for about a third more time; a plan for less --gpu-memory would not need it"
+            )
+            parts = replace(parts, pieces=pieces)
+        # Out here nothing holds the tensors of the attempt any more.
+        optimizer.zero_grad(set_to_none=True)
+        release(parts.device)
 
 
 def _steps(recipe: Recipe, first: int) -> Iterable[int]:

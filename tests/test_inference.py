@@ -238,6 +238,37 @@ def test_networks_run_without_gradients_and_in_the_precision_asked_for():
     torch.testing.assert_close(rough, exact, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_tiles_that_find_no_memory_go_in_smaller_groups(most):
+    """Whatever fits, the logits are the same and every tile is told of once."""
+    seen, told = [], []
+
+    def narrow(x):
+        if len(x) > most:
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+        seen.append(len(x))
+        return torch.cat((x, -x), 1)
+
+    image = image_of(1, 5, 7, 11)
+    ask = {"patch": (4, 4, 4), "heads": 2, "mirror_axes": (0, 2)}
+    logits = predict_logits([narrow], image, tile_batch=5, progress=lambda *where: told.append(where), **ask)
+    torch.testing.assert_close(logits, torch.cat((image, -image)))
+    tiles = told[-1][1]
+    assert sum(seen) == 4 * tiles
+    assert max(seen) == {1: 1, 2: 2, 3: 2}[most]
+    done = [count for count, _ in told]
+    assert done == sorted(set(done)) and done[-1] == tiles
+
+
+def test_no_memory_for_one_tile_is_said_with_what_to_do():
+    def full(x):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    said = r"cpu has no memory for a single tile of 4 x 5 x 6 voxels \(tried to allocate 3 GiB\).*--device cpu"
+    with pytest.raises(AutosegError, match=said):
+        predict_logits([full], torch.zeros(1, 5, 7, 11), patch=(4, 5, 6), heads=2)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_stop_the_prediction(value):
     def broken(x):
