@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoseg.readers import ENDINGS, not_there, reader_for
+from autoseg.readers import ENDINGS, is_named, not_there, reader_for
 from autoseg.records import AutosegError, record
 
 SHOWN = 5
@@ -231,11 +231,6 @@ def endings_in(folder: Path, ours: Collection[str] = ()) -> list[str]:
 def visible(folder: Path) -> list[Path]:
     """The files of a folder that are not hidden."""
     return [file for file in folder.iterdir() if is_named(file) and not file.name.startswith(".")]
-
-
-def is_named(path: Path) -> bool:
-    """Whether there is a file of this name, or a link to one that is not there: reading the latter says so."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def ending_of(path: Path) -> str:

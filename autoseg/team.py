@@ -228,6 +228,8 @@ def one_each(device: str, place: int, here: int) -> str:
     """The device of process number `place` of the `here` ones on this machine. AutosegError if there are too few."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and place == 0:
+            print(f"no GPU can be seen: {here} processes share the CPU, which one alone would use as well", flush=True)
     if device == "cpu":
         return device
     if device != "cuda":

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from autoseg.datasets.folders import MOST_VALUES, name_values
-from autoseg.datasets.importing import Draft, Entry, Overlaps, Place, Request, encode, merge, whole_order
+from autoseg.datasets.importing import Draft, Entry, Overlaps, Place, Request, encode, fetched, merge, whole_order
 from autoseg.datasets.pairing import case_names, pair, stems
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.readers import Stored
+from autoseg.readers import Stored, is_named
 from autoseg.records import AutosegError
 from autoseg.volume import Grid, Triple
 
@@ -197,10 +197,10 @@ def one_hot_classes(seen: Sequence[Seen], given: dict[str, int]) -> tuple[dict[s
 def hdf5_files(path: Path) -> list[Path]:
     """The HDF5 files at a folder or file."""
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    found = [f for f in files if f.is_file() and f.suffix.lower() in ENDINGS and not f.name.startswith(".")]
+    found = [f for f in files if is_named(f) and f.suffix.lower() in ENDINGS and not f.name.startswith(".")]
     if not found:
         raise AutosegError(f"{path} has no HDF5 file ({', '.join(ENDINGS)})")
-    return found
+    return fetched(found)
 
 
 def pairs_of(

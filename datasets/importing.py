@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from autoseg.parallel import map_cases, raise_failures
-from autoseg.readers import ENDINGS, Stored, files_of, on_grid_of, read_stored, reader_for
+from autoseg.readers import ENDINGS, Stored, files_of, is_named, not_there, on_grid_of, read_stored, reader_for
 from autoseg.records import AutosegError, remove_leftovers, save_json, sole_writer
 from autoseg.volume import Triple
 
@@ -116,23 +116,31 @@ def common_ending(images: Sequence[Path], masks: Sequence[Path]) -> str:
 def files_at(text: str) -> list[Path]:
     """Image files at a folder (whatever their depth), a file or a quoted pattern like 'data/*/t1.nii.gz', sorted.
 
-    Hidden files and files of unknown formats are left out. Raises AutosegError if none is left.
+    Hidden files and files of unknown formats are left out. Raises AutosegError if none is left, or one is a link to
+    what is not there.
     """
     path = Path(text).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file()]
-    elif path.is_file():
+        found = [file for file in path.rglob("*") if is_named(file)]
+    elif is_named(path):
         found = [path]
     else:
         top, pattern = Path(path.anchor), str(path.relative_to(path.anchor)) if path.anchor else str(path)
-        found = [file for file in top.glob(pattern) if file.is_file()] if "*" in pattern or "?" in pattern else []
+        found = [file for file in top.glob(pattern) if is_named(file)] if "*" in pattern or "?" in pattern else []
     hidden = {file for file in found if any(part.startswith(".") for part in file.relative_to(path.anchor).parts[-2:])}
     known = sorted(file for file in set(found) - hidden if file.name.lower().endswith(tuple(ENDINGS)))
     if not known:
         kinds = sorted({file.suffix for file in found if file not in hidden})
         found_text = f"it holds only {', '.join(kinds)}" if kinds else "nothing is there"
         raise AutosegError(f"{text} has no image file ({found_text}); known are {', '.join(ENDINGS)}")
-    return known
+    return fetched(known)
+
+
+def fetched(files: Sequence[Path]) -> list[Path]:
+    """The files themselves. Raises AutosegError if there are links whose file is not there: a case less is no cure."""
+    if gone := [file for file in files if not file.exists()]:
+        raise AutosegError(f"{len(gone)} of {len(files)} files cannot be read: {not_there(gone[0])}")
+    return list(files)
 
 
 def apart(images: Sequence[Path], masks: Sequence[Path]) -> tuple[list[Path], list[Path]]:

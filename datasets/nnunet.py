@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autoseg.datasets.importing import Draft, Entry, Place, Request
+from autoseg.datasets.importing import Draft, Entry, Place, Request, fetched
+from autoseg.readers import is_named
 from autoseg.records import AutosegError
 
 FOLDERS: tuple[str, ...] = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
@@ -27,7 +28,7 @@ def find(request: Request) -> Draft:
         # Files of cases that are listed stay where they are.
         folders = FOLDERS[2:]
         card["dataset"] = {case: where_it_is(entry, top) for case, entry in listed.items()}
-    files = [file for name in folders for file in sorted((top / name).glob("*")) if file.is_file()]
+    files = fetched([file for name in folders for file in sorted((top / name).glob("*")) if is_named(file)])
     labelled = sum(file.parent.name == "labelsTr" and file.name.endswith(ending) for file in files)
     targets = {file.relative_to(top).as_posix(): file for file in files if not file.name.startswith(".")}
     notes: tuple[str, ...] = ("files share their bytes with the source, if on one disk: what edits one edits both",)

@@ -388,6 +388,22 @@ def test_a_decathlon_task_with_missing_files_is_refused(place, tmp_path):
         import_dataset(place, "msd", str(task))
 
 
+@pytest.mark.parametrize("source", ["folders", "nnunet", "hdf5"])
+def test_links_to_files_that_were_not_fetched_are_named(place, tmp_path, source):
+    """As git-annex leaves them: an import without those cases would look whole."""
+    top = tmp_path / "Dataset009_Balls"
+    balls_dataset(top)
+    ending = ".h5" if source == "hdf5" else ".nii.gz"
+    for folder in ("imagesTr", "labelsTr"):
+        (top / folder / f"p9_9{ending}").symlink_to(f"../annex/p9_9{ending}")
+    images, masks = (top, None) if source != "folders" else (top / "imagesTr", str(top / "labelsTr"))
+    with pytest.raises(
+        AutosegError, match=r"[12] of \d+ files cannot be read: .*p9_9.* is a link to \.\./annex/p9_9.*fetch"
+    ):
+        import_dataset(place, source, str(images), masks, name=NAME, yes=True)
+    assert not place.raw(NAME).exists()
+
+
 # nnunet
 
 

@@ -167,8 +167,13 @@ def test_running_statistics_become_the_mean_of_all_processes():
     Team(rank=0, size=2).agree(nn.Conv2d(1, 1, 1))  # nothing to agree on, nobody to wait for
 
 
-def test_a_device_for_each_process():
+def test_a_device_for_each_process(capsys, monkeypatch):
     assert [one_each("cpu", place, 2) for place in range(2)] == ["cpu", "cpu"]
+    assert not capsys.readouterr().out
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr(torch.cuda, "is_available", lambda: False)
+        assert [one_each("auto", place, 2) for place in range(2)] == ["cpu", "cpu"]
+    assert capsys.readouterr().out.count("no GPU can be seen: 2 processes share the CPU") == 1
     with pytest.raises(AutosegError, match="not on mps"):
         one_each("mps", 0, 2)
     with pytest.raises(AutosegError, match=r"1000 processes need a GPU each, and \d+ can be seen"):

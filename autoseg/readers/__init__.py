@@ -92,6 +92,11 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return reader_for(path).files(path)
 
 
+def is_named(path: Path) -> bool:
+    """Whether there is a file of this name, or a link to one that is not there: reading the latter says so."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
 def not_there(path: Path) -> str:
     """What to say of a file that cannot be found: it may be a link whose file has not been fetched."""
     if path.is_symlink():
