@@ -97,10 +97,11 @@ def test_a_run_of_fewer_than_5000_steps_takes_adamw(recipe, device, timed, short
     assert ("--set optimizer=sgd" in capsys.readouterr().out) == short
 
 
-def test_a_short_run_of_a_network_without_norm_takes_smaller_steps(capsys):
-    chosen = for_length(Recipe(epochs=3), TrainOptions(), "cpu", None, normed=False)
-    assert chosen == replace(for_length(Recipe(epochs=3), TrainOptions(), "cpu", None), learning_rate=0.001)
-    assert "learning rate 0.001 for a network without normalisation" in capsys.readouterr().out
+@pytest.mark.parametrize(("width", "rate"), [(1, 0.003), (711, 0.003), (6400, 0.001), (32000, 0.00045)])
+def test_a_short_run_of_a_network_without_norm_takes_smaller_steps_the_wider_it_is(width, rate, capsys):
+    chosen = for_length(Recipe(epochs=3), TrainOptions(), "cpu", None, width=width)
+    assert chosen == replace(for_length(Recipe(epochs=3), TrainOptions(), "cpu", None), learning_rate=rate)
+    assert f"learning rate {rate} for a network without normalisation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

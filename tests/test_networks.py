@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoseg.losses import scale_targets
-from autoseg.networks import NETWORKS, build, normalises
+from autoseg.networks import NETWORKS, build, unnormed_width
 from autoseg.networks.blocks import SLOPE, ConvBlock, InstanceNorm, ResidualBlock
 from autoseg.networks.strides import running, total
 from autoseg.planners.memory import activations
@@ -68,17 +68,20 @@ class RMSNorm3D(nn.Module):
 @pytest.mark.parametrize(
     ("network", "expected"),
     [
-        (nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sequential(nn.BatchNorm2d(3))), True),
-        (nn.Sequential(nn.Conv2d(1, 3, 3), RMSNorm3D()), True),
-        (nn.Sequential(nn.Conv2d(1, 3, 3), nn.PReLU()), False),
-        (on_meta(cubic_spec()), True),
+        (nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sequential(nn.BatchNorm2d(3))), None),
+        (nn.Sequential(nn.Conv2d(1, 3, 3), RMSNorm3D()), None),
+        (nn.Sequential(nn.Conv2d(7, 3, 3), nn.PReLU(), nn.Conv2d(6, 4, (5, 3), groups=2), nn.Linear(11, 2)), 63),
+        (nn.Sequential(nn.ReLU(), nn.Linear(11, 2)), 11),
+        (nn.ReLU(), 1),
+        (on_meta(cubic_spec()), None),
         # Its blocks are called ConvNormAct, and normalise only where `norm` says so.
-        (on_meta(NETWORKS["vnet"].spec(2)), False),
-        (on_meta(NETWORKS["mednext"].spec(3)), True),
+        (on_meta(NETWORKS["vnet"].spec(2)), 256 * 5**2),
+        (on_meta(NETWORKS["vnet"].spec(3)), 256 * 5**3),
+        (on_meta(NETWORKS["mednext"].spec(3)), None),
     ],
 )
-def test_layers_that_normalise_are_found(network, expected):
-    assert normalises(network) == expected
+def test_layers_that_normalise_are_found_or_else_the_widest_one(network, expected):
+    assert unnormed_width(network) == expected
 
 
 def parameters(network):

@@ -163,9 +163,15 @@ def output_scales(network: nn.Module, spec: NetworkSpec) -> tuple[tuple[int, ...
     return running(spec.strides[:-1]) if stated is None else stated
 
 
-def normalises(network: nn.Module) -> bool:
-    """Whether it has layers that normalise, torch's or others: classes are called so, as BatchNorm3d or RMSNorm."""
-    return any(re.search(r"norm(\dd)?$", type(part).__name__, re.IGNORECASE) for part in network.modules())
+def unnormed_width(network: nn.Module) -> int | None:
+    """How many numbers the widest layer sums up of a network that does not normalise between layers; None if it does.
+
+    Layers that normalise, torch's or others, are known by the names of their classes, as BatchNorm3d or RMSNorm.
+    """
+    if any(re.search(r"norm(\dd)?$", type(part).__name__, re.IGNORECASE) for part in network.modules()):
+        return None
+    summing = (part for part in network.modules() if isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear))
+    return max((part.weight[0].numel() for part in summing), default=1)
 
 
 def output_weights(network: nn.Module) -> tuple[float, ...]:

@@ -30,8 +30,8 @@ CPU_BUDGET_SECONDS = 2 * 3600.0
 SHORT_STEPS = 5000
 """Runs of fewer steps begin with `SHORT`."""
 SHORT: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.003, "warmup_steps": 20}
-UNNORMED_RATE = 0.001
-"""The learning rate of `SHORT` for networks without normalisation layers."""
+UNNORMED_RATE = 0.08
+"""The learning rate of `SHORT` is at most this by the root of the width of a network without normalisation."""
 OPTIMIZER = (*SHORT, "momentum", "schedule")
 """Recipe fields of which none is touched if one of them is stated."""
 TOO_SLOW = 1e-3
@@ -208,12 +208,13 @@ def states(options: TrainOptions, fields: Collection[str]) -> bool:
 
 
 def for_length(
-    recipe: Recipe, options: TrainOptions, device: str, seconds_a_step: float | None, *, normed: bool = True
+    recipe: Recipe, options: TrainOptions, device: str, seconds_a_step: float | None, *, width: int | None = None
 ) -> Recipe:
     """The recipe of a run that begins, with the optimizer that its length asks for; said, unless the user states one.
 
-    seconds_a_step: as timed on this machine, None if it was not. normed: whether the network normalises between its
-    layers.
+    seconds_a_step: as timed on this machine, None if it was not. width: of a network that does not normalise between
+    its layers, see `networks.unnormed_width`. Adam moves every weight by about the rate, weights are drawn with a
+    deviation that falls with the root of the width, and nothing holds what follows: the rate falls likewise.
     """
     if states(options, OPTIMIZER):
         return recipe
@@ -222,10 +223,11 @@ def for_length(
         steps = min(steps, round(recipe.budget_seconds / (seconds_a_step or GUESSED_SECONDS.get(device, 0.1))))
     if steps >= SHORT_STEPS:
         return recipe
-    chosen = replace(recipe, **(SHORT if normed else SHORT | {"learning_rate": UNNORMED_RATE}))
+    rate = SHORT["learning_rate"] if width is None else min(SHORT["learning_rate"], UNNORMED_RATE / math.sqrt(width))
+    chosen = replace(recipe, **SHORT | {"learning_rate": float(f"{rate:.2g}")})
     print(
         f"about {steps} steps, fewer than {SHORT_STEPS}: {chosen.optimizer} at learning rate {chosen.learning_rate:g}"
-        f"{'' if normed else ' for a network without normalisation'}, "
+        f"{'' if width is None else ' for a network without normalisation'}, "
         f"which learns sooner than {recipe.optimizer} at {recipe.learning_rate:g}; "
         f"choose otherwise with --set optimizer={recipe.optimizer}",
         flush=True,

@@ -19,7 +19,7 @@ from autoseg.history import METRICS
 from autoseg.layout import open_dataset
 from autoseg.merging import seen_as
 from autoseg.model import open_run
-from autoseg.networks import normalises
+from autoseg.networks import unnormed_width
 from autoseg.pipeline.cascade import find_priors, next_stages
 from autoseg.pipeline.changes import refuse_changed
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
@@ -198,7 +198,8 @@ def train_to_the_end(
     tuning = choose_tuning(run, parts, configuration)
     if run.tuning is None:
         refuse_frozen(run.recipe, tuning.seconds_a_step)
-        chosen = for_length(run.recipe, options, device.type, tuning.seconds_a_step, normed=normalises(parts.network))
+        width = unnormed_width(parts.network)
+        chosen = for_length(run.recipe, options, device.type, tuning.seconds_a_step, width=width)
         run = replace(run, recipe=chosen)
     parts, run = replace(parts, tuning=tuning, recipe=run.recipe), replace(run, tuning=tuning)
     save_json(run, folder / "run.json")
