@@ -158,7 +158,7 @@ def predict_logits(
                         "end what else computes there, or predict with --device cpu"
                     ) from error
                 mean = None
-            if mean is None:  # out here nothing holds the tensors of the attempt any more
+            if mean is None:  # out here no traceback holds what the attempt had computed
                 if tile_batch == 1:
                     logits = logits.cpu()
                 tile_batch = max(tile_batch // 2, 1)

@@ -76,9 +76,9 @@ def batch_loss(parts: Parts, batch: Batch) -> tuple[Tensor, Tensor]:
 def through(parts: Parts, batch: Batch, **ask: Any) -> list[Tensor]:
     """The network's outputs for a batch, which goes through it in `parts.pieces`, one after another.
 
-    Of a piece only image and outputs are kept; the rest is computed again for the gradient, a third more work. So the
-    memory is that of one piece, and whatever the loss makes of all samples together, the step is the same but for
-    rounding. Not with batch norm, which would see each piece by itself; see `more_pieces`.
+    Of a piece only image and outputs are kept; the rest is computed again for the gradient, a second forward pass. So
+    activations are those of one piece at a time, and whatever the loss makes of all samples together, the step is the
+    same but for rounding. Not with batch norm, which would see each piece by itself; see `more_pieces`.
     Source: gradient checkpointing (Chen et al., 2016, arXiv:1604.06174), along the batch.
     """
 

@@ -183,10 +183,10 @@ def _step(
             bar.say(
                 f"{parts.device} has no memory for {math.ceil(len(batch.image) / parts.pieces)} patches at once "
                 f"({str(error).splitlines()[0]}): from now on a batch goes through the network in {pieces} pieces, "
-                "the same step for about a third more time; a plan for less --gpu-memory would not need it"
+                "the same step in more time; a plan for less --gpu-memory would not need it"
             )
             parts = replace(parts, pieces=pieces)
-        # Out here nothing holds the tensors of the attempt any more.
+        # Out here no traceback holds what the attempt had computed.
         optimizer.zero_grad(set_to_none=True)
         release(parts.device)
 
