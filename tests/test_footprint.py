@@ -13,8 +13,8 @@ import torch
 import toys
 from torch import nn
 
-from autoseg.networks import NETWORKS, build, meta
-from autoseg.networks.footprint import footprint, needs_of, on_meta
+from autoseg.networks import NETWORKS, build, meta, spec_of
+from autoseg.networks.footprint import Step, footprint, needs_of
 from autoseg.networks.meta import Living
 from autoseg.planners.asked import adapted
 from autoseg.records import AutosegError
@@ -201,10 +201,10 @@ def test_peaks_of_other_families_are_within_ten_percent_too(network, patch, shar
     assert 0.9 < counted / int(done.stdout) < 1.1, f"{counted / 2**20:.0f} MiB counted, {done.stdout} bytes measured"
 
 
-def test_attention_on_a_gpu_keeps_no_shares_of_all_pairs():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attention_keeps_no_shares_of_all_pairs(device):
     """Twice the tokens need twice the bytes, not four times; every patch is then on the line of the smallest ones."""
-    needs = needs_of("primus_v3", 1, 2)
-    spec = needs.spec(2)
-    small, large = (needs.bytes(spec, (edge, 256), 2) for edge in (256, 512))
-    weights = sum(p.numel() for p in on_meta(spec, 1, 2).parameters()) * 16
+    step = Step(spec_of("primus_v3", 2), 1, 2, "bfloat16", "adamw", device)
+    small, large = (step.count((edge, 256), 2)[0].total for edge in (256, 512))
+    weights = sum(parameter.numel() for parameter in step.network.parameters()) * 16
     assert (large - weights) / (small - weights) == pytest.approx(2, rel=0.15)

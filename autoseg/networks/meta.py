@@ -122,7 +122,7 @@ class Autocast(TorchFunctionMode):
         if func == IS_CUDA:
             return self.device == "cuda"
         name = getattr(func, "__name__", "")
-        if name == "scaled_dot_product_attention" and self.device == "cuda":
+        if name == "scaled_dot_product_attention":
             return FusedAttention.apply(*_cast(args[:3], self.lower or args[0].dtype))
         if self.lower is not None:
             if name in LOWERED:
@@ -133,7 +133,7 @@ class Autocast(TorchFunctionMode):
 
 
 class FusedAttention(torch.autograd.Function):
-    """What attention keeps on a GPU: its inputs, its output and a number a row, never the shares of all pairs.
+    """What attention keeps on GPUs and CPUs: its inputs, its output and a number a row, never the shares of all pairs.
 
     Its values are never looked at; the meta device itself would count the shares (Dao et al., NeurIPS 2022).
     """
