@@ -21,9 +21,11 @@ def own(name: str, what: str) -> Callable[..., Any]:
     try:
         module = import_module(module_name)
     except (ImportError, ValueError) as error:
+        # A module that is not there says all in its name; one that is there and fails, where it does.
+        absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         raise AutosegError(
             f"the {what} {name!r} cannot be imported ({error}); is its folder on PYTHONPATH, its package installed?"
-        ) from error
+        ) from (None if absent else error)
     found = getattr(module, attribute, None)
     if not callable(found):
         raise AutosegError(f"the {what} {name!r}: the module {module_name!r} has no class or function {attribute!r}")

@@ -24,16 +24,21 @@ UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def parse(assignments: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1", "c=[2, 3]", "d=text"]` -> {"a.b": 1, "c": [2, 3], "d": "text"}; values as in TOML, else plain text."""
+    """`["a.b=1", "c=[2, 3]", "d=text"]` -> {"a.b": 1, "c": [2, 3], "d": "text"}; values as in TOML, else plain text.
+
+    Raises AutosegError for text of another form, and for a field that is given twice.
+    """
     parsed: dict[str, Any] = {}
     for text in assignments:
-        path, equals, value = text.partition("=")
-        if not equals or not path.strip():
+        path, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not path:
             raise AutosegError(f"--set {text!r}: write it as field=value")
+        if path in parsed:
+            raise AutosegError(f"{path} is given twice; leave one out")
         try:
-            parsed[path.strip()] = tomllib.loads(f"value = {value}")["value"]
+            parsed[path] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            parsed[path.strip()] = value.strip()
+            parsed[path] = value
     return parsed
 
 
@@ -54,7 +59,10 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     parts = re.split(r",(?![^\[]*\])", inner) if inner.strip() else []
     if odd := [part.strip() for part in parts if not re.match(r"\s*\w+\s*=\s*\S", part)]:
         raise AutosegError(f"{text!r}: {odd[0]!r} is no option; write it as key=value")
-    return name, parse(parts)
+    try:
+        return name, parse(parts)
+    except AutosegError as error:
+        raise AutosegError(f"{text!r}: {error}") from None
 
 
 def parse_sum(text: str) -> tuple[tuple[float, str, dict[str, Any]], ...]:
@@ -73,6 +81,8 @@ def parse_sum(text: str) -> tuple[tuple[float, str, dict[str, Any]], ...]:
             raise AutosegError(
                 f"{text!r}: {factor.strip()!r} is no number above 0; write a term as 0.5*name(key=value)"
             )
+        if not call.strip():
+            raise AutosegError(f"{text!r}: a term is missing; write a sum as dice+focal(gamma=2)")
         terms.append((weight, *parse_call(call)))
     return tuple(terms)
 

@@ -257,8 +257,9 @@ def test_weights_come_from_the_data_unless_they_are_given():
     ("text", "said"),
     [
         ("dise", "unknown loss 'dise'; choose one of dice_ce, dice, dice_squared, "),
-        ("ce+", "write it as name"),
-        ("", "loss '': write it as name"),
+        ("ce+", "loss 'ce+': a term is missing"),
+        ("", "loss '': a term is missing"),
+        ("focal(gamma=2, gamma=3)", "gamma is given twice"),
         ("x*ce", "'x' is no number above 0"),
         ("0*ce", "'0' is no number above 0"),
         ("-1*ce", "'-1' is no number above 0"),
@@ -266,6 +267,14 @@ def test_weights_come_from_the_data_unless_they_are_given():
         ("dice+tversky(gama=1)", "no option 'gama'; it has alpha=0.3, beta=0.7"),
         ("focal(batch_dice=true)", "no option 'batch_dice'; it has gamma=2"),
         ("focal(gamma=much)", "gamma must be a number, not 'much'"),
+        ("focal(gamma=inf)", "gamma must be a number, not inf"),
+        ("cldice(iterations=2.5)", "iterations must be a whole number, not 2.5"),
+        ("weighted_ce(weights=5)", "weights must be a number for each class, background first, as [1, 2, 5], not 5"),
+        ('weighted_ce(weights=["a", 2])', "weights must be a number for each class"),
+        ("weighted_ce(weights=[])", "weights must be a number for each class"),
+        ("focal(gamma=-1)", "gamma must not be negative"),
+        ("dice+topk_ce(k=0)", "k is a percentage above 0"),
+        ("weighted_ce(weights=[1, 2, -1])", "must be 3 numbers from 0 up"),
         ("no_such_module_here:loss", "cannot be imported"),
         ("math:no_such_loss", "no class or function 'no_such_loss'"),
         ("math:sqrt", "must take batch_dice, labels, annotated, part by keyword"),
@@ -283,13 +292,19 @@ def test_what_is_no_loss_is_refused_with_what_there_is(text, said):
         "tversky(alpha=-1)", "tversky(alpha=0, beta=0)", "focal_tversky(gamma=0)", "focal(gamma=-1)",
         "categorical_focal(gamma=-0.5)", "topk_ce(k=0)", "topk_ce(k=101)", "hausdorff(alpha=-2)",
         "cldice(iterations=-1)", "unified_focal(gamma=1)", "unified_focal(weight=2)", "unified_focal(delta=1)",
-        "weighted_ce(weights=[1, 2])", "weighted_ce(weights=[1, 2, 3, -1])", "weighted_ce(weights=5)",
+        "weighted_ce(weights=[1, 2, 3, -1])",
     ],
 )  # fmt: skip
-def test_options_out_of_range_are_refused_before_training(text):
-    check_loss(text)
-    with pytest.raises(AutosegError, match=r"loss '.*': \w+: "):
-        make_loss(text, labels=PLAIN, batch_dice=True)
+def test_options_out_of_range_are_refused_before_anything_is_read(text):
+    with pytest.raises(AutosegError, match=r"loss '.*': \w+: ") as refused:
+        check_loss(text)
+    assert refused.value.__cause__ is None, "all is said; a traceback would only hide it"
+
+
+def test_weights_must_be_as_many_as_there_are_classes():
+    check_loss("weighted_ce(weights=[1, 2])")
+    with pytest.raises(AutosegError, match="weights must be 4 numbers"):
+        make_loss("weighted_ce(weights=[1, 2])", labels=PLAIN, batch_dice=True)
 
 
 OWN = """
@@ -309,6 +324,12 @@ def two_numbers(logits, target, **given):
 
 def no_tensor(logits, target, **given):
     return 0.5
+
+def never_finite(logits, target, **given):
+    return logits.mean() * float("nan")
+
+def fails_later(logits, target, **given):
+    return logits.mean() * [1.0][len(logits) // 3]
 """
 
 
@@ -328,6 +349,11 @@ def test_a_loss_of_ones_own_is_used_like_the_others(tmp_path, monkeypatch):
     for name in ("two_numbers", "no_tensor"):
         with pytest.raises(AutosegError, match="a single number"):
             make(f"own_losses_of_a_user:{name}")
+    with pytest.raises(AutosegError, match=r"never_finite gives nan for logits from -1 to 1"):
+        make("own_losses_of_a_user:never_finite")
+    later = make("own_losses_of_a_user:fails_later")
+    with pytest.raises(AutosegError, match=r"fails_later failed on logits of shape \(3, 4, 5, 7\) .*: IndexError: "):
+        later(torch.zeros(3, 4, 5, 7), torch.zeros(3, 5, 7, dtype=torch.int64))
 
 
 def test_every_loss_is_described_in_a_line():

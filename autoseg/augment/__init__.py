@@ -99,6 +99,15 @@ AUGMENTATIONS: dict[str, Maker] = {
 }
 
 
+def check_augmentation(name: str) -> None:
+    """AutosegError for a name that is neither in AUGMENTATIONS nor a callable's `package.module:name`."""
+    if ":" in name:
+        own(name, "augmentation")
+    elif name not in AUGMENTATIONS:
+        known = ", ".join(AUGMENTATIONS)
+        raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
+
+
 def make_augmentation(
     name: str,
     *,
@@ -119,9 +128,7 @@ def make_augmentation(
     patch, masked = tuple(patch), tuple(masked)
     if len(patch) != dimension or min(patch) < 1:
         raise ValueError(f"a patch of shape {patch} does not fit a {dimension}D configuration")
-    if ":" not in name and name not in AUGMENTATIONS:
-        known = ", ".join(AUGMENTATIONS)
-        raise AutosegError(f"unknown augmentation {name!r}; choose one of {known}, or package.module:name of your own")
+    check_augmentation(name)
     if context > 1 and name not in POLICIES:
         raise AutosegError(
             f"the augmentation {name} would change each of the {context} slices that the network sees in its own way; "

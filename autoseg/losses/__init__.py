@@ -13,8 +13,9 @@ hand in the tests.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -118,8 +119,18 @@ def takes_weights(text: str) -> bool:
 
 
 def check_loss(text: str) -> None:
-    """AutosegError for text of another form, a loss that is not known or cannot be called so, and unknown options."""
-    _terms(text)
+    """AutosegError for text of another form, a loss that is not known or cannot be called so, and wrong options.
+
+    What rests on the classes of the dataset is left to `make_loss`: how many weights there must be, and one's own.
+    """
+    for _, name, function, options in _terms(text):
+        if name not in LOSSES:
+            continue
+        if WEIGHTS in _options(function):
+            options = options | {WEIGHTS: options.get(WEIGHTS) or (1.0, 1.0)}
+        classes = max(len(options.get(WEIGHTS, (1, 1))) - 1, 1)
+        labels = Labels.from_dataset({"background": 0} | {f"class {value}": value for value in range(1, classes + 1)})
+        _try(f"loss {text!r}: {name}", partial(function, batch_dice=False, labels=labels, **options), labels, 3)
 
 
 def describe_losses() -> list[str]:
@@ -145,10 +156,20 @@ def _terms(text: str) -> list[tuple[float, str, Loss, dict[str, Any]]]:
                     f"loss {text!r}: {name} has no option {key!r}; "
                     + (f"it has {_said(function)}" if known else "it has none")
                 )
-            if isinstance(known[key], int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise AutosegError(f"loss {text!r}: {name}: {key} must be a number, not {value!r}")
+            wrong = f"loss {text!r}: {name}: {key} must be"
+            if isinstance(known[key], int | float) and not is_number(value):
+                raise AutosegError(f"{wrong} a number, not {value!r}")
+            if name in LOSSES and isinstance(known[key], int) and value != int(value):
+                raise AutosegError(f"{wrong} a whole number, not {value!r}")
+            if key == WEIGHTS and not (isinstance(value, list) and value and all(map(is_number, value))):
+                raise AutosegError(f"{wrong} a number for each class, background first, as [1, 2, 5], not {value!r}")
         found.append((factor, name, function, options))
     return found
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number: in Python True is one, and a loss can do nothing with nan."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _options(function: Loss) -> dict[str, Any]:
@@ -179,18 +200,35 @@ def _own(name: str) -> Loss:
         raise AutosegError(
             f"the loss {name} must take {', '.join(Given.__annotations__)} by keyword, as autoseg.losses.dice_ce does, "
             f"and have a default for each option of its own ({error})"
-        ) from error
-    return found
+        ) from None
+
+    @wraps(found)
+    def guarded(logits: Tensor, target: Tensor, **given: Any) -> Tensor:
+        try:
+            value: Tensor = found(logits, target, **given)
+        except (AutosegError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise AutosegError(
+                f"the loss {name} failed on logits of shape {tuple(logits.shape)} with a target of shape "
+                f"{tuple(target.shape)}: {type(error).__name__}: {error}"
+            ) from error
+        return value
+
+    return guarded
 
 
 def _try(what: str, loss: Loss, labels: Labels, dimension: int) -> None:
-    """AutosegError unless the loss of a few voxels is a single number that has a gradient."""
+    """AutosegError unless the loss of a few voxels is a single finite number that has a finite gradient."""
     shape = (2, 3, 5)[:dimension]
-    logits = torch.zeros(2, labels.heads, *shape, requires_grad=True)
+    logits = torch.linspace(-1, 1, 2 * labels.heads * math.prod(shape)).view(2, labels.heads, *shape).requires_grad_()
     try:
         with torch.enable_grad():
             value = loss(logits, torch.ones(2, *shape, dtype=torch.int64), annotated=None, part=WHOLE)
-    except (ValueError, TypeError) as error:
-        raise AutosegError(f"{what}: {error}") from error
+    except ValueError as error:
+        raise AutosegError(f"{what}: {error}") from None
     if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
         raise AutosegError(f"{what} must give a tensor of a single number that depends on the logits")
+    (gradient,) = torch.autograd.grad(value, logits)
+    if not (value.isfinite() and gradient.isfinite().all()):
+        raise AutosegError(f"{what} gives {value.item():g} for logits from -1 to 1, or a gradient that is not finite")

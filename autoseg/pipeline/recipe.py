@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autoseg import settings
+from autoseg.augment import check_augmentation
 from autoseg.checkpoint import Progressed, read_progress
 from autoseg.losses import check_loss
 from autoseg.pipeline.idle import refuse_frozen, refuse_idle
@@ -102,6 +103,7 @@ def make_recipe(options: TrainOptions, existing: Recipe | None = None) -> Recipe
     if not recipe.match_steps:  # of the stated length of an epoch: whoever repeats the command gets the same
         recipe = replace(recipe, steps_per_epoch=recipe.steps_per_epoch * (recipe.offline_copies + 1))
     check_loss(recipe.loss)
+    check_augmentation(recipe.augmentation)
     refuse_schedule(recipe)
     check_placement(recipe)
     refuse_idle(recipe, {*own, *(options.changes or ())}, pretrained=options.pretrained is not None)
