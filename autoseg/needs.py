@@ -18,7 +18,7 @@ class NetworkNeeds:
     dimensions: tuple[int, ...]
     spec: Callable[[Dimension], NetworkSpec] | None
     """The network of its source, for voxels that are alike along all axes; where they are not, its strides and kernels
-    may be changed axis by axis. None: it takes the stages of the preset."""
+    may be changed axis by axis. None: its stages are planned for the patch, as those of the presets are."""
     divisors: Callable[[NetworkSpec], tuple[int, ...]]
     """What patches should be multiples of, lest they be padded."""
     smallest: Callable[[NetworkSpec], tuple[int, ...]]

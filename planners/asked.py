@@ -1,9 +1,10 @@
 """Patch and batch size for a network that was asked for by name, by the bytes that it really needs.
 
 The network keeps the widths and levels of its source. Its strides and kernels follow the voxels by the rule of
-`topology`: an axis waits, unhalved and with kernels of 1, while it is twice as coarse as the finest. A network of one's
-own has no source and takes the stages of the preset. Everything else is as in `fit`: start large in the proportions of
-the image, shrink until the samples that must fit do, spend what is left on the batch.
+`topology`: an axis waits, unhalved and with kernels of 1, while it is twice as coarse as the finest. The networks of
+the presets, whose source plans their levels, and a network of one's own, which has no source, take those of `topology`.
+Everything else is as in `fit`: start large in the proportions of the image, shrink until the samples that must fit do,
+spend what is left on the batch.
 """
 
 import math
@@ -132,9 +133,8 @@ def sized(size: Sequence[float], spacing_mm: Sequence[float], needs: NetworkNeed
     dimension: Dimension = 2 if len(size) == 2 else 3
     if needs.spec is None:
         shape = topology(spacing_mm, size, rules.min_edge)
-        return Sized(
-            patch=shape.patch, divisors=shape.divisors, network=replace(network_of(shape, rules), name=needs.name)
-        )
+        network = replace(network_of(shape, rules.as_deep_as(needs.name)), name=needs.name)
+        return Sized(patch=shape.patch, divisors=shape.divisors, network=network)
     network = adapted(needs.spec(dimension), spacing_mm, size, rules.min_edge)
     divisors = needs.divisors(network)
     patch = tuple(
@@ -188,7 +188,10 @@ def gib(count: float) -> str:
 
 def _rule(needs: NetworkNeeds, rules: Rules) -> str:
     if needs.spec is None:
-        return "a network of your own takes the stages of the preset"
+        return (
+            "its levels are planned for the patch: halve the finest axes and those less than twice as coarse while the "
+            f"shortest edge stays at {rules.min_edge} or more"
+        )
     return (
         "widths and levels are those of its source; a level strides along the finest axes and those less than twice as "
         f"coarse while the shortest edge stays at {rules.min_edge} or more, and kernels see one voxel along an axis "

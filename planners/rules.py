@@ -62,6 +62,11 @@ class Rules:
         """The budget of configurations of that dimension."""
         return self.planar if dimension == 2 else self.spatial
 
+    def as_deep_as(self, network: str) -> "Rules":
+        """With the blocks a stage of the presets of `network`; as they are if no preset has it."""
+        preset = next((rules for rules in PLANNERS.values() if rules.network == network), self)
+        return replace(self, encoder_blocks=preset.encoder_blocks, decoder_blocks=preset.decoder_blocks)
+
 
 UNET = Rules(
     name="unet",

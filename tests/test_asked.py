@@ -8,6 +8,7 @@ import toys
 from test_planners import fingerprint, labels
 
 from autoseg.needs import NetworkNeeds
+from autoseg.networks.footprint import needs_of
 from autoseg.planners import PLANNERS, explain, plan
 from autoseg.planners.asked import USABLE, adapted, largest_batch
 from autoseg.records import AutosegError
@@ -93,6 +94,23 @@ def test_a_network_of_ones_own_takes_the_stages_of_the_preset():
     )
     assert made.network == replace(as_preset.network, name="mine:Net")
     assert made.patch == as_preset.patch
+
+
+@pytest.mark.parametrize("preset", ["unet", "resenc_m"])
+def test_the_networks_of_the_presets_have_their_levels_whatever_preset_stands_beside(preset):
+    """36 x 50 x 35 voxels are halved three times; levels that stride no more would only cost weights."""
+    data = fingerprint((20, (36, 50, 35), (1, 1, 1)))
+    asked = replace(needs_of(PLANNERS[preset].network, 1, 3), bytes=lambda spec, patch, batch: math.prod(patch) * batch)
+    as_preset = plan(data, labels(3), PLANNERS[preset])
+    for beside in PLANNERS.values():
+        for one in plan(data, labels(3), beside, needs=asked).configurations:
+            assert one.network == as_preset.configuration(one.name).network
+            assert one.patch == as_preset.configuration(one.name).patch
+
+
+def test_levels_that_are_stated_stay():
+    made = planned(needs_of("unet(stages=6)", 1, 3)).configuration("3d_fullres")
+    assert made.network.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1), (1, 1, 1))
 
 
 def test_what_can_never_fit_is_refused_with_its_number():

@@ -101,6 +101,8 @@ class Architecture:
     dimensions: tuple[int, ...] = (2, 3)
     deep_supervision: bool = False
     """Whether it gives more than one scale."""
+    levels_follow_patch: bool = False
+    """Its source has no fixed number of stages, but as many as the patch can be halved."""
 
 
 LARGEST_STRIDE = 8

@@ -224,7 +224,8 @@ def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bf
     Bytes are those of a step on a GPU in autocast of `precision`, with AdamW, which keeps more than SGD.
     Raises AutosegError for an unknown network, and for options that it does not have.
     """
-    _, found, _ = asked(text)
+    _, found, options = asked(text)
+    fixed = found is not None and (bool(options) or not found.levels_follow_patch)
     known: dict[str, Forecast] = {}
 
     def forecast(spec: NetworkSpec) -> Forecast:
@@ -236,7 +237,7 @@ def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bf
     return NetworkNeeds(
         name=text,
         dimensions=(2, 3) if found is None else found.dimensions,
-        spec=None if found is None else partial(spec_of, text),
+        spec=partial(spec_of, text) if fixed else None,
         divisors=lambda spec: forecast(spec).step.divisors,
         smallest=lambda spec: forecast(spec).smallest,
         bytes=lambda spec, patch, batch: forecast(spec).total(patch, batch),

@@ -35,5 +35,9 @@ def resenc_spec(dimension: Dimension, *, stages: int = 6) -> NetworkSpec:
 
 
 RESENC = Architecture(
-    build=resenc, spec=resenc_spec, source="Isensee et al., MICCAI 2024 (nnU-Net Revisited)", deep_supervision=True
+    build=resenc,
+    spec=resenc_spec,
+    source="Isensee et al., MICCAI 2024 (nnU-Net Revisited)",
+    deep_supervision=True,
+    levels_follow_patch=True,
 )

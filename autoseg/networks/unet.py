@@ -91,5 +91,9 @@ def unet_spec(dimension: Dimension, *, name: str = "unet", stages: int = 6) -> N
 
 
 UNET = Architecture(
-    build=unet, spec=unet_spec, source="Isensee et al., Nature Methods 2021 (nnU-Net)", deep_supervision=True
+    build=unet,
+    spec=unet_spec,
+    source="Isensee et al., Nature Methods 2021 (nnU-Net)",
+    deep_supervision=True,
+    levels_follow_patch=True,
 )
