@@ -1,8 +1,9 @@
 """Crops that a plan asks for after the crop to content: to a fixed size, around the centre of mass, fixed margins.
 
-The image alone decides where a crop lies, never its labels, so prediction crops as training does. Numbers are voxels of
-the file, in canonical axes (Z, Y, X), which run to the patient's superior, posterior and left side; 2D images have one
-voxel along Z. A size of 0 leaves an axis whole. Each crop starts from what the one before it left.
+The image alone decides where a crop lies, never its labels, so prediction crops as training does. Numbers are voxels
+of what the crop to content and thinned slices leave of the file, at its own spacing, in canonical axes (Z, Y, X), which
+run to the patient's superior, posterior and left side; 2D images have one voxel along Z. A size of 0 leaves an axis
+whole. Each crop starts from what the one before it left.
 """
 
 import math
@@ -90,7 +91,10 @@ CROPS: dict[str, type[CropTo] | type[CropAround] | type[Margins]] = {
 
 def parse_crop(text: str) -> CropTo | CropAround | Margins:
     """`crop_to(size=[160, 288, 288])` -> the crop. Raises AutosegError that says what is wrong, and what there is."""
-    name, options = parse_call(text)
+    try:
+        name, options = parse_call(text)
+    except AutosegError as error:
+        raise AutosegError(f"--crop {error}") from None
     if name not in CROPS:
         raise AutosegError(f"unknown crop {name!r}; choose one of {', '.join(CROPS)}")
     try:

@@ -36,7 +36,7 @@ def take_over(kept: nn.Module, network: nn.Module) -> None:
 
 @torch.no_grad()
 def average(kept: nn.Module, network: nn.Module, step: int, decay: float) -> None:
-    """Move the average `kept` towards `network` after step number `step`; buffers, as those of norms, are copied.
+    """Move the average `kept` towards `network` after step number `step`, and the statistics of norms likewise.
 
     The average is over about 1 / (1 - decay) steps, in the beginning over a ninth of those done: the first weights,
     which know nothing, are soon forgotten.
@@ -45,7 +45,6 @@ def average(kept: nn.Module, network: nn.Module, step: int, decay: float) -> Non
     for mean, present in zip(kept.parameters(), network.parameters(), strict=True):
         mean.lerp_(present, share)
     for counted, buffer in zip(kept.buffers(), network.buffers(), strict=True):
-        # Running statistics belong to the weights that they were counted with.
         if counted.is_floating_point():
             counted.lerp_(buffer, share)
         else:

@@ -166,11 +166,21 @@ def lost_labels(cropped: Cropped, crop: Box, labels: Labels) -> tuple[int, int]:
 def apply_own(name: str, image: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
     """A user's preprocessing of an image (C, Z, Y, X), float32; see `Preparation.function`.
 
-    Raises AutosegError for a result of another shape, or with values that are not finite.
+    Raises AutosegError where it fails, for a result of another shape, or with values that are not finite.
     """
-    made = np.asarray(own(name, "preprocessing")(np.array(image, np.float32), tuple(spacing_mm)), np.float32)
+    function = own(name, "preprocessing")
+    try:
+        made = np.asarray(function(np.array(image, np.float32), tuple(spacing_mm)), np.float32)
+    except Exception as error:
+        raise AutosegError(
+            f"the preprocessing {name!r}, called with (image (C, Z, Y, X), spacing_mm), failed: "
+            f"{type(error).__name__}: {error}; mend it, or plan without: --set preparation.function="
+        ) from error
     if made.shape != image.shape:
-        raise AutosegError(f"the preprocessing {name!r} made {made.shape} of an image of shape {image.shape}")
+        raise AutosegError(
+            f"the preprocessing {name!r} gave an array of shape {made.shape} for an image of shape {image.shape}; it "
+            "must give the image, changed, in its own shape"
+        )
     if not np.isfinite(made).all():
         raise AutosegError(f"the preprocessing {name!r} made values that are not finite")
     return made

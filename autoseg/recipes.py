@@ -108,7 +108,7 @@ RECIPES: dict[str, NamedRecipe] = {
     "atrium_unet": NamedRecipe(
         network="unet_vanilla",
         source="a course's notebook on the left atrium (Medical Segmentation Decathlon, Task02), Dice 0.93",
-        beside="2D slices, 32 voxels cut off each border, z-score of the volume and then 0 to 1",
+        beside="2D slices, 32 voxels cut off each border after an empty one, z-score of the volume and then 0 to 1",
         chosen="optimizer, rate, loss and length: the notebook is not quoted on them",
         changes={
             **ADAM,

@@ -69,8 +69,8 @@ def count_shown(target: Tensor, labels: Labels) -> Tensor:
 
 
 CAUSES: Mapping[str, str] = {
-    "in no case": "no training case of the fold holds it: give folds in which some do (splits.json in the raw dataset "
-    "folder), or train `all`",
+    "in no case": "no training case of the fold holds it, as the plan prepares them: give folds in which some do "
+    "(splits.json in the raw dataset folder), train `all`, or see whether --crop cut it away",
     "skipped": "{skipped} of {steps} steps were skipped because the loss was not finite; see bad_steps.jsonl",
     "never shown": "{cases} training cases hold it, but no patch showed it; in a new run (--run NAME): {oftener}",
     "few voxels": "loss {loss} hardly sees so few; in a new run (--run NAME): --loss dice_ce, tversky or weighted_ce",

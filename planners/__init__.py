@@ -4,8 +4,8 @@ Planning is arithmetic on a few numbers: no torch, no files, the same answer eve
 a preset of your own is `dataclasses.replace(PLANNERS["resenc_l"], name="mine", ...)`.
 """
 
-from autoseg.planners.context import with_context
-from autoseg.planners.default import plan
+from autoseg.planners.context import refuse_even, with_context
+from autoseg.planners.default import plan, refuse_memory
 from autoseg.planners.edits import added, difference, edited, keep_edits, overruled, stamped
 from autoseg.planners.explain import explain
 from autoseg.planners.like import plan_like
@@ -30,6 +30,8 @@ __all__ = [
     "overruled",
     "plan",
     "plan_like",
+    "refuse_even",
+    "refuse_memory",
     "refuse_other_network",
     "request_of",
     "says_sides",

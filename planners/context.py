@@ -13,6 +13,15 @@ from autoseg.records import AutosegError
 from autoseg.schema import MOST_CONTEXT, Configuration, Plan, Reason
 
 
+def refuse_even(slices: int) -> None:
+    """AutosegError for a number of slices without a middle, and for too many."""
+    if slices % 2 == 0 or not 1 <= slices <= MOST_CONTEXT:
+        raise AutosegError(
+            f"--context {slices}: a network labels the middle one of its slices; give an odd number, at most "
+            f"{MOST_CONTEXT}"
+        )
+
+
 def with_context(plan: Plan, slices: int, asked: Sequence[str] = ()) -> Plan:
     """`plan` with 2D networks that see so many slices, an odd number, and why. Pure: equal arguments give equal plans.
 
@@ -21,10 +30,7 @@ def with_context(plan: Plan, slices: int, asked: Sequence[str] = ()) -> Plan:
     their slices themselves.
     """
     option = f"--context {slices}"
-    if slices % 2 == 0 or not 1 <= slices <= MOST_CONTEXT:
-        raise AutosegError(
-            f"{option}: a network labels the middle one of its slices; give an odd number, at most {MOST_CONTEXT}"
-        )
+    refuse_even(slices)
     if plan.dimension == 2:
         raise AutosegError(
             f"{option}: the images of {plan.dataset} are 2D and have no neighbouring slices; leave it out"

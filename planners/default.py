@@ -59,10 +59,8 @@ def plan(
     `needs`: of the network to plan for, in place of the preset's.
     Raises AutosegError for a request that cannot be planned.
     """
-    low, high = MEMORY_RANGE_GB
     memory_gb = rules.reference_gb if gpu_memory_gb is None else gpu_memory_gb
-    if not low <= memory_gb <= high:
-        raise AutosegError(f"plans are made for {low:g} to {high:g} GB of GPU memory, not {memory_gb:g}")
+    refuse_memory(memory_gb)
     if not fingerprint.cases:
         raise AutosegError(f"the fingerprint of {fingerprint.dataset} has no cases; take it again")
 
@@ -83,9 +81,9 @@ def plan(
     dimensions = (2, 3) if needs is None else needs.dimensions
     if dimensions == (3,) and median[0] == 1:
         raise AutosegError(f"{needs.name if needs else ''} is a 3D network, and the images are slices; choose another")
-    configurations, reasons = _configurations(spacing, median, len(fingerprint.cases), fitted, rules, dimensions)
-    if needs and median[0] == 1 and any(configuration.context > 1 for configuration in configurations):
+    if needs and needs.spec and median[0] == 1 and 2 in dimensions and needs.spec(2).slices > 1:
         raise AutosegError(f"{needs.name} sees neighbouring slices, and the images have a single one; choose another")
+    configurations, reasons = _configurations(spacing, median, len(fingerprint.cases), fitted, rules, dimensions)
     return Plan(
         name=name,
         dataset=fingerprint.dataset,
@@ -100,6 +98,13 @@ def plan(
         configurations=configurations,
         reasons=(*_labels(labels), spacing_reason, order_reason, *channel_reasons, *mirror_reasons, *reasons),
     )
+
+
+def refuse_memory(gigabytes: float) -> None:
+    """AutosegError for GPU memory that no plan is made for."""
+    low, high = MEMORY_RANGE_GB
+    if not low <= gigabytes <= high:
+        raise AutosegError(f"plans are made for {low:g} to {high:g} GB of GPU memory, not {gigabytes:g}")
 
 
 def _labels(labels: Labels) -> tuple[Reason, ...]:

@@ -32,7 +32,12 @@ def as_prepared(fingerprint: Fingerprint, preparation: Preparation) -> Fingerpri
     if preparation == Preparation():
         return fingerprint
     if preparation.combined:
-        if not len(preparation.combined) == len(fingerprint.channel_names) > 1:
+        if preparation.combined == fingerprint.channel_names and len(preparation.combined) == 1:
+            raise AutosegError(
+                f"the images of {fingerprint.dataset} have one channel, {fingerprint.channel_names[0]}, and there is "
+                "nothing to combine it with; plan without --combine"
+            )
+        if len(preparation.combined) != len(fingerprint.channel_names):
             raise AutosegError(
                 f"{' and '.join(preparation.combined)} are to be combined, and the images of {fingerprint.dataset} "
                 f"have the channels {', '.join(fingerprint.channel_names)}; plan without --combine or --like"
@@ -46,6 +51,11 @@ def as_prepared(fingerprint: Fingerprint, preparation: Preparation) -> Fingerpri
     for case in fingerprint.cases:
         a, b, c = (mm * factor for mm, factor in zip(case.spacing_mm, preparation.thin))
         shape: tuple[int, ...] = tuple(-(-n // factor) for n, factor in zip(case.shape, preparation.thin))
+        if any(left == 1 < n for left, n in zip(shape, case.shape)):
+            raise AutosegError(
+                f"--thin {','.join(map(str, preparation.thin))}: of the {by(case.shape)} voxels (Z, Y, X) of case "
+                f"{case.case} {by(shape)} would be left; give smaller numbers"
+            )
         for crop in preparation.crops:
             try:
                 shape = crop.extent(shape)

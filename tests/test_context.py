@@ -438,4 +438,4 @@ def test_slices_for_what_would_not_be_trained_are_refused_with_the_cure(tmp_path
     options = PlanOptions(request=Request(context=3), choose=lambda made: ("3d_fullres",))
     with pytest.raises(AutosegError, match=r"is for 2d, and only 3d_fullres is asked for; add -c 2d"):
         plan_and_preprocess(workspace, "7", options)
-    assert not workspace.prepared(NAME).exists()
+    assert not workspace.plan_folder(NAME, "default").exists()

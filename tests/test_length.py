@@ -214,6 +214,16 @@ def test_the_default_budget_is_two_hours():
     assert recipes.CPU_BUDGET_SECONDS == 7200
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_makes_room_for_another(prepared, capsys, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr("autoseg.pipeline.train.train", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(prepared, "begun", TRAIN)
+    folder = train(prepared, "begun", replace(TRAIN, loss="ce"))
+    assert "has no checkpoint yet of another recipe: begun anew" in capsys.readouterr().out
+    assert load_json(Run, folder / "run.json").recipe.loss == "ce"
+
+
 def test_a_finished_run_goes_on_with_more_epochs_or_more_time(prepared, capsys):
     folder = train(prepared, "longer", TRAIN)
     first = (folder / "weights.safetensors").read_bytes()
@@ -225,8 +235,8 @@ def test_a_finished_run_goes_on_with_more_epochs_or_more_time(prepared, capsys):
     for fewer in (replace(TRAIN, epochs=1), replace(ANY, budget_seconds=0.001)):
         with pytest.raises(AutosegError, match="2 epochs are trained already"):
             train(prepared, "longer", fewer)
-    with pytest.raises(AutosegError, match="another recipe"):
-        train(prepared, "longer", replace(TRAIN, epochs=4, changes={**CHANGES, "learning_rate": 0.5}))
+    with pytest.raises(AutosegError, match=r"another recipe \(recipe: .*loss 'dice_ce', now 'ce'.*\); give"):
+        train(prepared, "longer", replace(TRAIN, epochs=4, loss="ce"))
 
     train(prepared, "longer", replace(TRAIN, epochs=4))
     said = capsys.readouterr().out

@@ -275,6 +275,12 @@ def test_labels_that_a_crop_loses_are_counted_in_a_warning(tmp_path):
     assert "warning: the crops cut labels away from 2 of the cases prepared now, most from p0_" in done.output
     made = load_json(Plan, tmp_path / "prepared" / NAME / "default" / "plan.json")
     assert made.preparation.crops == (parse_crop("crop_to(size=[0, 0, 9])"),)
+    done = CliRunner().invoke(app, [*command, "--crop", "margins(low=[0, 0, 17], high=[0, 0, 0])"])
+    assert done.exit_code and "the crops cut every labelled voxel away from all 2 cases" in str(done.exception)
+    train = ["train", "7", "2d", "all", "--workspace", str(tmp_path), "--epochs", "1", "--device", "cpu"]
+    done = CliRunner().invoke(app, train)
+    assert "no training case of fold all has any foreground" in str(done.exception)
+    assert "margins(low=[0, 0, 17], high=[0, 0, 0])" in str(done.exception)
 
 
 # Echoes combined.
@@ -303,6 +309,8 @@ def test_combined_channels_are_normalised_as_one():
     )
     assert [(c.channel, c.scheme, c.stats) for c in made.channels] == [("rss", "zscore", None)]
     assert "rss of CT, T2" in explain(made)
+    with pytest.raises(AutosegError, match="have one channel, MR, and there is nothing to combine it with"):
+        as_prepared(fingerprint((3, (36, 50, 35), (1, 1, 1)), channels=("MR",)), Preparation(combined=("MR",)))
     for channels in (("MR",), ("a", "b", "c")):
         with pytest.raises(AutosegError, match=f"have the channels {', '.join(channels)}"):
             as_prepared(fingerprint((3, (36, 50, 35), (1, 1, 1)), channels=channels), preparation)
@@ -320,6 +328,8 @@ def smaller(image, spacing_mm):
     return image[..., 1:]
 def wild(image, spacing_mm):
     return image / 0
+def alone(image):
+    return image
 nothing = 3
 """
 
@@ -339,8 +349,9 @@ def test_a_function_of_ones_own_changes_the_image_before_it_is_normalised(mine):
     assert np.array_equal(prepared(image, own).image[0], 2 * image + 0.5)
     assert np.array_equal(image, numbered(5, 7, 11)), "its input is a copy"
     for name, reason in {
-        f"{mine}:smaller": r"made \(1, 5, 7, 10\) of an image of shape \(1, 5, 7, 11\)",
+        f"{mine}:smaller": r"of shape \(1, 5, 7, 10\) for an image of shape \(1, 5, 7, 11\)",
         f"{mine}:wild": "not finite",
+        f"{mine}:alone": r"called with \(image \(C, Z, Y, X\), spacing_mm\), failed: TypeError: alone\(\) takes 1",
         f"{mine}:nothing": "no class or function 'nothing'",
         "no_such_module_anywhere:f": "cannot be imported",
         "doubled": "write package.module:name",

@@ -78,6 +78,8 @@ def test_a_chain_shows_each_transform_alone_and_after_all_before_it(place, tmp_p
 
 
 def test_what_is_not_there_is_said(place, tmp_path):
+    with pytest.raises(AutosegError, match=r"page\.txt: the page is a PNG"):
+        preview(place, "7", tmp_path / "page.txt", PreviewOptions())
     target = tmp_path / "page.png"
     with pytest.raises(AutosegError, match="choose one of default, none, desai"):
         preview(place, "1", target, PreviewOptions(policy="desay"))

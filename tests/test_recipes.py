@@ -13,7 +13,7 @@ from autoseg.pipeline.recipe import TrainOptions, for_length, make_recipe, say_l
 from autoseg.rates import Moment, learning_rate
 from autoseg.recipes import RECIPES
 from autoseg.records import AutosegError
-from autoseg.schema import Recipe
+from autoseg.schema import Recipe, Request
 from autoseg.settings import parse_call
 
 
@@ -93,17 +93,20 @@ def test_set_and_files_with_a_base_beat_the_recipe(tmp_path):
 
 
 def test_another_network_than_that_of_the_recipe_is_said(capsys, tmp_path):
-    say_other_network(named("desai_segnet"), "unet", "7 --workspace here")
+    changes = {"configurations.2d.batch_size": "3", "preparation.function": "mine:f"}
+    asked = Request(network="unet", merge={"knee": ("femur", "tibia")}, changes=changes)
+    say_other_network(named("desai_segnet"), "unet", "7 --workspace here", asked)
     said = capsys.readouterr().out
     assert "made for the network segnet, this plan has unet" in said
-    assert "autoseg fit -d 7 --workspace here --network 'segnet' --recipe desai_segnet --run segnet;" in said
+    held = "--merge knee=femur,tibia --set preparation.function=mine:f"
+    assert f"autoseg fit -d 7 --workspace here {held} --network 'segnet' --recipe desai_segnet --run segnet;" in said
     file = tmp_path / "file.toml"
     file.write_text('base = "desai_deeplab"')
-    say_other_network(TrainOptions(recipe=file), "unet", "7")
+    say_other_network(TrainOptions(recipe=file), "unet", "7", Request())
     assert f"--network 'deeplabv3plus(rates=[2, 4, 6], dropout=0.5)' --recipe {file}" in capsys.readouterr().out
     file.write_text("epochs = 3")
     for options in (named("desai_segnet"), TrainOptions(), TrainOptions(recipe=file)):
-        say_other_network(options, "segnet", "7")
+        say_other_network(options, "segnet", "7", Request())
     assert capsys.readouterr().out == ""
 
 

@@ -81,7 +81,16 @@ def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
     """
     if (known := architecture(spec.name)) is not None:
         return known.build(spec, in_channels, heads)
-    network = own(spec.name, "network")(spec, in_channels, heads)
+    make = own(spec.name, "network")
+    try:
+        network = make(spec, in_channels, heads)
+    except (AutosegError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise AutosegError(
+            f"the network {spec.name} cannot be built of (spec, {in_channels} channels, {heads} heads): "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise AutosegError(f"{spec.name} gave a {type(network).__name__}; it must give a torch.nn.Module")
     parameters = inspect.signature(network.forward).parameters.values()

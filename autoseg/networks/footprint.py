@@ -86,7 +86,7 @@ class Step:
         optimizer: Optimizer,
         device: Device,
     ) -> None:
-        self.spec, self.in_channels = spec, in_channels
+        self.spec, self.in_channels, self.heads = spec, in_channels, heads
         self.network = on_meta(spec, in_channels, heads).train()
         self.mode = Autocast(device, LOWER[precision])
         self.scales, self.output_weights = output_scales(self.network, spec), output_weights(self.network)
@@ -132,7 +132,7 @@ class Step:
         labels = torch.empty(batch, *patch, dtype=torch.int64, device="meta")
         try:
             living.kind = "activations"
-            outputs = self.network(image, all_scales=True)
+            outputs = self._outputs(image)
             living.kind = "loss"
             targets = scale_targets(labels, self.scales)
             loss = deep_supervision(LOSS, outputs, targets, self.output_weights)
@@ -147,6 +147,27 @@ class Step:
                 f"the memory of the network {self.spec.name} cannot be counted without computing: {error}"
             ) from error
         return held
+
+    def _outputs(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Of the network, for which one of one's own may give a tensor alone. Raises AutosegError for what is none."""
+        try:
+            found = self.network(image, all_scales=True)
+        except (AutosegError, ValueError, RuntimeError):  # sizes that it does not take
+            raise
+        except Exception as error:
+            raise AutosegError(
+                f"the network {self.spec.name} failed on images of shape {tuple(image.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        outputs = [found] if isinstance(found, torch.Tensor) else list(found)
+        wanted = (len(image), self.heads, *image.shape[2:])
+        if outputs[0].shape != wanted:
+            raise AutosegError(
+                f"the network {self.spec.name} gives logits of shape {tuple(outputs[0].shape)} for images of shape "
+                f"{tuple(image.shape)}; they must have {self.heads} channels, one a class, and the size of the image: "
+                f"{wanted}"
+            )
+        return outputs
 
     def smallest(self) -> tuple[int, ...]:
         """The first of 1, 2, 4 times the divisors that a batch of 2 can be trained on: norms want several voxels.
@@ -208,8 +229,8 @@ def on_meta(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
     try:
         with torch.device("meta"), Unfilled():
             return build(spec, in_channels, heads)
-    except (NotImplementedError, RuntimeError):
-        # One that computes with numbers while it is built.
+    except (NotImplementedError, RuntimeError, AutosegError):
+        # One that computes with numbers while it is built, or cannot be built at all.
         return build(spec, in_channels, heads).to("meta")
 
 

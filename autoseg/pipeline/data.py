@@ -17,7 +17,7 @@ from autoseg.merging import merge, seen_as
 from autoseg.outliers import of_another_scale, without_a_class
 from autoseg.parallel import Outcome, free_memory, map_cases, raise_failures
 from autoseg.pipeline.changes import refuse_other_dataset, unchanged_fingerprint
-from autoseg.pipeline.planning import PlanOptions, choose_splits, holds, make_plan, wanted_of
+from autoseg.pipeline.planning import PlanOptions, check_request, choose_splits, holds, make_plan, wanted_of
 from autoseg.pipeline.preparing import bytes_needed, plan_in, preprocess
 from autoseg.planners import explain, joined, kept, refuse_other_network, words
 from autoseg.preprocess import Cropped, crop_to_content
@@ -152,6 +152,7 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
     dataset, bad = survey_dataset(folder)
     for remark in dataset.remarks():
         print(f"Labels: {remark}")
+    check_request(options.request)
     prepared, planned = workspace.prepared(name), workspace.plan_folder(name, options.name)
     refuse_unwritable(prepared)
     before = plan_in(planned, broken_too=options.discard_edits)
@@ -179,6 +180,9 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         examined = raise_failures(outcomes, "check")
         cropped = {e.cropped.case: e.cropped for e in examined if e.cropped is not None}
         fingerprint = summarise(name, dataset.channel_names, [e.measured for e in examined if e.measured is not None])
+        with sole_writer(prepared):  # whatever planning refuses, nothing is measured twice
+            workspace.remember(name, folder)
+            save_json(fingerprint, known)
     else:
         print(f"{name}: raw data unchanged since the last run, fingerprint reused")
 

@@ -21,7 +21,7 @@ from autoseg.pipeline.recipe import batch_size
 from autoseg.placement import USUAL, Placement
 from autoseg.records import AutosegError, atomic_write
 from autoseg.sampling import PreparedCases, Prior, Sampler, Stream, generator
-from autoseg.schema import Configuration, Fingerprint, Run, Tuning
+from autoseg.schema import Configuration, Fingerprint, Preparation, Run, Tuning
 from autoseg.step import Parts, workload
 from autoseg.store import StoredArray, read_case
 from autoseg.team import ALONE, Team
@@ -36,11 +36,11 @@ MOST_SHOWN = 20
 def weigh_classes(run: Run, prepared: Path, fingerprint: Fingerprint) -> tuple[float, ...] | None:
     """Weights of the classes by median frequency, background first; None if no voxels were counted.
 
-    The fingerprint counts before a plan crops. Where one does, what it leaves is counted, as prepared for this fold: a
-    crop takes most of its voxels from the background.
+    The fingerprint counts before a plan crops and thins. Where one does, what it leaves is counted, as prepared for
+    this fold: a crop takes most of its voxels from the background, and slices that become one hold the classes of all.
     """
     plan, facts = run.plan, fingerprint.cases
-    if plan.preparation.crops and takes_weights(run.recipe.loss):
+    if replace(plan.preparation, function=None) != Preparation() and takes_weights(run.recipe.loss):
         known = {*run.cases.train, *run.cases.val}
         facts = tuple(
             replace(case, voxels=count_voxels(np.asarray(read_case(prepared, case.case).labels[...]), plan.labels))

@@ -19,6 +19,8 @@ from autoseg.planners import (
     overruled,
     plan,
     plan_like,
+    refuse_even,
+    refuse_memory,
     request_of,
     stamped,
     thinning,
@@ -30,6 +32,7 @@ from autoseg.schema import Fingerprint, Plan, Preparation, Request, Run
 from autoseg.splits import Splits, check_splits, load_splits, make_splits, mended, read_splits
 from autoseg.workspace import Workspace
 
+FUNCTION = "preparation.function"
 PLAN_OPTIONS = {
     "name": "--plan",
     "preset": "--preset",
@@ -92,13 +95,10 @@ def make_plan(
     before, of which `earlier` are the changes. `before`: an earlier plan, whose edits by hand are kept; they are later
     than `earlier`, and what is asked for now is later than they.
     """
+    check_request(request)
     preset = request.preset or "unet"
-    if preset not in PLANNERS:
-        raise AutosegError(f"unknown preset {preset!r}; choose one of {', '.join(PLANNERS)}")
     source = None if request.like is None else plan_at(Path(request.like))
     preparation = Preparation(crops=request.crops) if source is None else source.preparation
-    if request.combine not in (None, "rss"):
-        raise AutosegError(f"--combine {request.combine}: channels are combined by rss, the root of the sum of squares")
     if request.combine is not None:
         preparation = replace(preparation, combined=fingerprint.channel_names)
     if request.thin:
@@ -137,11 +137,33 @@ def make_plan(
     return replace(stamped(overruled(made, ruled), fresh, edits), request=request), edits
 
 
+def check_request(request: Request) -> None:
+    """AutosegError for what no plan can be asked for, whatever the data are: found before hours of reading them."""
+    if request.preset is not None and request.preset not in PLANNERS:
+        raise AutosegError(f"unknown preset {request.preset!r}; choose one of {', '.join(PLANNERS)}")
+    if request.combine not in (None, "rss"):
+        raise AutosegError(f"--combine {request.combine}: channels are combined by rss, the root of the sum of squares")
+    if request.gpu_memory_gb is not None:
+        refuse_memory(request.gpu_memory_gb)
+    if request.context is not None:
+        refuse_even(request.context)
+    if request.network is not None:
+        from autoseg.networks import asked, spec_of
+
+        name, found, _ = asked(request.network)
+        if found is None:
+            own(name, "network")
+        else:
+            for dimension in found.dimensions:
+                spec_of(request.network, 2 if dimension == 2 else 3)
+
+
 def changed(made: Plan, changes: Mapping[str, str], where: str) -> Plan:
-    """The plan with the changes of a request made, see `settings.change`."""
-    return settings.change(
-        made, {path: json.loads(value) for path, value in changes.items()}, taken=PLAN_OPTIONS, where=where
-    )
+    """The plan with the changes of a request made, see `settings.change`; an empty function is none."""
+    values = {path: json.loads(value) for path, value in changes.items()}
+    if values.get(FUNCTION) == "":
+        values[FUNCTION] = None
+    return settings.change(made, values, taken=PLAN_OPTIONS, where=where)
 
 
 def plan_at(path: Path) -> Plan:

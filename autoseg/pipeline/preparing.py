@@ -96,8 +96,17 @@ def _code(function: str | None) -> str:
         return ""
 
 
-def warn_of_lost_labels(lost: Mapping[str, tuple[int, int]]) -> None:
-    """Say of which cases the crops of a plan lose labels. lost: case -> labelled voxels that are cut away, and all."""
+def warn_of_lost_labels(counts: Mapping[str, tuple[int, int]]) -> None:
+    """Say of which cases the crops of a plan lose labels. counts: case -> labelled voxels that are cut away, and all.
+
+    Raises AutosegError where there are several, and nothing is left of any.
+    """
+    lost = {case: numbers for case, numbers in counts.items() if numbers[0]}
+    if len(lost) > 1 and all(away == every for away, every in counts.values()):
+        raise AutosegError(
+            f"the crops cut every labelled voxel away from all {len(lost)} cases prepared now that have any, so there "
+            "is nothing to learn; give others with --crop"
+        )
     if lost:
         worst, (away, every) = max(lost.items(), key=lambda item: item[1][0] / item[1][1])
         print(
@@ -192,7 +201,6 @@ def preprocess(
             workers=workers,
             cost=bytes_needed,
         )
-        lost = dict(zip((case.id for case in work), raise_failures(outcomes, "preprocess")))
-        warn_of_lost_labels({name: counts for name, counts in lost.items() if counts[0]})
+        warn_of_lost_labels(dict(zip((case.id for case in work), raise_failures(outcomes, "preprocess"))))
     for configuration in apart:
         print(f"Prepared: {len(dataset.cases)} cases in {folders[configuration.name]}")

@@ -60,6 +60,8 @@ def preview(workspace: Workspace, dataset_text: str, target: Path, options: Prev
 
     Raises AutosegError if nothing is prepared, and for names that there are not.
     """
+    if target.suffix.lower() != ".png":
+        raise AutosegError(f"-o {target}: the page is a PNG; give a file that ends in .png")
     plan = plan_called(workspace, dataset_text, options.plan)
     names = [configuration.name for configuration in plan.configurations]
     chosen = options.configuration or ("3d_fullres" if "3d_fullres" in names else names[0])

@@ -17,10 +17,11 @@ from autoseg.checkpoint import Progressed, read_progress
 from autoseg.losses import check_loss
 from autoseg.pipeline.idle import refuse_frozen, refuse_idle
 from autoseg.placement import check_placement
+from autoseg.planners import words
 from autoseg.rates import by_validation_loss, learning_rate, make_schedule, next_leg, refuse_schedule
 from autoseg.recipes import RECIPES, NamedRecipe
 from autoseg.records import AutosegError
-from autoseg.schema import Configuration, Recipe, Run
+from autoseg.schema import Configuration, Recipe, Request, Run
 from autoseg.settings import say_duration
 
 RECIPE_OPTIONS = {"epochs": "--epochs", "budget_seconds": "--budget", "seed": "--seed", "loss": "--loss"}
@@ -163,14 +164,17 @@ def read_recipe(place: Path | None) -> tuple[NamedRecipe | None, dict[str, Any]]
     return None if base is None else RECIPES[base], stated
 
 
-def say_other_network(options: TrainOptions, network: str, asked: str) -> None:
+def say_other_network(options: TrainOptions, network: str, asked: str, request: Request) -> None:
     """A line where the named recipe of `options` was made for another network than the plan has: how to train that.
 
-    asked: the dataset and the workspace, as they are given on the command line.
+    asked: the dataset and the workspace, as they are given on the command line. request: of the plan, which holds for
+    another network too, but for what is the network's own.
     """
     named, _ = read_recipe(options.recipe)
     if named is not None and named.network_name != network:
-        own, where = named.network_name, f"-d {asked} --network '{named.network}'"
+        changes = {k: v for k, v in request.changes.items() if not k.startswith("configurations.")}
+        more = words(replace(request, preset=None, network=None, changes=changes))
+        own, where = named.network_name, f"-d {asked}{more and ' '}{more} --network '{named.network}'"
         print(
             f"recipe {options.recipe} was made for the network {own}, this plan has {network}; to train that: "
             f"autoseg fit {where} --recipe {options.recipe} --run {own}; for one fold: "
@@ -302,9 +306,7 @@ def with_length(old: Run, wanted: Recipe, options: TrainOptions, folder: Path) -
     after = learning_rate(recipe, replace(now, leg=next_leg(recipe, now, done.rate)))
     schedule = f"the schedule goes on at learning rate {after:.2g}"
     if make_schedule(recipe.schedule).ends:
-        schedule = (
-            f"the schedule is recomputed: learning rate {before:.2g} -> {after:.2g}, then down to 0 at the new end"
-        )
+        schedule = f"the schedule is recomputed: learning rate {before:.2g} -> {after:.2g} now, and 0 at the new end"
     elif after < TOO_SLOW * recipe.learning_rate:
         schedule += f"; to begin it anew from these weights: --run NAME --pretrained {folder}"
     print(

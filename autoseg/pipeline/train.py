@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 
 import autoseg
+from autoseg.bad_steps import BAD_STEPS
+from autoseg.checkpoint import checkpoints
+from autoseg.crops import describe
 from autoseg.devices import choose_device
 from autoseg.evaluation import Summary, table
 from autoseg.evaluation.plots import Curves
@@ -43,6 +46,7 @@ from autoseg.pipeline.recipe import (
 )
 from autoseg.pipeline.validation import begin_again, forget_later, forget_validation, validate_fold
 from autoseg.planners import difference
+from autoseg.planners.edits import differing
 from autoseg.rates import early_stop
 from autoseg.records import AutosegError, load_json, remove_leftovers, save_json, sole_writer, to_json
 from autoseg.schedule import is_over
@@ -126,7 +130,7 @@ def train_fold(
         started=now(),
     )
     later = next_stages(workspace, plan, configuration)
-    say_other_network(options, configuration.network.name, f"{dataset_text}{workspace.option}")
+    say_other_network(options, configuration.network.name, f"{dataset_text}{workspace.option}", plan.request)
     with sole_writer(folder):
         remove_leftovers(folder, ("run.json", METRICS, "progress.png", PRETRAINED))
         run = agree_with_existing(folder, run, options)
@@ -186,6 +190,7 @@ def train_to_the_end(
     parts = make_parts(
         run, configuration, prepared, folder, device, priors, annotated, team, options.neighbours, class_weights
     )
+    refuse_nothing_to_learn(run, parts)
     budget = run.recipe.budget_seconds
     if run.tuning is None and run.recipe.tune and run.recipe.batch_size is None and budget is not None:  # it begins
         seconds = time_step(probed(run, parts, configuration), budget)
@@ -262,11 +267,25 @@ def refuse_never_annotated(fold: int | str, cases: Fold, plan: Plan, fingerprint
         )
 
 
+def refuse_nothing_to_learn(run: Run, parts: Parts) -> None:
+    """AutosegError if no prepared training case has any foreground."""
+    if not parts.training.holding:
+        cure = "give folds in which some do (splits.json in the raw dataset folder), or train `all`"
+        if crops := run.plan.preparation.crops:
+            cut = ", ".join(map(describe, crops))
+            cure = f"its crops may cut all of it away ({cut}): plan with others, or {cure}"
+        raise AutosegError(
+            f"no training case of fold {run.fold} has any foreground as the plan prepares it, so there is nothing to "
+            f"learn: {cure}"
+        )
+
+
 def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
     """The run that is in `folder` already, if it is the same one but for its length; `run` itself if there is none.
 
-    A longer one becomes unfinished again. Raises AutosegError if the plan, the rest of the recipe or the data differ:
-    a run is never silently mixed of two.
+    One that ended before its first checkpoint holds nothing: another may take its place. A longer one becomes
+    unfinished again. Raises AutosegError if the plan, the rest of the recipe or the data differ: a run is never
+    silently mixed of two.
     """
     path = folder / "run.json"
     if not path.is_file():
@@ -276,7 +295,7 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
     old = load_json(Run, path)
     recipe = old.recipe if options.validate_only else make_recipe(options, old.recipe)
     same_length = replace(recipe, **{name: getattr(old.recipe, name) for name in LENGTH})
-    differing = [
+    odd = [
         what
         for what, a, b in (
             ("plan", *(to_json(one.plan.concerning(run.configuration)) for one in (old, run))),
@@ -287,15 +306,28 @@ def agree_with_existing(folder: Path, run: Run, options: TrainOptions) -> Run:
         )
         if a != b
     ]
-    if differing:
-        rows = difference(*(one.plan.concerning(run.configuration) for one in (old, run)))
-        shown = ", ".join(f"{field} {value}, now {present}" for field, value, present in rows[:FIELDS_SHOWN])
-        fields = f" (plan: {shown}{' and more' if len(rows) > FIELDS_SHOWN else ''})" if rows else ""
+    if odd and not options.validate_only and old.finished is None and not checkpoints(folder):
+        print(f"{folder} has no checkpoint yet of another {' and '.join(odd)}: begun anew", flush=True)
+        (folder / BAD_STEPS).unlink(missing_ok=True)
+        return replace(run, recipe=for_new_run(run.recipe, options, run.device))
+    if odd:
+        fields = {
+            "plan": difference(*(one.plan.concerning(run.configuration) for one in (old, run))),
+            "recipe": differing(old.recipe, same_length),
+        }
+        shown = "; ".join(f"{what}: {_shown(rows)}" for what, rows in fields.items() if rows)
         raise AutosegError(
-            f"{folder} was trained with another {' and '.join(differing)}{fields}; give the new run a name of its "
-            "own with --run NAME, repeat the options of the old one to go on with it, or delete the folder"
+            f"{folder} was trained with another {' and '.join(odd)}{f' ({shown})' if shown else ''}; give the new "
+            "run a name of its own with --run NAME, repeat the options of the old one to go on with it, or delete the "
+            "folder"
         )
     return old if options.validate_only else with_length(old, recipe, options, folder)
+
+
+def _shown(rows: Sequence[tuple[str, str, str]]) -> str:
+    """The first of the fields that differ, with the value there and the present one."""
+    first = ", ".join(f"{field} {value}, now {present}" for field, value, present in rows[:FIELDS_SHOWN])
+    return first + (" and more" if len(rows) > FIELDS_SHOWN else "")
 
 
 def say_start(run: Run, parts: Parts) -> None:
