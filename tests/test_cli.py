@@ -52,7 +52,7 @@ OPTIONS = {
     "overlay": {"images", "prediction", "output", "truth", "workers"},
     "demo": {"workspace", "device"},
     "recipes": set(),
-    "networks": {"patch", "batch", "channels", "classes", "precision", "timed", "device"},
+    "networks": {"names", "patch", "batch", "channels", "classes", "precision", "timed", "device"},
     "describe": {"names", "output", "patch", "channels", "classes", "compare"},
 }  # fmt: skip
 """Every verb's options. A new one must replace a field that people change weekly; all else is for --set."""

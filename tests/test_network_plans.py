@@ -150,9 +150,24 @@ def test_networks_are_listed_and_described(tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert {path.name for path in Path(tmp_path).iterdir()} == {
-        *(f"{name}_2d.{ending}" for name in ("unet", "resenc") for ending in ("txt", "csv", "svg")),
+        *(f"{name}_2d.{ending}" for name in ("unet_stages_5", "resenc_stages_3") for ending in ("txt", "csv", "svg")),
         "parameters.png",
     }
+    assert (tmp_path / "unet_stages_5_2d.txt").read_text().startswith("unet(stages=5), 2D: ")
+
+
+def test_one_network_is_listed_with_its_options_and_timed():
+    listed = CliRunner().invoke(app, ["networks", "unet(stages=2)", "vnet(width=2)", "--patch", "8x12x16", "--time"])
+    assert listed.exit_code == 0, listed.output
+    rows = [line for line in listed.output.splitlines() if line.startswith(("unet", "vnet"))]
+    assert [row.split()[0] for row in rows] == ["unet(stages=2)", "vnet(width=2)"]
+    assert " yes " in rows[0] and " no " in rows[1] and "8 x 12 x 16" in rows[0]
+    for command, reason in {
+        ("networks", "mine:Net"): "a network of your own",
+        ("networks", "slice_vnet", "--patch", "8x12x16"): "is for none of these",
+        ("networks", "unett"): "unknown network",
+    }.items():
+        assert reason in str(CliRunner().invoke(app, [*command]).exception)
 
 
 def test_a_plan_is_not_silently_made_for_another_member_of_the_family(place):
@@ -166,9 +181,80 @@ def test_a_plan_is_not_silently_made_for_another_member_of_the_family(place):
 
 
 @pytest.mark.parametrize(
-    "text", ["unet_vanilla(norm=foo)", "unet3d(stages=1)", "unet3d(width=0)", "mednext(expansion=3)"]
+    "text", ["unet_vanilla(norm=foo)", "unet3d(stages=1)", "unet3d(width=0)", "mednext(expansion=[2, 3])"]
 )
 def test_options_that_cannot_be_are_refused_before_anything_is_planned(text):
     with pytest.raises(AutosegError) as refused:
         spec_of(text, 3)
     assert str(refused.value).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mednext(width=abc)", "the network mednext: width must be a valid integer, not 'abc'"),
+        ("unet_vanilla(stages=1.5)", "the network unet_vanilla: stages must be a valid integer, not 1.5"),
+        ("relative_unet3d(position=3)", "the network relative_unet3d: position must be a valid string, not 3"),
+        ("deeplabv3plus(backbone=vgg)", "backbone"),
+    ],
+)
+def test_values_of_another_kind_are_refused_in_plain_words(text, said):
+    with pytest.raises(AutosegError) as refused:
+        spec_of(text, 3)
+    assert said in str(refused.value) and "pydantic" not in str(refused.value)
+
+
+def test_a_number_alone_stands_for_a_list_of_one():
+    assert spec_of("mednext(expansion=3)", 3) == spec_of("mednext(expansion=[3])", 3)
+
+
+MISTAKES = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, spec, in_channels, heads, extra=0):
+        super().__init__()
+        convolution = nn.Conv2d if spec.dimension == 2 else nn.Conv3d
+        self.out = convolution(in_channels, heads + extra, 1)
+
+    def forward(self, x, all_scales=False):
+        return [self.out(x)]
+
+class Wider(Net):
+    def __init__(self, spec, in_channels, heads):
+        super().__init__(spec, in_channels, heads, extra=1)
+
+class Alone(Net):
+    def forward(self, x, all_scales=False):
+        return self.out(x)
+
+class Crashes(Net):
+    def forward(self, x, all_scales=False):
+        return [self.absent(x)]
+
+class Unbuilt(Net):
+    def __init__(self, spec, in_channels, heads):
+        self.width = spec.absent
+"""
+
+
+def test_mistakes_of_a_network_of_ones_own_are_told_when_it_is_planned(place, tmp_path, monkeypatch):
+    (tmp_path / "networks_of_a_user.py").write_text(MISTAKES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def planned(name):
+        request = Request(network=f"networks_of_a_user:{name}")
+        return plan_and_preprocess(place, "7", PlanOptions(name=name, request=request, configurations=ONLY))
+
+    for name, said in {
+        "Wider": r"Wider gives logits of shape \(2, 4, .* must have 3 channels, one a class",
+        "Crashes": r"Crashes failed on images of shape .*: AttributeError: 'Crashes' object has no attribute 'absent'",
+        "Unbuilt": r"Unbuilt cannot be built of \(spec, 1 channels, 3 heads\): AttributeError",
+        "Absent": "no class or function 'Absent'",
+    }.items():
+        with pytest.raises(AutosegError, match=said):
+            planned(name)
+        assert not place.plan_folder(NAME, name).exists()
+    patch = planned("Net").configuration("3d_fullres").patch
+    assert planned("Alone").configuration("3d_fullres").patch == patch, "a tensor alone is a list of one"

@@ -123,6 +123,7 @@ def plan_verb(
 
 
 def networks_verb(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these: name or name(key=value, ...) [all].")] = None,
     patch: PatchOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 2,
     channels: ChannelsOption = 1,
@@ -132,12 +133,13 @@ def networks_verb(
     device: DeviceOption = "auto",
 ) -> None:
     """List the networks for `--network`: parameters, memory of a training step, source."""
+    from autoseg.networks import NETWORKS
     from autoseg.pipeline.networks import Sizes, show_networks
 
     if precision not in ("float32", "bfloat16"):
         raise AutosegError(f"--precision {precision}: choose float32 or bfloat16")
     sizes = Sizes(patch=parse_patch(patch), batch=batch, channels=channels, classes=classes)
-    show_networks(sizes, "float32" if precision == "float32" else "bfloat16", timed, device)
+    show_networks(names or [*NETWORKS], sizes, "float32" if precision == "float32" else "bfloat16", timed, device)
 
 
 def describe_verb(

@@ -12,10 +12,12 @@ Naming a module imports it: a plan that does so is as trustworthy as the code be
 
 import inspect
 import re
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_origin
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from autoseg.networks.attention_unet import ATTENTION_UNET
@@ -37,7 +39,7 @@ from autoseg.networks.unet_vanilla import UNET_VANILLA
 from autoseg.networks.unetpp import UNETPP
 from autoseg.networks.vnet import RELATIVE_VNET, SLICE_VNET, VNET
 from autoseg.own import own
-from autoseg.records import AutosegError
+from autoseg.records import AutosegError, problems
 from autoseg.schema import Dimension, NetworkSpec
 from autoseg.settings import parse_call
 
@@ -71,6 +73,10 @@ NETWORKS: dict[str, Architecture] = {
     "mednext": MEDNEXT,
     "primus_v3": PRIMUS_V3,
 }
+
+
+AS_ITS_SOURCE = "as its source"
+"""What is shown for the value of an option that the source of a network decides; it may be stated too."""
 
 
 def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
@@ -113,25 +119,38 @@ def architecture(name: str) -> Architecture | None:
 def asked(text: str) -> tuple[str, Architecture | None, dict[str, Any]]:
     """Name, entry of the table (None: one of your own) and options of `name(key=value, ...)` as people write it.
 
-    Raises AutosegError for a name that is unknown, and for options that the network does not have.
+    Raises AutosegError for a name that is unknown, for options that the network does not have, and for values of
+    another kind; a number alone stands for a list of one.
     """
     name, options = parse_call(text)
     found = architecture(name)
-    there = {} if found is None else _options(found)
+    there = {} if found is None else {one.name: one for one in _options(found)}
     if odd := [option for option in options if option not in there]:
         raise AutosegError(f"the network {name} has no option {odd[0]!r}; it has {', '.join(there) or 'none'}")
-    return name, found, options
+    return name, found, {option: _typed(name, there[option], value) for option, value in options.items()}
+
+
+def _typed(name: str, option: inspect.Parameter, value: Any) -> Any:
+    kind = type(option.default) if option.annotation is option.empty else option.annotation
+    if value == AS_ITS_SOURCE and option.default is None:
+        return None
+    if get_origin(kind) is Sequence and isinstance(value, int | float):
+        value = [value]
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Input should be ").partition(",")[0]
+        raise AutosegError(f"the network {name}: {option.name} must be {said}, not {value!r}") from None
 
 
 def options_of(found: Architecture) -> str:
     """What `name(key=value)` may state of an entry of the table, with the values that hold if it does not."""
-    shown = (f"{key}={_as_asked(default)}" for key, default in _options(found).items())
+    shown = (f"{one.name}={_as_asked(one.default)}" for one in _options(found))
     return ", ".join(shown) or "none"
 
 
-def _options(found: Architecture) -> dict[str, Any]:
-    every = [*inspect.signature(found.spec).parameters.values()][1:]
-    return {each.name: each.default for each in every if each.name != "name"}
+def _options(found: Architecture) -> list[inspect.Parameter]:
+    return [each for each in [*inspect.signature(found.spec).parameters.values()][1:] if each.name != "name"]
 
 
 def _as_asked(value: object) -> str:
@@ -139,7 +158,7 @@ def _as_asked(value: object) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(map(_as_asked, value))}]"
-    return "as its source" if value is None else str(value) or "''"
+    return AS_ITS_SOURCE if value is None else str(value) or "''"
 
 
 @lru_cache(maxsize=64)
@@ -158,6 +177,8 @@ def spec_of(text: str, dimension: Dimension) -> NetworkSpec:
         # Much of a specification is only looked at where something is built of it.
         with torch.device("meta"):
             found.build(spec, spec.slices, 2)
+    except ValidationError as error:
+        raise AutosegError(f"{text}:\n{problems(error)}") from None
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise AutosegError(f"{text}: {error}") from None
     return spec

@@ -1,8 +1,9 @@
 """networks and describe: what the table of networks holds, and one network in detail."""
 
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -11,7 +12,7 @@ import torch
 from autoseg.devices import choose_device
 from autoseg.evaluation.plots import bars
 from autoseg.losses import deep_supervision, scale_targets
-from autoseg.networks import NETWORKS, asked, build, options_of, output_scales, output_weights, spec_of
+from autoseg.networks import asked, build, options_of, output_scales, output_weights, spec_of
 from autoseg.networks.describe import Description, describe, diagram, table_csv
 from autoseg.networks.describe import table as layer_table
 from autoseg.networks.footprint import LOSS, Precision, Step, needs_of
@@ -43,17 +44,27 @@ class Sizes:
         return self.patch if len(self.patch) == dimension else None
 
 
-def show_networks(sizes: Sizes, precision: Precision, timed: bool, device: str = "auto") -> None:
-    """Print every network with its parameters and what a training step needs; with `timed` its seconds, measured."""
-    rows = [("network", "", "parameters", "patch", "batch", "memory", *(("s a step",) if timed else ()), "source")]
-    wanted = [
-        (name, architecture, dimension, patch)
-        for name, architecture in NETWORKS.items()
-        for dimension in architecture.dimensions
-        if (patch := sizes.patch_for(dimension)) is not None
-    ]
+def show_networks(names: Sequence[str], sizes: Sizes, precision: Precision, timed: bool, device: str = "auto") -> None:
+    """Print networks with parameters and what a training step needs; with `timed` seconds, measured.
+
+    names: as they are asked for, options included. Raises AutosegError for one that is not in the table, and where the
+    patch is for none of them.
+    """
+    head = ("network", "", "parameters", "deep supervision", "patch", "batch", "memory")
+    rows = [(*head, *(("s a step",) if timed else ()), "source")]
+    wanted = []
+    for name in names:
+        key, architecture, _ = asked(name)
+        if architecture is None:
+            raise AutosegError(f"{key} is a network of your own; autoseg describe shows it")
+        for dimension in architecture.dimensions:
+            if (patch := sizes.patch_for(dimension)) is not None:
+                wanted.append((name, architecture, dimension, patch))
     if not wanted:
-        raise AutosegError("a patch has two or three sizes, for example --patch 64x64x64")
+        raise AutosegError(
+            f"--patch {'x'.join(map(str, sizes.patch or ()))} is for none of these networks; give two sizes for 2D, "
+            "three for 3D, for example 64x64x64"
+        )
     with Progress("networks", len(wanted), unit="network") as bar:
         for name, architecture, dimension, patch in wanted:
             spec = spec_of(name, 2 if dimension == 2 else 3)
@@ -65,7 +76,9 @@ def show_networks(sizes: Sizes, precision: Precision, timed: bool, device: str =
             except (ValueError, RuntimeError) as error:
                 memory, seconds = f"- ({str(error).splitlines()[0][:40]})", ("-",) if timed else ()
             size = " x ".join(map(str, patch))
-            rows.append((name, f"{dimension}D", weights, size, str(sizes.batch), memory, *seconds, architecture.source))
+            deep = "yes" if architecture.deep_supervision else "no"
+            shown = (name, f"{dimension}D", weights, deep, size, str(sizes.batch), memory)
+            rows.append((*shown, *seconds, architecture.source))
             bar.advance(note=f"{name} {dimension}D")
     print(table(rows))
     print(f"\nMemory of a training step as counted for a GPU, {precision}, SGD, without workspaces of kernels.")
@@ -145,7 +158,8 @@ def describe_networks(names: Sequence[str], folder: Path, sizes: Sizes, compare:
         else:
             shown = {d: described(spec_of(text, d), sizes.patch or USUAL[d], sizes) for d in dimensions}
         for dimension, made in shown.items():
-            stem = f"{name.rpartition(':')[2]}_{dimension}d"
+            stem = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', text.rpartition(':')[2]).strip('_')}_{dimension}d"
+            made = replace(made, title=made.title.replace(name, text, 1))
             print(made.title if compare else layer_table(made))
             for ending, content in (("txt", layer_table(made)), ("csv", table_csv(made)), ("svg", diagram(made))):
                 with atomic_write(folder / f"{stem}.{ending}") as file:
