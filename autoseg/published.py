@@ -4,6 +4,7 @@ A .pth or .pt file is a pickle: it is read as data (`weights_only=True`) and nev
 net; a file that is not there is answered with where it can be got by hand.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,17 @@ def read_published(path: Path) -> dict[str, Tensor]:
             f"hand and named by --pretrained:{files}\nor give a model file or a fold folder of your own"
         )
     if path.suffix == ".safetensors":
-        content: Any = read_weights(path)
+        try:
+            content: Any = read_weights(path)
+        except AutosegError:
+            raise AutosegError(f"{path} is no whole file of safetensors; fetch it again") from None
     else:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a file that is none of torch's makes its reader stumble over
             raise AutosegError(
-                f"{path} cannot be read as weights alone ({str(error).splitlines()[0] if str(error) else error!r}); "
-                "fetch it again, or save its state_dict with torch.save"
+                f"{path} cannot be read as weights alone ({type(error).__name__}): it is damaged, or holds code beside "
+                "tensors, which is never run; fetch it again, or save its state_dict with torch.save"
             ) from None
     for name in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -62,6 +66,24 @@ def read_published(path: Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in found):  # as torch's DataParallel names them
         found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+
+def network_of(tensors: Collection[str]) -> str | None:
+    """The network, a key of FILES, whose encoder has tensors of these names; None if that cannot be told."""
+    bare = {name.removeprefix("encoder.").removeprefix("backbone.") for name in tensors}
+    depth = sum(f"layer3.{block}.conv1.weight" in bare for block in range(36))
+    if "layer1.0.conv3.weight" in bare:
+        resnet = {6: "resnet50", 23: "resnet101", 36: "resnet152"}.get(depth)
+        if "classifier.4.weight" in bare and f"fcn_{resnet}" in FILES:
+            return f"fcn_{resnet}"
+        return resnet and f"deeplabv3plus(backbone={resnet})"
+    if depth:
+        return "resnet34_unet" if "layer1.2.conv1.weight" in bare and depth == 6 else None
+    norms = {name.removesuffix("running_mean") for name in bare if name.endswith("running_mean")}
+    layers = [name for name in bare if re.fullmatch(r"features\.\d+\.weight", name)]
+    convolutions = [name for name in layers if name.removesuffix("weight") not in norms]
+    said = {(13, 13): "", (16, 16): "(depth=19)", (13, 0): "(norm=none)"}.get((len(convolutions), len(norms)))
+    return None if said is None else f"vgg_unet{said}"
 
 
 def by_our_names(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

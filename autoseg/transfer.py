@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from autoseg.model import Trained, at, in_folders
 from autoseg.networks.base import Network
 from autoseg.networks.parts import INTERPOLATION
-from autoseg.published import SUFFIXES, by_our_names, read_published
+from autoseg.published import SUFFIXES, by_our_names, network_of, read_published
 from autoseg.records import AutosegError
 from autoseg.schema import Configuration, Plan
 
@@ -52,8 +52,8 @@ def open_source(path: Path, configuration: str) -> Source:
     Of several folds the first; of a cascade the stage called `configuration`, else the last. Raises AutosegError if
     there is none, or if it is damaged.
     """
-    if path.suffix in SUFFIXES:
-        return Source(words=f"{path}, whose channels and classes have no names", tensors=read_published(path))
+    if path.suffix in SUFFIXES or not path.exists():
+        return Source(words=f"{path} (no names of channels and classes)", tensors=read_published(path))
     trained: Trained = in_folders([path]) if (path / "run.json").is_file() else at(path)
     stage: Trained | None = trained
     while stage is not None and stage.configuration.name != configuration:
@@ -114,6 +114,8 @@ def transfer(
         cure = "take its plan over with `autoseg plan_and_preprocess --like`, under another --plan"
         if source.plan is None:
             cure = "weights alone need the network that they were trained in, of as many axes, blocks and features"
+            if (own := network_of(source.tensors)) is not None:
+                cure = f"its tensors are called as those of {own}: plan for that, in 2D, with --network '{own}'"
         raise AutosegError(
             f"nothing of {source.words} fits the network of {configuration.name} ({configuration.network.name}); "
             f"{cure}, or train without --pretrained"

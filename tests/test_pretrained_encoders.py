@@ -14,10 +14,11 @@ from toys import configuration, plan
 
 from autoseg.history import read_metrics
 from autoseg.labels import Labels
-from autoseg.networks import NETWORKS, build, output_scales
+from autoseg.networks import NETWORKS, build, output_scales, spec_of
+from autoseg.networks.footprint import on_meta
 from autoseg.parameter_groups import RATE_FACTOR, hold_encoder
 from autoseg.pipeline.parts import PRETRAINED, begin_with
-from autoseg.published import ADDRESS
+from autoseg.published import ADDRESS, FILES, network_of
 from autoseg.records import AutosegError, load_json
 from autoseg.schema import NetworkSpec, Recipe, Run
 from autoseg.signals import Requests, Stopped
@@ -158,7 +159,31 @@ def test_weights_of_another_network_are_refused(tmp_path, other):
         begun(a_plan(other, channels=("R", "G", "B")), tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("name", ["resnet34.pth", "resnet34.safetensors"])
+@pytest.mark.parametrize("name", FILES)
+def test_the_network_of_published_weights_is_known_by_their_names(name):
+    tensors = on_meta(spec_of(name, 2), 3, 2).state_dict()
+    encoder = {tensor.removeprefix("encoder.") for tensor in tensors if tensor.startswith("encoder.")}
+    assert network_of(encoder) == name.replace("fcn_resnet50", "deeplabv3plus(backbone=resnet50)").replace(
+        "fcn_resnet101", "deeplabv3plus(backbone=resnet101)"
+    )
+    if name.startswith("fcn"):
+        assert network_of({f"backbone.{tensor}" for tensor in encoder} | {"classifier.4.weight"}) == name
+
+
+@pytest.mark.parametrize("names", [set(), {"a.weight"}, {"layer3.0.conv1.weight", "layer3.1.conv1.weight"}])
+def test_other_names_are_of_no_network_that_is_known(names):
+    """The last has blocks as a ResNet-18."""
+    assert network_of(names) is None
+
+
+def test_weights_of_a_known_network_name_it_where_another_is_planned(tmp_path):
+    names = on_meta(spec_of("resnet34_unet", 2), 3, 2).state_dict()
+    torch.save({name.removeprefix("encoder."): torch.zeros(2, 3) for name in names}, tmp_path / "w.pth")
+    with pytest.raises(AutosegError, match=r"called as those of resnet34_unet: .* --network 'resnet34_unet'"):
+        begun(a_plan(small("fcn_resnet50")), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["resnet34.pth", "resnet34.safetensors", "resnet34"])
 def test_a_missing_file_is_answered_with_where_to_get_it(tmp_path, name):
     with pytest.raises(AutosegError, match=rf"Nothing is downloaded(.|\n)*resnet34_unet: {ADDRESS}resnet34"):
         open_source(tmp_path / name, "2d")
@@ -179,6 +204,9 @@ def test_what_is_not_weights_is_refused_and_never_run(tmp_path, capsys, content,
     (tmp_path / "w.pth").write_bytes(b"<html>not found</html>")
     with pytest.raises(AutosegError, match="cannot be read"):
         open_source(tmp_path / "w.pth", "2d")
+    (tmp_path / "w.safetensors").write_bytes(b"<html>not found</html>")
+    with pytest.raises(AutosegError, match="no whole file of safetensors; fetch it again"):
+        open_source(tmp_path / "w.safetensors", "2d")
     assert capsys.readouterr().out == ""
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from autoseg.bundle import ModelCard
-from autoseg.checkpoint import read_progress
+from autoseg.checkpoint import checkpoints, read_progress
 from autoseg.devices import choose_device, release
 from autoseg.inference import count_views
 from autoseg.layout import open_dataset
@@ -110,6 +110,18 @@ class Task:
         return load_json(Run, path).recipe.budget_seconds if path.is_file() else None
 
 
+def refuse_run_of_another_plan(folder: Path, options: FitOptions) -> None:
+    """AutosegError if the run in `folder` was trained with a plan of another name: found before hours of preparing."""
+    asked = options.configurations or (("3d_fullres",) if (folder / "3d_fullres").is_dir() else ("2d",))
+    for path in sorted(folder.glob("*/fold_*/run.json")):
+        plan = load_json(Run, path).plan.name
+        if plan != options.plan.name and ("all" in asked or path.parts[-3] in asked) and checkpoints(path.parent):
+            raise AutosegError(
+                f"{path.parent} was trained with the plan {plan!r}, and this is {options.plan.name!r}; give what is "
+                f"trained now a name of its own: --run {options.plan.name}"
+            )
+
+
 def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[ModelCard, ...]:
     """Plan, preprocess, train and validate all folds, merge them, fit post-processing; one ModelCard a configuration.
 
@@ -123,6 +135,7 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     name, raw = workspace.dataset(dataset_text)
     place = workspace.whole_run(name, options.train.run) / SPENT
     refuse_unwritable(place.parent)
+    refuse_run_of_another_plan(place.parent, options)
     made = plan_and_preprocess(workspace, dataset_text, replace(options.plan, choose=choose))
     dataset = open_dataset(raw)
     splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])

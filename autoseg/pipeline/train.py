@@ -22,7 +22,7 @@ from autoseg.history import METRICS
 from autoseg.layout import open_dataset
 from autoseg.merging import seen_as
 from autoseg.model import open_run
-from autoseg.networks import unnormed_width
+from autoseg.networks import NETWORKS, unnormed_width
 from autoseg.pipeline.cascade import find_priors, next_stages
 from autoseg.pipeline.changes import refuse_changed
 from autoseg.pipeline.crossval import SUMMARY, all_folds, cross_validate, validated
@@ -93,9 +93,12 @@ def train_fold(
     dataset = open_dataset(raw_folder)
     plan_path = workspace.plan_folder(name, options.plan) / "plan.json"
     if not plan_path.is_file():
+        there = ", ".join(sorted(path.parent.name for path in workspace.prepared(name).glob("*/plan.json")))
+        # Plans of a network are called as it, and `--plan segnet` would plan the network of the preset.
+        wanted = ("--network", options.plan) if options.plan in NETWORKS else given("--plan", options.plan)
         raise AutosegError(
-            f"no plan {options.plan!r} for {name}; run: "
-            + workspace.command("plan_and_preprocess", "-d", dataset_text, *given("--plan", options.plan))
+            f"no plan {options.plan!r} for {name}{there and f', only {there}'}; to make it: "
+            + workspace.command("plan_and_preprocess", "-d", dataset_text, *wanted)
         )
     plan = load_json(Plan, plan_path)
     configuration = plan.configuration(configuration_name)
