@@ -4,6 +4,7 @@ A record is a pydantic dataclass, so `dataclasses.replace` validates again and a
 problem with its path. NaN and infinity are refused: a value that is undefined is None.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -168,6 +169,12 @@ def hash_text(*parts: str) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part.encode())
     return digest.hexdigest()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'unet'?` where one of `known` is spelt much like `name`; else nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def problems(error: ValidationError) -> str:

@@ -131,7 +131,7 @@ def test_fit_plans_what_the_verb_that_plans_would(tmp_path, monkeypatch, asked):
 
 
 def test_fields_of_recipe_plan_and_source_are_listed(tmp_path):
-    shown = RUNNER.invoke(app, ["train", "1", "2d", "0", "--help-fields"]).output
+    shown = RUNNER.invoke(app, ["train", "--help-fields"]).output
     assert "learning_rate = 0.01" in shown and "tversky(alpha=0.3, beta=0.7)" in shown
     assert "tubes = (" in RUNNER.invoke(app, ["dataset", "make", "vessels", "--help-fields"]).output
     unknown = RUNNER.invoke(app, ["dataset", "make", "vesels"])

@@ -36,6 +36,23 @@ from autoseg.records import AutosegError
 from autoseg.workspace import Workspace
 
 
+def _list_fields(wanted: bool) -> None:
+    """Print what a recipe may state, before anything else that the command needs is missed."""
+    if not wanted:
+        return
+    from autoseg import settings
+    from autoseg.losses import describe_losses
+    from autoseg.placement import describe_positions
+    from autoseg.rates import describe_schedules
+    from autoseg.schema import Recipe
+
+    print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
+    print("\nFor --loss, or loss in a file:\n" + "\n".join(describe_losses()))
+    print("\nFor schedule:\n" + "\n".join(describe_schedules()))
+    print("\nFor patch_position:\n" + "\n".join(describe_positions()))
+    raise typer.Exit
+
+
 def train_verb(
     dataset: Annotated[str, typer.Argument(help="1, 001, Dataset001_Name, or a raw dataset folder.")],
     configuration: Annotated[str, typer.Argument(help="2d, 3d_fullres, 3d_lowres or 3d_cascade_fullres.")],
@@ -60,22 +77,15 @@ def train_verb(
     recipe: RecipeOption = None,
     workspace: WorkspaceOption = None,
     set_: SetOption = None,
-    help_fields: Annotated[bool, typer.Option("--help-fields", help="List the fields that --set takes.")] = False,
+    help_fields: Annotated[
+        bool,
+        typer.Option(
+            "--help-fields", callback=_list_fields, is_eager=True, help="List the fields that --set takes, and losses."
+        ),
+    ] = False,
 ) -> None:
     """Train one fold, then predict and score its held-out cases. The same command goes on after a stop."""
     from autoseg import settings
-
-    if help_fields:
-        from autoseg.losses import describe_losses
-        from autoseg.placement import describe_positions
-        from autoseg.rates import describe_schedules
-        from autoseg.schema import Recipe
-
-        print("\n".join(f"{path} = {value}" for path, value in settings.fields(Recipe())))
-        print("\nFor --loss, or loss in a file:\n" + "\n".join(describe_losses()))
-        print("\nFor schedule:\n" + "\n".join(describe_schedules()))
-        print("\nFor patch_position:\n" + "\n".join(describe_positions()))
-        return
     from autoseg.pipeline.recipe import TrainOptions
     from autoseg.pipeline.together import train_together
     from autoseg.supervise import JOURNAL

@@ -31,7 +31,7 @@ from autoseg.losses.skeleton import cldice
 from autoseg.losses.unified import unified_focal
 from autoseg.losses.voxelwise import bce, categorical_focal, focal, topk_ce, weighted_ce
 from autoseg.own import own
-from autoseg.records import AutosegError
+from autoseg.records import AutosegError, nearest
 from autoseg.settings import parse_sum
 
 __all__ = [
@@ -192,7 +192,10 @@ def _said(function: Loss) -> str:
 def _own(name: str) -> Loss:
     if ":" not in name:
         known = ", ".join(LOSSES)
-        raise AutosegError(f"unknown loss {name!r}; choose one of {known}, or name your own as package.module:Name")
+        raise AutosegError(
+            f"unknown loss {name!r}{nearest(name, LOSSES)}; choose one of {known}, or name your own as "
+            "package.module:Name"
+        )
     found = own(name, "loss")
     try:
         inspect.signature(found).bind(None, None, **dict.fromkeys(Given.__annotations__))

@@ -72,7 +72,8 @@ def tversky_index(samples: Samples, alpha: float, beta: float) -> Tensor:
 def power(values: Tensor, exponent: float) -> Tensor:
     """values^exponent for values from 0 on, 0 at 0, with a derivative that stays finite there.
 
-    Without that a class predicted as well as can be has an infinite gradient for an exponent below 1.
+    Without that a class predicted as well as can be has an infinite gradient for an exponent below 1. There it is
+    (values + 1e-5)^exponent - 1e-5^exponent: 0.003 less than said for a root, a third less for an exponent of 0.1.
     """
     if exponent >= 1:
         return values.clamp(min=0).pow(exponent)

@@ -39,7 +39,7 @@ from autoseg.networks.unet_vanilla import UNET_VANILLA
 from autoseg.networks.unetpp import UNETPP
 from autoseg.networks.vnet import RELATIVE_VNET, SLICE_VNET, VNET
 from autoseg.own import own
-from autoseg.records import AutosegError, problems
+from autoseg.records import AutosegError, nearest, problems
 from autoseg.schema import Dimension, NetworkSpec
 from autoseg.settings import parse_call
 
@@ -111,7 +111,8 @@ def architecture(name: str) -> Architecture | None:
         return NETWORKS[name]
     if ":" not in name:
         raise AutosegError(
-            f"unknown network {name!r}; choose one of {', '.join(NETWORKS)}, or name your own as package.module:Name"
+            f"unknown network {name!r}{nearest(name, NETWORKS)}; choose one of {', '.join(NETWORKS)}, or name your own "
+            "as package.module:Name"
         )
     return None
 
