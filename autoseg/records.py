@@ -172,9 +172,9 @@ def hash_text(*parts: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'unet'?` where one of `known` is spelt much like `name`; else nothing."""
+    """` (did you mean 'unet'?)` where one of `known` is spelt much like `name`; else nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def problems(error: ValidationError) -> str:

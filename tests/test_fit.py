@@ -281,7 +281,7 @@ def test_folds_of_other_options_are_refused_and_a_part_never_replaces_the_whole(
     with pytest.raises(AutosegError, match=r"trained with the plan 'default', and this is 'beside'; .* --run beside"):
         fit(place, "7", replace(OPTIONS, plan=beside, train=replace(OPTIONS.train, plan="beside")))
     assert not place.plan_folder(NAME, "beside").exists(), "nothing is prepared for what cannot be trained"
-    with pytest.raises(AutosegError, match=r"no plan 'segnet' for .*, only default; .* --network segnet"):
+    with pytest.raises(AutosegError, match=r"no plan 'segnet' for .*, only default; run: .* --network segnet"):
         train_fold(place, "7", "3d_fullres", "0", replace(OPTIONS.train, plan="segnet"))
     run = load_json(Run, folder / "fold_1" / "run.json")
     save_json(replace(run, recipe=other_recipe(run.recipe)), folder / "fold_1" / "run.json")

@@ -208,3 +208,7 @@ def test_attention_keeps_no_shares_of_all_pairs(device):
     small, large = (step.count((edge, 256), 2)[0].total for edge in (256, 512))
     weights = sum(parameter.numel() for parameter in step.network.parameters()) * 16
     assert (large - weights) / (small - weights) == pytest.approx(2, rel=0.15)
+    query = torch.empty(2, 3, 5, 7, device="meta")
+    with step.mode:
+        seen = nn.functional.scaled_dot_product_attention(query=query, key=query, value=query[..., :2])
+    assert seen.shape == (2, 3, 5, 2), "whichever way it is called"

@@ -359,7 +359,7 @@ def test_the_loss_has_an_option_and_is_checked_wherever_it_comes_from(tmp_path):
     assert make_recipe(TrainOptions(recipe=file, loss="ce")).loss == "ce"
     with pytest.raises(AutosegError, match="use the option --loss"):
         make_recipe(TrainOptions(changes={"loss": "ce"}))
-    with pytest.raises(AutosegError, match="unknown loss 'dize'; choose one of dice_ce, "):
+    with pytest.raises(AutosegError, match=r"unknown loss 'dize' \(did you mean 'dice'\?\); choose one of dice_ce, "):
         make_recipe(TrainOptions(loss="dize"))
     file.write_text('loss = "focal(gama=3)"')
     with pytest.raises(AutosegError, match="no option 'gama'; it has gamma=2"):

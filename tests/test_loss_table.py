@@ -256,7 +256,7 @@ def test_weights_come_from_the_data_unless_they_are_given():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dise", "unknown loss 'dise'; did you mean 'dice'?; choose one of dice_ce, dice, dice_squared, "),
+        ("dise", "unknown loss 'dise' (did you mean 'dice'?); choose one of dice_ce, dice, dice_squared, "),
         ("ce+", "loss 'ce+': a term is missing"),
         ("", "loss '': a term is missing"),
         ("focal(gamma=2, gamma=3)", "gamma is given twice"),

@@ -229,6 +229,10 @@ class Alone(Net):
     def forward(self, x, all_scales=False):
         return self.out(x)
 
+class Named(Net):
+    def forward(self, x, all_scales=False):
+        return {"logits": self.out(x)}
+
 class Crashes(Net):
     def forward(self, x, all_scales=False):
         return [self.absent(x)]
@@ -249,6 +253,7 @@ def test_mistakes_of_a_network_of_ones_own_are_told_when_it_is_planned(place, tm
 
     for name, said in {
         "Wider": r"Wider gives logits of shape \(2, 4, .* must have 3 channels, one a class",
+        "Named": r"Named must give a list of tensors, not \{'logits'",
         "Crashes": r"Crashes failed on images of shape .*: AttributeError: 'Crashes' object has no attribute 'absent'",
         "Unbuilt": r"Unbuilt cannot be built of \(spec, 1 channels, 3 heads\): AttributeError",
         "Absent": "no class or function 'Absent'",

@@ -160,6 +160,8 @@ class Step:
                 f"{type(error).__name__}: {error}"
             ) from error
         outputs = [found] if isinstance(found, torch.Tensor) else list(found)
+        if not outputs or not all(isinstance(scale, torch.Tensor) for scale in outputs):
+            raise AutosegError(f"the network {self.spec.name} must give a list of tensors, not {found!r:.80}")
         wanted = (len(image), self.heads, *image.shape[2:])
         if outputs[0].shape != wanted:
             raise AutosegError(

@@ -123,7 +123,8 @@ class Autocast(TorchFunctionMode):
             return self.device == "cuda"
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
-            return FusedAttention.apply(*_cast(args[:3], self.lower or args[0].dtype))
+            inputs = [*args, *(kwargs[part] for part in ("query", "key", "value") if part in kwargs)][:3]
+            return FusedAttention.apply(*_cast(inputs, self.lower or inputs[0].dtype))
         if self.lower is not None:
             if name in LOWERED:
                 args, kwargs = _cast((args, kwargs), self.lower)

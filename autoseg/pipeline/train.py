@@ -97,7 +97,7 @@ def train_fold(
         # Plans of a network are called as it, and `--plan segnet` would plan the network of the preset.
         wanted = ("--network", options.plan) if options.plan in NETWORKS else given("--plan", options.plan)
         raise AutosegError(
-            f"no plan {options.plan!r} for {name}{there and f', only {there}'}; to make it: "
+            f"no plan {options.plan!r} for {name}{there and f', only {there}'}; run: "
             + workspace.command("plan_and_preprocess", "-d", dataset_text, *wanted)
         )
     plan = load_json(Plan, plan_path)
