@@ -16,7 +16,8 @@ from torch import nn
 from autoseg.networks import NETWORKS, build, meta, spec_of
 from autoseg.networks.footprint import Step, footprint, needs_of
 from autoseg.networks.meta import Living
-from autoseg.planners.asked import adapted
+from autoseg.planners import PLANNERS
+from autoseg.planners.asked import sized
 from autoseg.records import AutosegError
 
 SIZES = {"in_channels": 1, "heads": 3}
@@ -99,7 +100,7 @@ def test_parts_grow_with_the_batch_and_shrink_with_the_precision(name, dimension
 @pytest.mark.parametrize(("name", "dimension"), [(n, d) for n, entry in NETWORKS.items() for d in entry.dimensions])
 def test_every_network_of_the_table_can_be_planned(name, dimension):
     needs = needs_of(name, 1, 3)
-    spec = adapted(needs.spec(dimension), (3.6, 0.6, 0.6)[-dimension:], (20, 320, 320)[-dimension:], 4)
+    spec = sized((20, 320, 320)[-dimension:], (3.6, 0.6, 0.6)[-dimension:], needs, PLANNERS["unet"]).network
     patch = tuple(4 * edge for edge in needs.smallest(spec))
     assert 1 < needs.bytes(spec, patch, 9) / needs.bytes(spec, patch, 3) < 3.1
 
