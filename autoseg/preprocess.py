@@ -6,9 +6,11 @@ content, and before a crop pads, so that what is padded has no part in it. The i
 training and prediction go through the same function and see the same numbers.
 """
 
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import cc3d
 import numpy as np
@@ -172,9 +174,11 @@ def apply_own(name: str, image: np.ndarray, spacing_mm: Sequence[float]) -> np.n
     try:
         made = np.asarray(function(np.array(image, np.float32), tuple(spacing_mm)), np.float32)
     except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
         raise AutosegError(
             f"the preprocessing {name!r}, called with (image (C, Z, Y, X), spacing_mm), failed: "
-            f"{type(error).__name__}: {error}; mend it, or plan without: --set preparation.function="
+            f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}); mend it, or plan without: "
+            "--set preparation.function="
         ) from error
     if made.shape != image.shape:
         raise AutosegError(

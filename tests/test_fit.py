@@ -13,6 +13,7 @@ from autoseg.labels import Labels
 from autoseg.layout import open_dataset
 from autoseg.model import in_folders, open_run
 from autoseg.pipeline import fit as module
+from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.crossval import all_folds, cross_validate, held_out, validated
 from autoseg.pipeline.data import plan_and_preprocess
 from autoseg.pipeline.fit import FitOptions, Spent, Task, find_tasks, fit, fit_table, share, stages
@@ -278,9 +279,14 @@ def test_folds_of_other_options_are_refused_and_a_part_never_replaces_the_whole(
     with pytest.raises(AutosegError, match="another recipe"):
         fit(place, "7", replace(OPTIONS, train=other))
     beside = replace(OPTIONS.plan, name="beside")
-    with pytest.raises(AutosegError, match=r"trained with the plan 'default', and this is 'beside'; .* --run beside"):
+    with pytest.raises(
+        AutosegError, match=r"the plan 'default', and this is 'beside'; .* --run beside, .*--plan default"
+    ):
         fit(place, "7", replace(OPTIONS, plan=beside, train=replace(OPTIONS.train, plan="beside")))
     assert not place.plan_folder(NAME, "beside").exists(), "nothing is prepared for what cannot be trained"
+    (folder / "fold_0" / "validation" / "summary.json").unlink()
+    with pytest.raises(AutosegError, match=r"train them: autoseg fit -d Dataset007_Balls -c 3d_fullres$"):
+        find_best(place, "7", BestOptions())
     with pytest.raises(AutosegError, match=r"no plan 'segnet' for .*, only default; run: .* --network segnet"):
         train_fold(place, "7", "3d_fullres", "0", replace(OPTIONS.train, plan="segnet"))
     run = load_json(Run, folder / "fold_1" / "run.json")

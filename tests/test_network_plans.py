@@ -221,6 +221,13 @@ class Net(nn.Module):
     def forward(self, x, all_scales=False):
         return [self.out(x)]
 
+class Flat(Net):
+    dimensions = (2,)
+
+    def __init__(self, spec, in_channels, heads):
+        nn.Module.__init__(self)
+        self.out = nn.Conv2d(in_channels, heads, 1)
+
 class Wider(Net):
     def __init__(self, spec, in_channels, heads):
         super().__init__(spec, in_channels, heads, extra=1)
@@ -262,4 +269,6 @@ def test_mistakes_of_a_network_of_ones_own_are_told_when_it_is_planned(place, tm
             planned(name)
         assert not place.plan_folder(NAME, name).exists()
     patch = planned("Net").configuration("3d_fullres").patch
+    only_2d = PlanOptions(name="Flat", request=Request(network="networks_of_a_user:Flat"))
+    assert [one.name for one in plan_and_preprocess(place, "7", only_2d).configurations] == ["2d"]
     assert planned("Alone").configuration("3d_fullres").patch == patch, "a tensor alone is a list of one"

@@ -6,7 +6,8 @@ list of logits, highest resolution first, that shrink by `scales` of the module,
 `spec.strides`; a list of one is allowed. With `output_weights`, a number an output, they count so in deep supervision.
 With `encoder_prefixes`, what names of its encoder's parameters begin with, that can be frozen or have a rate of its
 own. One with an attribute `takes_position` that is true is called with `position` too: where in its image each patch
-lies, (B, axes) float32 from -1 to 1 along each axis, 0 in the middle.
+lies, (B, axes) float32 from -1 to 1 along each axis, 0 in the middle. What is named has an attribute `dimensions`, as
+(2,), if it is for 2D or 3D alone.
 Naming a module imports it: a plan that does so is as trustworthy as the code beside it.
 """
 

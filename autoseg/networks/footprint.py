@@ -11,6 +11,7 @@ fragments, and what CUDA itself takes.
 """
 
 import math
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -23,6 +24,7 @@ from autoseg.needs import NetworkNeeds
 from autoseg.networks import asked, build, output_scales, output_weights, spec_of
 from autoseg.networks.meta import Autocast, Device, Living, Unfilled
 from autoseg.networks.strides import total
+from autoseg.own import own
 from autoseg.records import AutosegError, record
 from autoseg.schema import NetworkSpec
 
@@ -184,7 +186,8 @@ class Step:
                 reason = error
             else:
                 return patch
-        raise AutosegError(f"the network {self.spec.name} takes no patch of {patch} voxels: {reason}")
+        alone = "; one for 2D or 3D alone says so: dimensions = (2,)" if ":" in self.spec.name else ""
+        raise AutosegError(f"the network {self.spec.name} takes no patch of {patch} voxels: {reason}{alone}")
 
 
 class Forecast:
@@ -228,12 +231,10 @@ class Forecast:
 
 def on_meta(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
     """The network without memory for its weights."""
-    try:
-        with torch.device("meta"), Unfilled():
-            return build(spec, in_channels, heads)
-    except (NotImplementedError, RuntimeError, AutosegError):
-        # One that computes with numbers while it is built, or cannot be built at all.
-        return build(spec, in_channels, heads).to("meta")
+    with suppress(NotImplementedError, RuntimeError, AutosegError), torch.device("meta"), Unfilled():
+        return build(spec, in_channels, heads)
+    # One that computes with numbers while it is built, or cannot be built at all.
+    return build(spec, in_channels, heads).to("meta")
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -247,7 +248,7 @@ def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bf
     Bytes are those of a step on a GPU in autocast of `precision`, with AdamW, which keeps more than SGD.
     Raises AutosegError for an unknown network, and for options that it does not have.
     """
-    _, found, options = asked(text)
+    name, found, options = asked(text)
     fixed = found is not None and (bool(options) or not found.levels_follow_patch)
     known: dict[str, Forecast] = {}
 
@@ -259,7 +260,7 @@ def needs_of(text: str, in_channels: int, heads: int, precision: Precision = "bf
 
     return NetworkNeeds(
         name=text,
-        dimensions=(2, 3) if found is None else found.dimensions,
+        dimensions=tuple(getattr(own(name, "network"), "dimensions", (2, 3))) if found is None else found.dimensions,
         spec=partial(spec_of, text) if fixed else None,
         divisors=lambda spec: forecast(spec).step.divisors,
         smallest=lambda spec: forecast(spec).smallest,

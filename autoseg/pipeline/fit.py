@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import partial
 from math import ceil, comb
 from pathlib import Path
 
@@ -110,15 +109,16 @@ class Task:
         return load_json(Run, path).recipe.budget_seconds if path.is_file() else None
 
 
-def refuse_run_of_another_plan(folder: Path, options: FitOptions) -> None:
-    """AutosegError if the run in `folder` was trained with a plan of another name: found before hours of preparing."""
-    asked = options.configurations or (("3d_fullres",) if (folder / "3d_fullres").is_dir() else ("2d",))
-    for path in sorted(folder.glob("*/fold_*/run.json")):
+def refuse_run_of_another_plan(folder: Path, names: Sequence[str], options: FitOptions) -> None:
+    """AutosegError if a configuration of `names` in the run `folder` was trained with a plan of another name."""
+    own = options.plan.name
+    for path in (path for name in names for path in sorted((folder / name).glob("fold_*/run.json"))):
         plan = load_json(Run, path).plan.name
-        if plan != options.plan.name and ("all" in asked or path.parts[-3] in asked) and checkpoints(path.parent):
+        if plan != own and checkpoints(path.parent):
+            free = "NAME" if (folder.parent / own).exists() else own
             raise AutosegError(
-                f"{path.parent} was trained with the plan {plan!r}, and this is {options.plan.name!r}; give what is "
-                f"trained now a name of its own: --run {options.plan.name}"
+                f"{path.parent} was trained with the plan {plan!r}, and this is {own!r}; give what is trained now a "
+                f"name of its own, --run {free}, or go on with that: --plan {plan}"
             )
 
 
@@ -131,11 +131,15 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
     done are merged), and whatever the steps raise.
     """
     started, threads = time.monotonic(), torch.get_num_threads()
-    choose = partial(stages, asked=options.configurations)
     name, raw = workspace.dataset(dataset_text)
     place = workspace.whole_run(name, options.train.run) / SPENT
     refuse_unwritable(place.parent)
-    refuse_run_of_another_plan(place.parent, options)
+
+    def choose(made: Plan) -> tuple[str, ...]:
+        names = stages(made, options.configurations)
+        refuse_run_of_another_plan(place.parent, names, options)  # before hours of preparing
+        return names
+
     made = plan_and_preprocess(workspace, dataset_text, replace(options.plan, choose=choose))
     dataset = open_dataset(raw)
     splits = read_splits(workspace.prepared(name) / "splits.json", [case.id for case in dataset.cases])
@@ -190,7 +194,7 @@ def fit(workspace: Workspace, dataset_text: str, options: FitOptions) -> tuple[M
         raise short
     total = spent.preparing + sum(spent.validating.values()) + sum(task.trained_seconds() for task in tasks)
     named = given("--run", options.train.run)
-    which: tuple[str, ...] = ("-c", best(cards))
+    which: tuple[str, ...] = ("-c", best(cards, options.configurations))
     if EVERY in options.configurations and not options.folds:
         find_best(
             workspace,
@@ -384,8 +388,12 @@ def say_share(budget: float, total: float, tasks: Sequence[Task], spent: Spent) 
     )
 
 
-def best(cards: Sequence[ModelCard]) -> str:
-    """The configuration of the highest cross-validated Dice, as predict will give it."""
+def best(cards: Sequence[ModelCard], asked: Sequence[str] = ()) -> str:
+    """The configuration of the highest cross-validated Dice, as predict will give it; of those asked for, if any were.
+
+    The first stage of a cascade is trained along with it, on folds that may be others.
+    """
+    cards = [card for card in cards if card.configuration in asked] or cards
     return max(cards, key=lambda card: card.dice_postprocessed["foreground"] or 0.0).configuration
 
 

@@ -22,10 +22,10 @@ from autoseg.pipeline.probabilities import find_probabilities, read
 from autoseg.readers import write_labels
 from autoseg.records import AutosegError, hash_text, load_json, remove_leftovers
 from autoseg.restore import restore_probabilities
-from autoseg.schema import Fingerprint
+from autoseg.schema import Fingerprint, Run
 from autoseg.splits import Splits
 from autoseg.store import read_case
-from autoseg.workspace import Workspace
+from autoseg.workspace import Workspace, given
 
 ENSEMBLES = "ensembles"
 """Beside the model.json of a choice: a folder a pair."""
@@ -96,9 +96,16 @@ def complete_folders(workspace: Workspace, name: str, runs: Sequence[str], split
                 )
             )
     if not done:
+        wanted: tuple[str, ...] = ("-c", "all")
+        if begun:  # the one that lacks least, with the plan and run it was begun with
+            folds = max((sorted(folder.glob("fold_[0-9]*/run.json")) for folder in begun), key=len)
+            if folds:
+                run = load_json(Run, folds[0])
+                named = (*given("--plan", run.plan.name), *given("--run", folds[0].parts[-4]))
+                wanted = ("-c", run.configuration, *named)
         raise AutosegError(
             f"no configuration of {name} has all its {len(splits.folds)} folds trained and validated in {root}; "
-            f"train them: {workspace.command('fit', '-d', name, '-c', 'all')}"
+            f"train them: {workspace.command('fit', '-d', name, *wanted)}"
         )
     return done
 

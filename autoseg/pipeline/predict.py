@@ -117,7 +117,9 @@ def choose_model(
         return chosen
     if len(found) > 1:
         lines = "\n".join("  " + workspace.command(*verb, *options_for(folder)) for folder in found)
-        raise AutosegError(f"{len(found)} models could be meant; choose one, or give autoseg find_best -d:\n{lines}")
+        which = options.dataset
+        compared = "" if which is None else f", or give {workspace.command('find_best', '-d', which)}"
+        raise AutosegError(f"{len(found)} models could be meant; choose one{compared}:\n{lines}")
     return at(found[0], options.folds)
 
 
