@@ -16,7 +16,7 @@ from autoseg.pipeline import fit as module
 from autoseg.pipeline.best import BestOptions, find_best
 from autoseg.pipeline.crossval import all_folds, cross_validate, held_out, validated
 from autoseg.pipeline.data import plan_and_preprocess
-from autoseg.pipeline.fit import FitOptions, Spent, Task, find_tasks, fit, fit_table, share, stages
+from autoseg.pipeline.fit import FitOptions, Spent, Task, best, find_tasks, fit, fit_table, share, stages
 from autoseg.pipeline.planning import PlanOptions
 from autoseg.pipeline.predict import PredictOptions, predict
 from autoseg.pipeline.recipe import TrainOptions
@@ -268,6 +268,9 @@ def test_the_table_shows_undefined_values_as_such():
     lines = fit_table([card]).splitlines()
     assert lines[-2].split() == ["2d", "1", "2", "big", "undefined", "undefined"]
     assert lines[-1].split()[-2:] == ["0.5000", "0.7500"]
+    lower = replace(card, configuration="3d_cascade_fullres", dice_postprocessed={"foreground": 0.25})
+    assert best([card, lower]) == best([card, lower], ("all",)) == "2d"
+    assert best([card, lower], ("3d_cascade_fullres",)) == "3d_cascade_fullres", "the one that was asked for"
 
 
 def test_folds_of_other_options_are_refused_and_a_part_never_replaces_the_whole(place):

@@ -97,12 +97,12 @@ def complete_folders(workspace: Workspace, name: str, runs: Sequence[str], split
             )
     if not done:
         wanted: tuple[str, ...] = ("-c", "all")
-        if begun:  # the one that lacks least, with the plan and run it was begun with
-            folds = max((sorted(folder.glob("fold_[0-9]*/run.json")) for folder in begun), key=len)
-            if folds:
-                run = load_json(Run, folds[0])
-                named = (*given("--plan", run.plan.name), *given("--run", folds[0].parts[-4]))
-                wanted = ("-c", run.configuration, *named)
+        # That which lacks least, with the plan and the run that it was begun with.
+        folds = max((sorted(folder.glob("fold_[0-9]*/run.json")) for folder in begun), key=len, default=[])
+        if folds:
+            run = load_json(Run, folds[0])
+            named = (*given("--plan", run.plan.name), *given("--run", folds[0].parts[-4]))
+            wanted = ("-c", run.configuration, *named)
         raise AutosegError(
             f"no configuration of {name} has all its {len(splits.folds)} folds trained and validated in {root}; "
             f"train them: {workspace.command('fit', '-d', name, *wanted)}"
