@@ -44,18 +44,13 @@ def as_prepared(fingerprint: Fingerprint, preparation: Preparation) -> Fingerpri
             )
         fingerprint = replace(fingerprint, channel_names=(RSS,), intensities=(None,))
     if preparation.thin != Preparation().thin:
-        refuse_thinning(fingerprint)
+        refuse_thinning(fingerprint, preparation.thin)
         # Statistics of the foreground are those of single slices.
         fingerprint = replace(fingerprint, intensities=(None,) * len(fingerprint.channel_names))
     cases = []
     for case in fingerprint.cases:
         a, b, c = (mm * factor for mm, factor in zip(case.spacing_mm, preparation.thin))
         shape: tuple[int, ...] = tuple(-(-n // factor) for n, factor in zip(case.shape, preparation.thin))
-        if any(left == 1 < n for left, n in zip(shape, case.shape)):
-            raise AutosegError(
-                f"--thin {','.join(map(str, preparation.thin))}: of the {by(case.shape)} voxels (Z, Y, X) of case "
-                f"{case.case} {by(shape)} would be left; give smaller numbers"
-            )
         for crop in preparation.crops:
             try:
                 shape = crop.extent(shape)
@@ -85,10 +80,16 @@ def thinning(asked: Sequence[int], fingerprint: Fingerprint) -> tuple[int, int, 
     return z, y, x
 
 
-def refuse_thinning(fingerprint: Fingerprint) -> None:
-    """AutosegError for images that have no slices, and whose values a root of a sum of squares makes meaningless."""
+def refuse_thinning(fingerprint: Fingerprint, thin: Sequence[int]) -> None:
+    """AutosegError for images that have no slices, or would have a single one, and for values without a magnitude."""
     if fingerprint.dimension == 2:
         raise AutosegError(f"--thin: the images of {fingerprint.dataset} are 2D and have no slices")
+    largest = tuple(max(edges) for edges in zip(*(case.shape for case in fingerprint.cases)))
+    if any(1 < edge <= factor for edge, factor in zip(largest, thin)):
+        raise AutosegError(
+            f"--thin {','.join(map(str, thin))}: images have at most {by(largest)} voxels (Z, Y, X), of which one "
+            "would be left along an axis; give smaller numbers"
+        )
     for channel in fingerprint.channel_names:
         if (scheme := SCHEMES.get(channel.lower())) in ("ct", "rgb"):
             raise AutosegError(

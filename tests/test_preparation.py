@@ -371,6 +371,17 @@ def test_what_an_earlier_state_of_the_function_prepared_is_prepared_again(mine, 
     assert key(own) != before
 
 
+def test_a_function_is_remembered_and_taken_back(mine, tmp_path):
+    balls_dataset(tmp_path / "raw" / NAME, cases=2)
+    command = ["plan_and_preprocess", "-d", "7", "--workspace", str(tmp_path), "-c", "2d"]
+    for more, function in (([f"{mine}:doubled"], f"{mine}:doubled"), ([], f"{mine}:doubled"), ([""], None), ([], None)):
+        sets = [part for value in more for part in ("--set", f"preparation.function={value}")]
+        done = CliRunner().invoke(app, [*command, *sets], catch_exceptions=False)
+        assert done.exit_code == 0
+        made = load_json(Plan, tmp_path / "prepared" / NAME / "default" / "plan.json")
+        assert made.preparation.function == function
+
+
 def test_a_model_file_with_a_function_or_an_endless_crop_is_refused():
     def refused(preparation):
         return unsound(

@@ -208,8 +208,8 @@ def test_what_cannot_be_thinned_is_refused():
 def test_from_the_command_line(tmp_path):
     balls_dataset(tmp_path / "raw" / NAME, cases=2)
     command = ["plan_and_preprocess", "-d", "7", "--workspace", str(tmp_path), "-c", "2d"]
-    done = CliRunner().invoke(app, [*command, "--thin", "13,1,1"])
-    assert done.exit_code and "1 x 17 x 19 would be left; give smaller numbers" in str(done.exception)
+    done = CliRunner().invoke(app, [*command, "--thin", "99,1,1"])
+    assert done.exit_code and "voxels (Z, Y, X), of which one would be left along an axis" in str(done.exception)
     done = CliRunner().invoke(app, [*command, "--thin", "2"])
     assert done.exit_code == 0, done.output
     made = load_json(Plan, tmp_path / "prepared" / NAME / "default" / "plan.json")

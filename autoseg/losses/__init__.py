@@ -157,17 +157,17 @@ def _terms(text: str) -> list[tuple[float, str, Loss, dict[str, Any]]]:
                     + (f"it has {_said(function)}" if known else "it has none")
                 )
             wrong = f"loss {text!r}: {name}: {key} must be"
-            if isinstance(known[key], int | float) and not is_number(value):
+            if isinstance(known[key], int | float) and not _is_number(value):
                 raise AutosegError(f"{wrong} a number, not {value!r}")
             if name in LOSSES and isinstance(known[key], int) and value != int(value):
                 raise AutosegError(f"{wrong} a whole number, not {value!r}")
-            if key == WEIGHTS and not (isinstance(value, list) and value and all(map(is_number, value))):
+            if key == WEIGHTS and not (isinstance(value, list) and value and all(map(_is_number, value))):
                 raise AutosegError(f"{wrong} a number for each class, background first, as [1, 2, 5], not {value!r}")
         found.append((factor, name, function, options))
     return found
 
 
-def is_number(value: object) -> bool:
+def _is_number(value: object) -> bool:
     """Whether it is a finite number: in Python True is one, and a loss can do nothing with nan."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -91,7 +91,7 @@ def build(spec: NetworkSpec, in_channels: int, heads: int) -> nn.Module:
     make = own(spec.name, "network")
     try:
         network = make(spec, in_channels, heads)
-    except (AutosegError, NotImplementedError):
+    except AutosegError:
         raise
     except Exception as error:
         raise AutosegError(

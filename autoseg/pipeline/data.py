@@ -180,11 +180,12 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         examined = raise_failures(outcomes, "check")
         cropped = {e.cropped.case: e.cropped for e in examined if e.cropped is not None}
         fingerprint = summarise(name, dataset.channel_names, [e.measured for e in examined if e.measured is not None])
-        with sole_writer(prepared):  # whatever planning refuses, nothing is measured twice
-            workspace.remember(name, folder)
-            save_json(fingerprint, known)
     else:
         print(f"{name}: raw data unchanged since the last run, fingerprint reused")
+    with sole_writer(prepared):  # whatever planning refuses, nothing is measured twice
+        workspace.remember(name, folder)
+        records.remove_leftovers(prepared, (known.name,))
+        save_json(fingerprint, known)
 
     if options.discard_edits:
         before = None
@@ -200,11 +201,9 @@ def plan_and_preprocess(workspace: Workspace, dataset_text: str, options: PlanOp
         splits, changes = choose_splits(dataset, folder, prepared, options)
         for line in changes:
             print(f"Folds: {line}")
-        workspace.remember(name, folder)
         planned.mkdir(exist_ok=True)
-        records.remove_leftovers(prepared, ("fingerprint.json", "splits.json"))
+        records.remove_leftovers(prepared, ("splits.json",))
         records.remove_leftovers(planned, ("plan.json",))
-        save_json(fingerprint, prepared / "fingerprint.json")
         save_json(splits, prepared / "splits.json")
         save_json(made, planned / "plan.json")
         print(explain(made))
